@@ -1,0 +1,1 @@
+"""Values in the field's words. Knows no network, no FUSE and no trio."""

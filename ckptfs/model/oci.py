@@ -1,0 +1,272 @@
+"""The nouns of the OCI image and distribution specs: Digest, Reference, Descriptor, Manifest, Index.
+
+Parses and checks; knows nothing of where the documents come from.
+"""
+
+import hashlib
+import json
+import platform as _platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ckptfs.errors import FormatError, IntegrityError, UsageError
+
+OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
+MANIFEST_TYPES = (OCI_MANIFEST, DOCKER_MANIFEST, OCI_INDEX, DOCKER_LIST)
+INDEX_TYPES = (OCI_INDEX, DOCKER_LIST)
+
+ANNOTATION_REF_NAME = "org.opencontainers.image.ref.name"
+
+_ALGORITHMS = {"sha256": 64, "sha512": 128}
+_HEX = re.compile(r"[0-9a-f]+\Z")
+# distribution/reference grammar: lower-case path components, separators . _ __ - and /
+_REPOSITORY = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*\Z")
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}\Z")
+_HOST = re.compile(
+    r"(?:\[[0-9a-fA-F:]+\]|[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?(?:\.[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?)*)"
+    r"(?::[0-9]{1,5})?\Z"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """`algorithm:hex`, checked (image-spec, descriptor.md). Only sha256 and sha512 are registered."""
+
+    algorithm: str
+    hex: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Digest":
+        algorithm, colon, hexadecimal = text.partition(":")
+        if not colon or _ALGORITHMS.get(algorithm) != len(hexadecimal) or not _HEX.match(hexadecimal):
+            raise FormatError(f"{text[:100]!r} is not a digest", hint="expected sha256:<64 hex digits>")
+        return cls(algorithm, hexadecimal)
+
+    @classmethod
+    def of(cls, data: bytes | memoryview) -> "Digest":
+        return cls("sha256", hashlib.sha256(data).hexdigest())
+
+    @property
+    def raw(self) -> bytes:
+        return bytes.fromhex(self.hex)
+
+    def check(self, data: bytes | memoryview, what: str) -> None:
+        """Raise IntegrityError unless `data` has this digest."""
+        actual = hashlib.new(self.algorithm, data).hexdigest()
+        if actual != self.hex:
+            raise IntegrityError(f"{what} has digest {self.algorithm}:{actual}, expected {self}")
+
+    def __str__(self) -> str:
+        return f"{self.algorithm}:{self.hex}"
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Where an image is.
+
+    registry: host[:port], repository, and tag or digest or both (the digest wins).
+    oci:      path of an OCI image layout, optional tag (org.opencontainers.image.ref.name).
+    archive:  path of a checkpoint archive.
+    """
+
+    kind: Literal["registry", "oci", "archive"]
+    host: str = ""
+    repository: str = ""
+    path: str = ""
+    tag: str = ""
+    digest: Digest | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Reference":
+        """UsageError unless `text` is host/repo[:tag][@digest], oci:DIR[:TAG][@digest] or archive:FILE."""
+        if text.startswith("archive:"):
+            if not text[8:]:
+                raise UsageError("archive: without a file", hint="write archive:FILE.tar")
+            return cls("archive", path=text[8:])
+        rest, at, digest_text = text.partition("@")
+        digest = None
+        if at:
+            try:
+                digest = Digest.parse(digest_text)
+            except FormatError as error:
+                raise UsageError(f"reference {text!r}: {error}") from None
+        if rest.startswith("oci:"):
+            path, colon, tag = rest[4:].rpartition(":")
+            if not colon or "/" in tag:
+                path, tag = rest[4:], ""
+            if not path:
+                raise UsageError("oci: without a directory", hint="write oci:DIR or oci:DIR:TAG")
+            return cls("oci", path=path, tag=tag, digest=digest)
+        host, slash, name = rest.partition("/")
+        looks_like_host = "." in host or ":" in host or host == "localhost"
+        if not slash or not looks_like_host:
+            raise UsageError(
+                f"reference {text!r} names no registry",
+                hint="write HOST[:PORT]/REPOSITORY[:TAG][@DIGEST], oci:DIR[:TAG] or archive:FILE",
+            )
+        repository, colon, tag = name.partition(":")
+        if not _HOST.match(host):
+            raise UsageError(f"reference {text!r}: {host!r} is not a host name")
+        if not _REPOSITORY.match(repository) or len(repository) > 255:
+            raise UsageError(
+                f"reference {text!r}: {repository!r} is not a repository name",
+                hint="lower-case letters, digits and . _ - between slashes",
+            )
+        if colon and not _TAG.match(tag):
+            raise UsageError(f"reference {text!r}: {tag!r} is not a tag")
+        return cls("registry", host, repository, tag=tag or ("" if digest else "latest"), digest=digest)
+
+    def pinned(self, digest: Digest) -> "Reference":
+        return Reference(self.kind, self.host, self.repository, self.path, self.tag, digest)
+
+    def __str__(self) -> str:
+        tail = (f":{self.tag}" if self.tag else "") + (f"@{self.digest}" if self.digest else "")
+        if self.kind == "registry":
+            return f"{self.host}/{self.repository}{tail}"
+        return f"{self.kind}:{self.path}{tail}"
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptor:
+    """A typed, sized, digested pointer to a blob (image-spec, descriptor.md)."""
+
+    media_type: str
+    digest: Digest
+    size: int
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    artifact_type: str = ""
+    platform: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, value: object, what: str = "descriptor") -> "Descriptor":
+        if not isinstance(value, dict):
+            raise FormatError(f"{what} is not an object")
+        media_type, digest, size = value.get("mediaType"), value.get("digest"), value.get("size")
+        if not isinstance(media_type, str) or not isinstance(digest, str):
+            raise FormatError(f"{what} has no mediaType or digest")
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 1 << 62:
+            raise FormatError(f"{what} has size {str(size)[:40]}")
+        return cls(
+            media_type,
+            Digest.parse(digest),
+            size,
+            string_map(value.get("annotations"), f"{what}: annotations"),
+            str(value.get("artifactType") or ""),
+            {k: v for k, v in (value.get("platform") or {}).items() if isinstance(v, str)}
+            if isinstance(value.get("platform"), dict)
+            else {},
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        out: dict[str, Any] = {"mediaType": self.media_type, "digest": str(self.digest), "size": self.size}
+        if self.artifact_type:
+            out["artifactType"] = self.artifact_type
+        if self.platform:
+            out["platform"] = dict(self.platform)
+        if self.annotations:
+            out["annotations"] = dict(self.annotations)
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """An image manifest; `raw` are the bytes that `digest` covers."""
+
+    raw: bytes
+    digest: Digest
+    media_type: str
+    config: Descriptor
+    layers: tuple[Descriptor, ...]
+    annotations: Mapping[str, str]
+    artifact_type: str = ""
+    subject: Descriptor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """An image index (manifest list)."""
+
+    raw: bytes
+    digest: Digest
+    media_type: str
+    manifests: tuple[Descriptor, ...]
+    annotations: Mapping[str, str]
+
+    def select(self, architecture: str | None = None) -> Descriptor:
+        """The manifest for this machine; the only one where there is just one; FormatError when none fits."""
+        wanted = architecture or machine_architecture()
+        images = [m for m in self.manifests if m.media_type in MANIFEST_TYPES and not _is_attestation(m)]
+        if not images:
+            raise FormatError(f"index {self.digest} names no image")
+        if len(images) == 1:
+            return images[0]
+        for m in images:
+            if m.platform.get("os", "linux") == "linux" and m.platform.get("architecture") == wanted:
+                return m
+        offered = sorted({m.platform.get("architecture", "?") for m in images})
+        raise FormatError(f"the index has no image for linux/{wanted}", hint=f"it offers {', '.join(offered)}")
+
+
+def parse_document(raw: bytes, media_type: str = "") -> Manifest | Index:
+    """A manifest or an index from its bytes. FormatError for everything else; layer types are not judged."""
+    value = parse_json(raw, "manifest")
+    if not isinstance(value, dict):
+        raise FormatError("the manifest is not a JSON object")
+    declared = value.get("mediaType") or media_type.split(";")[0].strip()
+    if value.get("schemaVersion") != 2:
+        raise FormatError("the manifest has not schemaVersion 2", hint="push the image again with a current tool")
+    digest = Digest.of(raw)
+    annotations = string_map(value.get("annotations"), "manifest: annotations")
+    if declared in INDEX_TYPES or (not declared and "manifests" in value):
+        manifests = value.get("manifests")
+        if "layers" in value or not isinstance(manifests, list):
+            raise FormatError("the index has no list of manifests, or layers as well")
+        found = tuple(Descriptor.from_json(m, f"manifests[{i}]") for i, m in enumerate(manifests))
+        return Index(raw, digest, str(declared or OCI_INDEX), found, annotations)
+    layers = value.get("layers")
+    if "manifests" in value or not isinstance(layers, list):
+        raise FormatError("the manifest has no list of layers, or manifests as well")
+    subject = value.get("subject")
+    return Manifest(
+        raw,
+        digest,
+        str(declared or OCI_MANIFEST),
+        Descriptor.from_json(value.get("config"), "config"),
+        tuple(Descriptor.from_json(layer, f"layers[{i}]") for i, layer in enumerate(layers)),
+        annotations,
+        str(value.get("artifactType") or ""),
+        Descriptor.from_json(subject, "subject") if subject is not None else None,
+    )
+
+
+def parse_json(raw: bytes, what: str) -> object:
+    """JSON from outside, with every way in which it can fail made a FormatError."""
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"the {what} is not JSON ({type(error).__name__})") from None
+
+
+def string_map(value: object, what: str) -> dict[str, str]:
+    """A JSON object of strings; absent and null are empty."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise FormatError(f"{what} is not an object of strings")
+    return value
+
+
+def machine_architecture() -> str:
+    """GOARCH of this machine."""
+    machine = _platform.machine()
+    return {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}.get(machine, machine)
+
+
+def _is_attestation(descriptor: Descriptor) -> bool:
+    """BuildKit's provenance manifests stand in the index with platform unknown/unknown."""
+    return descriptor.annotations.get("vnd.docker.reference.type") == "attestation-manifest"

@@ -1,0 +1,105 @@
+"""What a layer contains: entries, inodes, and where the bytes of each file lie.
+
+A file's bytes are `Extent`s, each a window into a `Chunk`. A chunk is what is fetched, decoded, verified and cached as
+one. Gaps between extents are holes and read as zeros.
+"""
+
+import hashlib
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+_NO_XATTRS: Mapping[bytes, bytes] = {}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """The unit of fetch, decode, verify and cache.
+
+    key     32 bytes, its name in every cache. The sha256 of the decoded bytes where the format tells it, so that equal
+            chunks of different images are one; otherwise `derived_key`.
+    layer   position of its layer in the fetcher's list of layers.
+    offset, size  the encoded bytes, in the layer's blob; for a streamed layer (`Layer.sequential`) positions in the
+            decoded stream.
+    length  decoded bytes; the last chunk of a grid may turn out shorter.
+    digest  sha256 of the decoded bytes, or None when only the transport vouches for them.
+    inner   decoded bytes of the encoded unit that come before this chunk (eStargz `innerOffset`).
+    """
+
+    key: bytes
+    layer: int
+    offset: int
+    size: int
+    length: int
+    digest: bytes | None = None
+    inner: int = 0
+
+
+def derived_key(layer_digest: str, offset: int, inner: int = 0, kind: str = "raw") -> bytes:
+    """The key of a chunk that has no digest: its place in an immutable blob."""
+    return hashlib.sha256(f"ckptfs/{kind}/{layer_digest}/{offset}/{inner}".encode()).digest()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Extent:
+    """File bytes [start, start + length) are chunk bytes [skip, skip + length)."""
+
+    start: int
+    length: int
+    chunk: Chunk
+    skip: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Inode:
+    """One file: what stat(2), readlink(2), getxattr(2) and read(2) answer.
+
+    mode holds type and permissions as in st_mode; times are nanoseconds; xattr names are whole (b"user.x").
+    extents are sorted by start and do not overlap. `ino` and `nlink` are given by the tree that the inode stands in.
+    """
+
+    mode: int
+    uid: int = 0
+    gid: int = 0
+    size: int = 0
+    mtime_ns: int = 0
+    rdev: int = 0
+    target: bytes = b""
+    xattrs: Mapping[bytes, bytes] = _NO_XATTRS
+    extents: Sequence[Extent] = ()
+    ino: int = 0
+    nlink: int = 1
+
+    @property
+    def is_dir(self) -> bool:
+        return stat.S_ISDIR(self.mode)
+
+    @property
+    def is_file(self) -> bool:
+        return stat.S_ISREG(self.mode)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entry:
+    """One entry of a layer: a path and either an inode or, for a hard link, the path that it links to.
+
+    Paths are bytes, relative, without '.', '..', empty parts or a trailing slash; the root itself is b"".
+    Whiteouts are ordinary entries here (names b".wh.*"); model.tree gives them their meaning.
+    """
+
+    path: bytes
+    inode: Inode | None
+    link: bytes | None = None
+
+
+def slice_extents(extents: Sequence[Extent], offset: int, length: int) -> Iterator[Extent]:
+    """The part [offset, offset + length) of a file as extents of a file of its own, starting at 0.
+
+    This is how a member of a tar inside an image becomes a file without being copied.
+    """
+    end = offset + length
+    for extent in extents:
+        lo = max(extent.start, offset)
+        hi = min(extent.start + extent.length, end)
+        if lo < hi:
+            yield Extent(lo - offset, hi - lo, extent.chunk, extent.skip + lo - extent.start)

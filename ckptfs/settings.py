@@ -1,0 +1,97 @@
+"""Every limit, size and timeout, with its reason. No other module has a number of this kind.
+
+Values are frozen: commands make a `Settings` once and hand it down.
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+KiB = 1024
+MiB = 1024 * KiB
+GiB = 1024 * MiB
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a hostile image or registry can make us hold or do; each is refused one past it."""
+
+    manifest_bytes: int = 4 * MiB  # distribution-spec recommends that registries accept at least 4 MiB
+    config_bytes: int = 8 * MiB
+    error_body_bytes: int = 64 * KiB
+    token_bytes: int = 64 * KiB
+    toc_compressed_bytes: int = 50 * MiB  # containers/image refuses larger zstd:chunked manifests
+    toc_bytes: int = 256 * MiB
+    toc_entries: int = 4_000_000
+    layers: int = 256
+    path_bytes: int = 4096  # PATH_MAX
+    name_bytes: int = 255  # NAME_MAX
+    path_depth: int = 256
+    xattr_bytes: int = 64 * KiB  # XATTR_SIZE_MAX
+    pax_header_bytes: int = 1 * MiB
+    file_bytes: int = 1 << 62
+    chunk_bytes: int = 64 * MiB  # largest verify-and-decode unit that is accepted
+    zstd_window_bytes: int = 128 * MiB
+    redirects: int = 5
+    index_depth: int = 3  # an index of indexes is legal, a chain of them is an attack
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Seconds. A read that the kernel waits for ends after `read_deadline`, with data or with EIO."""
+
+    connect: float = 3.0
+    first_byte: float = 5.0
+    stall_bytes: int = 32 * KiB  # fewer than this in `stall_window` means that the connection is dead
+    stall_window: float = 5.0
+    read_deadline: float = 60.0
+    resolve_deadline: float = 30.0
+    retry_first: float = 0.25
+    retry_factor: float = 2.0
+    retry_cap: float = 3.0
+    retry_jitter: float = 0.1
+    tries_per_host: int = 5
+    drain: float = 5.0
+    mount_ready: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Bytes, unless said otherwise."""
+
+    grid: int = 256 * KiB  # decode unit of layers without chunks of their own: plain tar, gzip, zstd
+    random_extent: int = 1 * MiB  # most that one random miss fetches
+    sequential_extent: int = 4 * MiB  # docker-registry reads 4 MiB of the blob for every range, however small
+    coalesce_gap: int = 64 * KiB  # unwanted bytes that are cheaper to fetch than another request
+    in_flight: int = 32 * MiB
+    jobs: int = 8  # extents fetched at the same time
+    background_jobs: int = 4
+    memory_cache: int = 64 * MiB
+    disk_cache: int = 10 * GiB
+    segment: int = 64 * MiB
+    read_ahead: int = 4 * MiB  # kernel read-ahead: 128 KiB makes a plain restore 10x slower at 20 ms (docs)
+    max_background: int = 256
+    small_file: int = 64 * KiB  # files up to this size are metadata: fetched together and first
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    limits: Limits = field(default_factory=Limits)
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    sizes: Sizes = field(default_factory=Sizes)
+
+
+def default_cache_dir() -> Path:
+    """The node's cache: /var/cache/ckptfs for root, $XDG_CACHE_HOME/ckptfs for others."""
+    if os.geteuid() == 0:
+        return Path("/var/cache/ckptfs")
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "ckptfs"
+
+
+def runtime_dir() -> Path:
+    """Where mounts keep their control sockets and state: /run/ckptfs, or $XDG_RUNTIME_DIR/ckptfs."""
+    if os.geteuid() == 0:
+        return Path("/run/ckptfs")
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(base) / "ckptfs" if base else Path(f"/tmp/ckptfs-{os.geteuid()}")

@@ -1,0 +1,25 @@
+"""Where images come from: a registry, an OCI layout, an archive. Only this package knows the network.
+
+A new source is one module and one branch in `open_source`. Calls block and are made from worker threads.
+"""
+
+from typing import Protocol
+
+from ckptfs.model.blob import Blob
+from ckptfs.model.oci import Descriptor, Index, Manifest, Reference
+
+
+class Source(Protocol):
+    """One repository (or layout, or archive) at one reference."""
+
+    @property
+    def reference(self) -> Reference: ...
+
+    def resolve(self) -> Manifest | Index:
+        """The document that the reference names; checked against the reference's digest where it has one."""
+
+    def fetch(self, descriptor: Descriptor) -> bytes:
+        """A small document (manifest, config, TOC, index) whole, checked against size and digest."""
+
+    def blob(self, descriptor: Descriptor) -> Blob:
+        """A layer to be read in ranges. No I/O until it is read."""

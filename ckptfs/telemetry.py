@@ -1,0 +1,59 @@
+"""What is counted: requests, bytes, reads. Counters are cheap and may be touched from any thread.
+
+Read by control.py (status), written by sources/ and engine/. Knows nobody.
+"""
+
+import threading
+import time
+from dataclasses import dataclass, field
+
+_MAX_SPANS = 256  # kept for round_trips(), which is only asked about start-up
+
+
+@dataclass(slots=True)
+class NetworkCounters:
+    """Traffic of one mount. `bytes` are body bytes received; `spans` the (start, end) of the first requests."""
+
+    requests: int = 0
+    bytes: int = 0
+    retries: int = 0
+    errors: int = 0
+    in_flight: int = 0
+    spans: list[tuple[float, float]] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def began(self) -> float:
+        """A request goes out; returns the token for `ended`."""
+        with self._lock:
+            self.requests += 1
+            self.in_flight += 1
+        return time.monotonic()
+
+    def ended(self, began: float) -> None:
+        now = time.monotonic()
+        with self._lock:
+            self.in_flight -= 1
+            if len(self.spans) < _MAX_SPANS:
+                self.spans.append((began, now))
+
+    def received(self, count: int) -> None:
+        with self._lock:
+            self.bytes += count
+
+    def retried(self) -> None:
+        with self._lock:
+            self.retries += 1
+
+    def failed(self) -> None:
+        with self._lock:
+            self.errors += 1
+
+    def round_trips(self, until: float) -> int:
+        """How many requests that ended before `until` (monotonic) had to follow one another: the longest chain."""
+        with self._lock:
+            spans = sorted(self.spans, key=lambda span: span[1])
+        chain, free_at = 0, 0.0
+        for start, end in spans:
+            if end <= until and start >= free_at:
+                chain, free_at = chain + 1, end
+        return chain
