@@ -1,0 +1,179 @@
+"""Bytes of a file: the only door between readers and chunks.
+
+`cached` answers inline from memory or disk, without a thread hop; `read` waits for the network. Both return exactly the
+bytes that the file has there, or raise: a short read inside a file makes CRIU's restorer loop for ever.
+"""
+
+import bisect
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import trio
+
+from ckptfs.engine.fetch import Data, Fetcher
+from ckptfs.engine.schedule import Priority
+from ckptfs.errors import IntegrityError
+from ckptfs.model.toc import Chunk, Extent, Inode
+from ckptfs.settings import KiB, MiB
+
+_SEQUENTIAL = 512 * KiB  # read in one go before running ahead: CRIU's lazy daemon starts over at 64 KiB after a fault
+
+
+@dataclass(slots=True)
+class ReadCounters:
+    """What readers asked for and how long they waited (milliseconds, of the last misses)."""
+
+    count: int = 0
+    bytes: int = 0
+    memory_hits: int = 0
+    disk_hits: int = 0
+    misses: int = 0
+    waiting: int = 0
+    waits_ms: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
+
+    def wait_ms(self, quantile: float) -> float:
+        waits = sorted(self.waits_ms)
+        return round(waits[min(int(len(waits) * quantile), len(waits) - 1)], 3) if waits else 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Handle:
+    """One open file: remembers where reading goes on, to tell sequential readers from random ones."""
+
+    inode: Inode
+    path: bytes = b""
+    expected: int = 0
+    streak: int = 0
+    ahead: int = 0
+
+    def observe(self, offset: int, size: int) -> bool:
+        """Note a read; whether the reader goes on sequentially. The kernel's read-ahead may overtake itself."""
+        if self.expected - 2 * MiB <= offset <= self.expected + 2 * MiB and self.expected:
+            self.streak += size
+        else:
+            self.streak, self.ahead = size if offset == 0 else 0, 0
+        self.expected = max(offset + size, self.expected) if self.streak > size else offset + size
+        return self.streak >= _SEQUENTIAL
+
+
+class Reader:
+    """Reads files of one mount through its fetcher."""
+
+    def __init__(self, fetcher: Fetcher, max_hung: int) -> None:
+        """`max_hung`: how many reads may wait for the network at once; further ones queue, metadata stays fast."""
+        self.fetcher = fetcher
+        self.counters = ReadCounters()
+        self._slots = trio.CapacityLimiter(max_hung)
+
+    def cached(self, inode: Inode, offset: int, size: int) -> Data | None:
+        """The bytes, when this node has them all; None otherwise. b"" at and past the end of the file."""
+        size = min(size, inode.size - offset)
+        if size <= 0:
+            return b""
+        parts: list[tuple[Extent, Data]] = []
+        for extent in extents_of(inode.extents, offset, size):
+            data = self.fetcher.lookup(extent.chunk)
+            if data is None:
+                return None
+            parts.append((extent, data))
+        return _assemble(parts, offset, size)
+
+    async def read(self, inode: Inode, offset: int, size: int) -> Data:
+        """The bytes, fetched where this node does not have them."""
+        size = min(size, inode.size - offset)
+        if size <= 0:
+            return b""
+        extents = list(extents_of(inode.extents, offset, size))
+        began = time.monotonic()
+        self.counters.waiting += 1
+        try:
+            async with self._slots:
+                have = {e.chunk.key: self.fetcher.lookup(e.chunk) for e in extents}
+                missing = {e.chunk.key: e.chunk for e in extents if have[e.chunk.key] is None}
+                self.fetcher.request(missing.values())
+                for key, chunk in missing.items():
+                    have[key] = await self.fetcher.get(chunk)
+        finally:
+            self.counters.waiting -= 1
+            self.counters.waits_ms.append((time.monotonic() - began) * 1000)
+        parts = [(e, data) for e in extents if (data := have[e.chunk.key]) is not None]
+        return _assemble(parts, offset, size)
+
+    async def serve(self, handle: Handle, offset: int, size: int) -> Data:
+        """A read by an open file: `cached` or `read`, counted, and running ahead of a sequential reader."""
+        counters = self.counters
+        counters.count += 1
+        if handle.observe(offset, size):
+            self._run_ahead(handle, offset + size)
+        disk_before = self.fetcher.disk_hits
+        data = self.cached(handle.inode, offset, size)
+        if data is None:
+            counters.misses += 1
+            data = await self.read(handle.inode, offset, size)
+        elif self.fetcher.disk_hits != disk_before:
+            counters.disk_hits += 1
+        else:
+            counters.memory_hits += 1
+        counters.bytes += len(data)
+        return data
+
+    def _run_ahead(self, handle: Handle, position: int) -> None:
+        """Keep the link busy past what the kernel reads ahead: two windows' worth, in file order."""
+        distance = 2 * self.fetcher.link.window
+        target = min(position + distance, handle.inode.size)
+        start = max(handle.ahead, position)
+        if target - start < distance // 4 and target < handle.inode.size:
+            return
+        if target > start:
+            handle.ahead = target
+            self.fetcher.want(chunks_of(handle.inode, start, target - start), Priority.PREFETCH)
+
+
+def extents_of(extents: Sequence[Extent], offset: int, size: int) -> Iterator[Extent]:
+    """The extents that overlap file bytes [offset, offset + size)."""
+    at = max(bisect.bisect_right(extents, offset, key=_start) - 1, 0)
+    end = offset + size
+    for index in range(at, len(extents)):
+        extent = extents[index]
+        if extent.start >= end:
+            return
+        if extent.start + extent.length > offset:
+            yield extent
+
+
+def chunks_of(inode: Inode, offset: int = 0, size: int | None = None) -> Iterator[Chunk]:
+    """The chunks that hold a part of a file, in file order; a chunk may come twice."""
+    for extent in extents_of(inode.extents, offset, inode.size if size is None else size):
+        yield extent.chunk
+
+
+def _start(extent: Extent) -> int:
+    return extent.start
+
+
+def _assemble(parts: list[tuple[Extent, Data]], offset: int, size: int) -> Data:
+    """File bytes [offset, offset + size) out of whole chunks; gaps are zeros."""
+    end = offset + size
+    if len(parts) == 1:
+        extent, data = parts[0]
+        if extent.start <= offset and end <= extent.start + extent.length:
+            at = extent.skip + offset - extent.start
+            piece = memoryview(data)[at : at + size]
+            _whole(piece, size, extent)
+            return piece
+    out = bytearray(size)
+    for extent, data in parts:
+        lo = max(extent.start, offset)
+        hi = min(extent.start + extent.length, end)
+        at = extent.skip + lo - extent.start
+        piece = memoryview(data)[at : at + hi - lo]
+        _whole(piece, hi - lo, extent)
+        out[lo - offset : hi - offset] = piece
+    return out
+
+
+def _whole(piece: memoryview, size: int, extent: Extent) -> None:
+    if len(piece) != size:
+        raise IntegrityError(f"a chunk is {size - len(piece)} bytes shorter than the file that it holds")

@@ -1,0 +1,180 @@
+"""Reading a layer's table of contents while its content is already being served.
+
+One `LayerScan` per layer drives `Layer.scan` in a thread and hands entries to the event loop as they become known. For
+a sequential layer (gzip, one zstd frame) it is also the only way to the content: `need` says how far the stream has to
+run, and a chunk that has passed and was lost from every cache makes the stream start again.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+
+import trio
+
+from ckptfs.engine.fetch import Fetcher
+from ckptfs.errors import CkptfsError, FormatError, IntegrityError, UnavailableError
+from ckptfs.layers import Layer
+from ckptfs.model.toc import Chunk, Entry
+
+log = logging.getLogger(__name__)
+
+
+class _Rewind(Exception):
+    """Raised in the scanning thread to start the stream again."""
+
+
+class _Stopped(Exception):
+    """Raised in the scanning thread when the mount ends."""
+
+
+class LayerScan:
+    """`on_entries(entries)` and `on_end(error or None)` are called in the event loop; on_end once per complete scan."""
+
+    def __init__(
+        self,
+        layer: Layer,
+        fetcher: Fetcher,
+        on_entries: Callable[[list[Entry]], None],
+        on_end: Callable[[CkptfsError | None], None],
+        *,
+        known: bool = False,
+        eager: bool = True,
+    ) -> None:
+        """`known`: the entries are known, only content can be missing. `eager`: run without being asked."""
+        self.layer = layer
+        self.position = 0  # decoded bytes of a sequential layer that have passed
+        self.complete = known
+        self.error: CkptfsError | None = None
+        self._fetcher = fetcher
+        self._on_entries = on_entries
+        self._on_end = on_end
+        self._known = known
+        self._announced = 0  # entries handed over, so that a second run does not repeat them
+        self._inbox: deque[Entry] = deque()
+        self._draining = False
+        self._wanted = 0 if known or not eager else 1 << 62
+        self._asked: dict[bytes, Chunk] = {}
+        self._keys: list[bytes] = []
+        self._rewind = False
+        self._stopped = False
+        self._running = False
+        self._gate = threading.Condition()
+        self._go = trio.Event()
+        self._token: trio.lowlevel.TrioToken | None = None
+
+    # -- in the event loop ---------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Scan, and stream again whenever it is needed; ends when all is known of a layer with random access."""
+        self._token = trio.lowlevel.current_trio_token()
+        if not self._known:
+            await self._once()
+            if not self.layer.sequential:
+                return
+        while True:
+            await self._go.wait()
+            self._go = trio.Event()
+            await self._once()
+
+    def need(self, chunk: Chunk) -> None:
+        """Somebody waits for this chunk of a sequential layer."""
+        if self.error is not None and not self.error.retryable:
+            self._fetcher.fail(chunk.key, self.error)
+            return
+        self._asked[chunk.key] = chunk
+        with self._gate:
+            self._wanted = max(self._wanted, chunk.offset + chunk.length)
+            if chunk.offset < self.position:
+                if self._fetcher.deliver_cached(chunk):
+                    del self._asked[chunk.key]
+                    return
+                self._rewind = self._running
+            self._gate.notify_all()
+        if not self._running:
+            self._go.set()
+
+    def run_on(self) -> None:
+        """Let the stream run to its end: names are waited for, or the background fetches everything."""
+        with self._gate:
+            self._wanted = 1 << 62
+            self._gate.notify_all()
+        if not self._running and not (self.complete and self._known):
+            self._go.set()
+
+    def stop(self) -> None:
+        """The mount ends: the scanning thread stops at its next chunk."""
+        with self._gate:
+            self._stopped = True
+            self._gate.notify_all()
+
+    async def _once(self) -> None:
+        self._running = True
+        failure: CkptfsError | None = None
+        try:
+            await trio.to_thread.run_sync(self._scan, abandon_on_cancel=True)
+        except CkptfsError as error:
+            failure = error
+        except _Stopped:
+            return
+        except Exception as error:
+            log.exception("scan of %s layer failed", self.layer.format)
+            failure = FormatError(f"internal error while reading a layer: {type(error).__name__}")
+        finally:
+            self._running = False
+        self._drain()
+        self.error = failure
+        if isinstance(failure, IntegrityError):
+            self._fetcher.discard(self._keys, failure)
+        first = not self.complete
+        self.complete = self.complete or failure is None
+        asked, self._asked = self._asked, {}
+        for chunk in asked.values():
+            if not self._fetcher.deliver_cached(chunk):
+                self._fetcher.fail(chunk.key, failure or UnavailableError("the stream ended before the chunk"))
+        if first or isinstance(failure, IntegrityError):
+            self._on_end(failure)
+
+    def _drain(self) -> None:
+        self._draining = False
+        entries = []
+        while self._inbox:
+            entries.append(self._inbox.popleft())
+        if entries:
+            self._on_entries(entries)
+
+    # -- in the scanning thread ----------------------------------------------------------------------------------------
+
+    def _scan(self) -> None:
+        while True:
+            self.position, self._keys = 0, []
+            try:
+                for count, entry in enumerate(self.layer.scan(self._emit)):
+                    if self._known or count < self._announced:
+                        continue
+                    self._announced = count + 1
+                    self._inbox.append(entry)
+                    if not self._draining and self._token is not None:
+                        self._draining = True
+                        self._token.run_sync_soon(self._drain)
+                    if self._stopped:
+                        raise _Stopped
+                return
+            except _Rewind:
+                continue
+
+    def _emit(self, chunk: Chunk, data: bytes) -> None:
+        self._fetcher.publish_stream([(chunk.key, data)])
+        if not self.layer.sequential:
+            return
+        self._keys.append(chunk.key)
+        with self._gate:
+            self.position = chunk.offset + len(data)
+            self._asked.pop(chunk.key, None)
+            while self.position >= self._wanted and not self._rewind and not self._stopped:
+                self._gate.wait()
+            if self._stopped:
+                raise _Stopped
+            if self._rewind:
+                self._rewind = False
+                raise _Rewind

@@ -1,0 +1,140 @@
+"""Who is fetched next: a pure, synchronous decision over queues. No I/O, no clock, no trio; fetch.py acts on it.
+
+Demand (a process waits) comes before prefetch (it will probably be asked for) before background (so that all is here in
+the end). Chunks that lie next to one another in a blob are fetched as one extent.
+"""
+
+import bisect
+from collections import deque
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from ckptfs.model.toc import Chunk
+from ckptfs.settings import Sizes
+
+
+class Priority(IntEnum):
+    DEMAND = 0
+    PREFETCH = 1
+    BACKGROUND = 2
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One request: the blob range [start, end) of a layer, which holds `chunks`, sorted by offset."""
+
+    layer: int
+    start: int
+    end: int
+    chunks: list[Chunk]
+    priority: Priority
+    attempt: int = 0
+
+    @property
+    def size(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(slots=True, eq=False)
+class _Wanted:
+    chunk: Chunk
+    priority: Priority
+
+
+@dataclass(slots=True)
+class Scheduler:
+    """Queues of wanted chunks. A chunk is in at most one queue; asking again can only raise its priority."""
+
+    sizes: Sizes
+    _wanted: dict[bytes, _Wanted] = field(default_factory=dict)
+    _queues: tuple[deque[bytes], deque[bytes], deque[bytes]] = field(
+        default_factory=lambda: (deque(), deque(), deque())
+    )
+    # layer -> sorted (offset, inner, key) of what is queued: where an extent can grow
+    _places: dict[int, list[tuple[int, int, bytes]]] = field(default_factory=dict)
+    running: list[Job] = field(default_factory=list)
+    # Bytes that prefetch and background together may have on the way: about what the link holds, so that a demand
+    # read does not queue behind megabytes of what nobody waits for. fetch.py adjusts it to the measured link.
+    window: int = 0
+
+    def __post_init__(self) -> None:
+        self.window = self.window or self.sizes.in_flight
+
+    def want(self, chunk: Chunk, priority: Priority) -> None:
+        known = self._wanted.get(chunk.key)
+        if known is None:
+            self._wanted[chunk.key] = _Wanted(chunk, priority)
+            self._queues[priority].append(chunk.key)
+            bisect.insort(self._places.setdefault(chunk.layer, []), (chunk.offset, chunk.inner, chunk.key))
+        elif priority < known.priority:
+            known.priority = priority  # its old place in the other queue is skipped when it comes up
+            self._queues[priority].append(chunk.key)
+
+    def forget(self, priority: Priority) -> None:
+        """Drop what is queued at `priority` and not yet fetched."""
+        for key in [k for k, w in self._wanted.items() if w.priority == priority]:
+            self._take(key)
+        self._queues[priority].clear()
+
+    def queued(self, key: bytes) -> bool:
+        return key in self._wanted
+
+    def pending(self, priority: Priority) -> int:
+        """How many chunks are queued at this priority (an upper bound: raised ones are counted twice)."""
+        return len(self._queues[priority])
+
+    def next_job(self) -> Job | None:
+        """The job to start now, None when nothing is queued or enough is under way; the caller notes it in `running`."""
+        jobs = self.sizes.jobs
+        if len(self.running) >= 2 * jobs:
+            return None
+        for priority in Priority:
+            queue = self._queues[priority]
+            while queue:
+                wanted = self._wanted.get(queue[0])
+                if wanted is None or wanted.priority != priority:
+                    queue.popleft()
+                    continue
+                if not self._admits(priority):
+                    return None
+                queue.popleft()
+                return self._grow(wanted.chunk, priority)
+        return None
+
+    def _admits(self, priority: Priority) -> bool:
+        """Demand may always start; the others leave room on the link and among the connections."""
+        if priority == Priority.DEMAND:
+            return True
+        others = [job for job in self.running if job.priority != Priority.DEMAND]
+        limit = self.sizes.jobs if priority == Priority.PREFETCH else self.sizes.background_jobs
+        if len(others) >= limit:
+            return False
+        return not others or sum(job.size for job in self.running) < self.window
+
+    def _grow(self, first: Chunk, priority: Priority) -> Job:
+        """The extent that starts at `first` and goes on over whatever wanted chunks follow it in the blob."""
+        places = self._places[first.layer]
+        at = bisect.bisect_left(places, (first.offset, first.inner, first.key))
+        limit = self.extent_limit(priority)
+        start, end, chunks = first.offset, first.offset + first.size, [first]
+        for offset, _, key in places[at + 1 : at + 1 + 4096]:
+            chunk = self._wanted[key].chunk
+            if offset > end + self.sizes.coalesce_gap or offset + chunk.size > start + limit:
+                break
+            chunks.append(chunk)
+            end = max(end, offset + chunk.size)
+        for chunk in chunks:
+            self._take(chunk.key)
+        return Job(first.layer, start, end, chunks, priority)
+
+    def extent_limit(self, priority: Priority) -> int:
+        """Most bytes of one request: no more than a share of the window, so that several are under way."""
+        if priority == Priority.DEMAND:
+            return self.sizes.sequential_extent
+        return max(min(self.sizes.sequential_extent, self.window // 2), self.sizes.grid)
+
+    def _take(self, key: bytes) -> None:
+        wanted = self._wanted.pop(key)
+        places = self._places[wanted.chunk.layer]
+        place = (wanted.chunk.offset, wanted.chunk.inner, key)
+        del places[bisect.bisect_left(places, place)]

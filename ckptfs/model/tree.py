@@ -1,0 +1,344 @@
+"""The merged file tree of an image, built from layers in any order and while they are still being read.
+
+Layers arrive as streams of entries that may interleave: each has a rank, higher hides lower. Adding is commutative over
+ranks, so a tree is right at every moment for the layers that have finished; `settled` tells whether an answer can still
+change. Only one thread may touch a tree. Whiteouts follow image-spec layer.md: `.wh.NAME` hides NAME and `.wh..wh..opq`
+the whole content of lower ranks, never of their own.
+"""
+
+import stat
+from collections.abc import Callable, Iterable, Iterator
+
+from ckptfs.errors import FormatError
+from ckptfs.model.toc import Entry, Inode
+
+ROOT_INO = 1
+WHITEOUT = b".wh."
+OPAQUE = b".wh..wh..opq"
+_AUFS = b".wh..wh."  # aufs' own files (.wh..wh.plnk, .wh..wh.aufs): metadata of a graph driver, never content
+
+
+class Node:
+    """A name in a directory.
+
+    inode     what the name shows; None while it only remembers that lower ranks are hidden.
+    rank      the layer that `inode` is from; 0 for a directory that is only implied by a path below it.
+    claim     the highest rank that said anything about this name.
+    hide      ranks below it are hidden here and everywhere beneath.
+    children  by name; only a directory's are visible.
+    """
+
+    __slots__ = ("children", "claim", "hide", "inode", "name", "parent", "rank")
+
+    def __init__(self, name: bytes, parent: "Node | None") -> None:
+        self.name = name
+        self.parent = parent
+        self.inode: Inode | None = None
+        self.rank = 0
+        self.claim = 0
+        self.hide = 0
+        self.children: dict[bytes, Node] = {}
+
+    @property
+    def path(self) -> bytes:
+        parts: list[bytes] = []
+        node: Node | None = self
+        while node is not None and node.parent is not None:
+            parts.append(node.name)
+            node = node.parent
+        return b"/".join(reversed(parts))
+
+    def visible_children(self) -> Iterator["Node"]:
+        return (child for child in self.children.values() if child.inode is not None)
+
+
+class Tree:
+    """`changed(parent_ino, name)` is called when a name that was visible shows another inode (a repeated tar entry)."""
+
+    def __init__(self, changed: Callable[[int, bytes], None] | None = None) -> None:
+        self.inodes: dict[int, Inode] = {}
+        self.directories: dict[int, Node] = {}
+        self._next_ino = ROOT_INO
+        self._changed = changed
+        self._open: dict[int, bytes] = {}  # rank -> prefix, of layers that are still arriving
+        self._losers: dict[tuple[int, bytes], Inode] = {}  # (rank, path): hidden inodes, for hard links to them
+        self._awaited: dict[int, dict[bytes, list[bytes]]] = {}  # rank -> target path -> link paths
+        self._parent_path: bytes | None = None  # the last parent looked up: tars list a directory's files together
+        self._parent_rank = -1
+        self._parent = self.root = Node(b"", None)
+        self._imply(self.root)
+
+    # -- building ------------------------------------------------------------------------------------------------------
+
+    def begin(self, rank: int, prefix: bytes = b"") -> None:
+        """A layer starts to arrive; all its paths lie under `prefix`. Ranks are 1 and up, and unique."""
+        self._open[rank] = prefix
+
+    def add(self, entries: Iterable[Entry], rank: int, *, whiteouts: bool = True) -> None:
+        """Entries of one layer, in archive order; a repeated path replaces the earlier one."""
+        for entry in entries:
+            path, inode = entry.path, entry.inode
+            if whiteouts and WHITEOUT in path:
+                _, _, name = path.rpartition(b"/")
+                if name.startswith(WHITEOUT):
+                    self._whiteout(path[: len(path) - len(name)].rstrip(b"/"), name, rank)
+                    continue
+            if entry.link is not None:
+                self._link(path, entry.link, rank)
+            elif inode is not None:
+                self._place(path, inode, rank)
+
+    def finish(self, rank: int) -> None:
+        """The layer is complete. FormatError when it has hard links to files that do not exist."""
+        self._open.pop(rank, None)
+        self._parent_path = None
+        awaited = self._awaited.get(rank)
+        if awaited:
+            for target in list(awaited):
+                inode = self._find_below(target, rank)
+                if inode is not None:
+                    self._place(target, inode, rank, alias=True)
+        if self._awaited.get(rank) and not any(r < rank for r in self._open):
+            links = self._awaited.pop(rank)
+            target, names = next(iter(links.items()))
+            raise FormatError(
+                f"hard link {_show(names[0])} points to {_show(target)}, which the image does not have",
+                hint="the layer is damaged: push the image again",
+            )
+        if not self._open:
+            self._losers.clear()
+
+    # -- asking --------------------------------------------------------------------------------------------------------
+
+    def settled(self, path: bytes, node: Node | None) -> bool:
+        """Whether what `path` shows now (`node`, None for nothing) is what it will show when all layers are there."""
+        for rank, prefix in self._open.items():
+            inside = not prefix or path == prefix or path.startswith(prefix + b"/")
+            if inside and (node is None or node.inode is None or node.claim < rank):
+                return False
+        return True
+
+    def complete(self, path: bytes = b"") -> bool:
+        """Whether all names in the directory `path` are known."""
+        return not any(not p or path == p or path.startswith(p + b"/") for p in self._open.values())
+
+    def find(self, path: bytes) -> Node | None:
+        """The visible node at a relative path, without following symlinks; None when there is none."""
+        node = self.root
+        if path:
+            for name in path.split(b"/"):
+                if node.inode is None or not node.inode.is_dir:
+                    return None
+                child = node.children.get(name)
+                if child is None:
+                    return None
+                node = child
+        return node if node.inode is not None else None
+
+    def walk(self, top: bytes = b"") -> Iterator[Node]:
+        """All visible nodes under `top`, it included, parents first, names sorted."""
+        start = self.find(top)
+        stack = [start] if start is not None else []
+        while stack:
+            node = stack.pop()
+            yield node
+            if node.inode is not None and node.inode.is_dir:
+                stack.extend(sorted(node.visible_children(), key=lambda n: n.name, reverse=True))
+
+    # -- the merge -----------------------------------------------------------------------------------------------------
+
+    def _directory(self, path: bytes, rank: int) -> Node | None:
+        """The node of a parent directory, implied where it is new; None when a higher rank hides it."""
+        if path == self._parent_path and rank == self._parent_rank:
+            return self._parent
+        node = self.root
+        for name in path.split(b"/") if path else ():
+            if rank < node.hide:
+                return None
+            child = node.children.get(name)
+            if child is None:
+                child = node.children[name] = Node(name, node)
+            elif rank < child.hide:
+                return None
+            if child.inode is None or not child.inode.is_dir:
+                self._imply(child)
+            child.claim = max(child.claim, rank)
+            node = child
+        if rank < node.hide:
+            return None
+        self._parent_path, self._parent_rank, self._parent = path, rank, node
+        return node
+
+    def _place(self, path: bytes, inode: Inode, rank: int, *, alias: bool = False) -> None:
+        """Let `path` show `inode`. `alias`: only resolves waiting hard links, the name itself stays as it is."""
+        waiting = self._awaited.get(rank)
+        links = waiting.pop(path, ()) if waiting else ()
+        if not alias:
+            self._claim(path, inode, rank)
+        pending = [(link, inode) for link in links]
+        while pending:  # a link may itself be the target of others: iterative, chains can be long
+            link, target = pending.pop()
+            self._claim(link, target, rank)
+            if waiting:
+                pending.extend((further, target) for further in waiting.pop(link, ()))
+
+    def _claim(self, path: bytes, inode: Inode, rank: int) -> None:
+        if not path:
+            if inode.is_dir and rank >= self.root.rank:
+                self._show(self.root, inode, rank)
+            return
+        parent_path, _, name = path.rpartition(b"/")
+        parent = self._directory(parent_path, rank)
+        if parent is None:
+            self._losers[rank, path] = inode
+            return
+        node = parent.children.get(name)
+        if node is None:
+            node = parent.children[name] = Node(name, parent)
+        if rank < node.hide:
+            self._losers[rank, path] = inode
+            return
+        if inode.is_dir:
+            if node.inode is None or not node.inode.is_dir or rank >= node.rank:
+                self._show(node, inode, rank)
+        elif rank >= node.claim:
+            if self._open and node.inode is not None and node.rank != rank:
+                self._losers[node.rank, path] = node.inode
+            self._hide_below(node, rank, own=True)
+            self._show(node, inode, rank)
+        else:  # a higher rank has a directory here; it keeps only what is not below this file
+            self._losers[rank, path] = inode
+            self._hide_below(node, rank)
+        node.claim = max(node.claim, rank)
+
+    def _whiteout(self, parent_path: bytes, name: bytes, rank: int) -> None:
+        if name.startswith(_AUFS) and name != OPAQUE:
+            return
+        parent = self._directory(parent_path, rank)
+        if parent is None:
+            return
+        if name == OPAQUE:
+            self._hide_below(parent, rank)
+            return
+        target = name[len(WHITEOUT) :]
+        if not target or target in (b".", b".."):
+            raise FormatError(f"whiteout {_show(name)} names nothing")
+        node = parent.children.get(target)
+        if node is None:
+            node = parent.children[target] = Node(target, parent)
+        self._hide_below(node, rank)
+        if node.claim < rank:
+            self._hide(node)
+            node.claim = rank
+
+    def _hide_below(self, node: Node, rank: int, *, own: bool = False) -> None:
+        """Forget under `node` all that is of ranks below `rank` (and of `rank` too with `own`)."""
+        if not own and node.hide >= rank:
+            return
+        node.hide = max(node.hide, rank)
+        self._parent_path = None
+        stack = [node]
+        while stack:
+            directory = stack.pop()
+            for name, child in list(directory.children.items()):
+                if child.claim < rank or (own and child.claim == rank):
+                    self._drop(child)
+                    del directory.children[name]
+                    continue
+                child.hide = max(child.hide, rank)
+                if child.inode is not None and child.inode.is_dir:
+                    if 0 < child.rank < rank:
+                        self._imply(child)
+                    stack.append(child)
+        if 0 < node.rank < rank and node.inode is not None and node.inode.is_dir and node.claim >= rank:
+            self._imply(node)
+
+    def _drop(self, node: Node) -> None:
+        stack = [node]
+        while stack:
+            victim = stack.pop()
+            stack.extend(victim.children.values())
+            self._hide(victim)
+
+    def _hide(self, node: Node) -> None:
+        inode = node.inode
+        if inode is None:
+            return
+        if inode.is_dir:
+            self.directories.pop(inode.ino, None)
+            if node.parent is not None and node.parent.inode is not None:
+                node.parent.inode.nlink -= 1
+        elif self._open:
+            self._losers[node.rank, node.path] = inode
+        inode.nlink -= 1
+        if inode.is_dir or inode.nlink == 0:
+            self.inodes.pop(inode.ino, None)
+        node.inode = None
+        node.rank = 0
+
+    def _imply(self, node: Node) -> None:
+        """`node` becomes a directory that no entry describes: owned by root, 0755, time 0."""
+        self._show(node, Inode(stat.S_IFDIR | 0o755), 0)
+
+    def _show(self, node: Node, inode: Inode, rank: int) -> None:
+        old = node.inode
+        if old is not None and old.is_dir and inode.is_dir:
+            # The kernel may know the directory by its number: keep it, take over what describes it.
+            inode.ino, inode.nlink = old.ino, old.nlink
+            self.inodes[inode.ino] = inode
+            node.inode, node.rank = inode, rank
+            return
+        if old is not None:
+            self._hide(node)
+        if inode.is_dir:
+            inode.ino, inode.nlink = self._number(), 2
+            self.directories[inode.ino] = node
+            if node.parent is not None and node.parent.inode is not None:
+                node.parent.inode.nlink += 1
+        elif inode.ino == 0:
+            inode.ino, inode.nlink = self._number(), 1
+        else:
+            inode.nlink += 1
+        self.inodes[inode.ino] = inode
+        node.inode, node.rank = inode, rank
+        if not inode.is_dir:
+            node.hide = max(node.hide, rank)
+        if old is not None and self._changed is not None and node.parent is not None and node.parent.inode is not None:
+            self._changed(node.parent.inode.ino, node.name)
+
+    def _number(self) -> int:
+        number = self._next_ino
+        self._next_ino += 1
+        return number
+
+    # -- hard links ----------------------------------------------------------------------------------------------------
+
+    def _link(self, path: bytes, target: bytes, rank: int) -> None:
+        if path == target:
+            raise FormatError(f"hard link {_show(path)} points to itself", hint="the layer is damaged")
+        inode = self._find_at(target, rank)
+        if inode is None:
+            self._awaited.setdefault(rank, {}).setdefault(target, []).append(path)
+        elif inode.is_dir:
+            raise FormatError(f"hard link {_show(path)} points to the directory {_show(target)}")
+        else:
+            self._place(path, inode, rank)
+
+    def _find_at(self, path: bytes, rank: int) -> Inode | None:
+        """The inode that layer `rank` itself has at `path`."""
+        node = self.find(path)
+        if node is not None and node.rank == rank:
+            return node.inode
+        return self._losers.get((rank, path))
+
+    def _find_below(self, path: bytes, rank: int) -> Inode | None:
+        """The inode that the layers below `rank` show at `path`: a link across layers copies up when extracted."""
+        node = self.find(path)
+        if node is not None and node.rank < rank and node.inode is not None and not node.inode.is_dir:
+            return node.inode
+        candidates = [(r, inode) for (r, p), inode in self._losers.items() if p == path and r < rank]
+        return max(candidates, key=lambda c: c[0])[1] if candidates else None
+
+
+def _show(path: bytes) -> str:
+    return repr(path.decode("utf-8", "replace"))[:200]
