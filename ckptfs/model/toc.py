@@ -4,10 +4,11 @@ A file's bytes are `Extent`s, each a window into a `Chunk`. A chunk is what is f
 one. Gaps between extents are holes and read as zeros.
 """
 
+import bisect
 import hashlib
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _NO_XATTRS: Mapping[bytes, bytes] = {}
 
@@ -65,7 +66,7 @@ class Inode:
     mtime_ns: int = 0
     rdev: int = 0
     target: bytes = b""
-    xattrs: Mapping[bytes, bytes] = _NO_XATTRS
+    xattrs: Mapping[bytes, bytes] = field(default_factory=lambda: _NO_XATTRS)
     extents: Sequence[Extent] = ()
     ino: int = 0
     nlink: int = 1
@@ -92,14 +93,28 @@ class Entry:
     link: bytes | None = None
 
 
+def overlapping(extents: Sequence[Extent], offset: int, length: int) -> Iterator[Extent]:
+    """The extents that overlap file bytes [offset, offset + length), whole."""
+    end = offset + length
+    for index in range(max(bisect.bisect_right(extents, offset, key=_start) - 1, 0), len(extents)):
+        extent = extents[index]
+        if extent.start >= end:
+            return
+        if extent.start + extent.length > offset:
+            yield extent
+
+
 def slice_extents(extents: Sequence[Extent], offset: int, length: int) -> Iterator[Extent]:
     """The part [offset, offset + length) of a file as extents of a file of its own, starting at 0.
 
     This is how a member of a tar inside an image becomes a file without being copied.
     """
     end = offset + length
-    for extent in extents:
+    for extent in overlapping(extents, offset, length):
         lo = max(extent.start, offset)
         hi = min(extent.start + extent.length, end)
-        if lo < hi:
-            yield Extent(lo - offset, hi - lo, extent.chunk, extent.skip + lo - extent.start)
+        yield Extent(lo - offset, hi - lo, extent.chunk, extent.skip + lo - extent.start)
+
+
+def _start(extent: Extent) -> int:
+    return extent.start

@@ -1,0 +1,56 @@
+"""Extents of a large file without an object for each: columns of numbers and digests, objects made when asked for.
+
+A pages file of 4 GiB has 262 144 chunks; as objects they are 100 MB, as columns 15 MB. Used by the layer writer and
+model/index.py; readers see an ordinary sequence of Extent.
+"""
+
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import overload
+
+from ckptfs.model.toc import Chunk, Extent
+
+_DIGEST = 32
+
+
+class PackedExtents(Sequence[Extent]):
+    """Extents that are whole chunks with digests, in file order. Rows are appended, never changed."""
+
+    __slots__ = ("_digests", "_lengths", "_offsets", "_sizes", "_starts", "layer")
+
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+        self._starts = array("Q")
+        self._lengths = array("I")
+        self._offsets = array("Q")
+        self._sizes = array("I")
+        self._digests = bytearray()
+
+    def append(self, start: int, length: int, offset: int, size: int, digest: bytes) -> None:
+        """File bytes [start, start + length) are the blob's frame [offset, offset + size), with this sha256 decoded."""
+        self._starts.append(start)
+        self._lengths.append(length)
+        self._offsets.append(offset)
+        self._sizes.append(size)
+        self._digests += digest
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, index: int) -> Extent: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Extent]: ...
+    def __getitem__(self, index: int | slice) -> Extent | list[Extent]:
+        if isinstance(index, slice):
+            return [self._row(i) for i in range(*index.indices(len(self)))]
+        return self._row(range(len(self))[index])
+
+    def __iter__(self) -> Iterator[Extent]:
+        return map(self._row, range(len(self)))
+
+    def _row(self, i: int) -> Extent:
+        digest = bytes(self._digests[_DIGEST * i : _DIGEST * (i + 1)])
+        length = self._lengths[i]
+        chunk = Chunk(digest, self.layer, self._offsets[i], self._sizes[i], length, digest)
+        return Extent(self._starts[i], length, chunk)
