@@ -3,43 +3,31 @@
 A new format is one module and one line in `FORMATS`.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Literal, Protocol
-
-from ckptfs.model.blob import Blob
+from ckptfs.errors import FormatError
+from ckptfs.layers.gzip import GzipFormat
+from ckptfs.layers.media_types import is_encrypted
+from ckptfs.layers.protocols import Emit, Layer, LayerFormat, Verification
+from ckptfs.layers.tar import TarFormat
+from ckptfs.layers.zstd import ZstdFormat
 from ckptfs.model.oci import Descriptor
-from ckptfs.model.toc import Chunk, Entry
 
-Verification = Literal["chunk", "transport"]
+__all__ = ["FORMATS", "Emit", "Layer", "LayerFormat", "Verification", "select_format"]
 
-# Hands over a decoded chunk that came along while scanning. May block (back-pressure) and may raise to stop the scan.
-Emit = Callable[[Chunk, bytes], None]
-
-
-class Layer(Protocol):
-    """One opened layer. `scan` runs in one thread; `decode` in several at once."""
-
-    format: str
-    verification: Verification
-    # True: chunks cannot be fetched one by one, they only come out of `scan`, front to back.
-    sequential: bool
-
-    def scan(self, emit: Emit) -> Iterator[Entry]:
-        """The layer's entries in archive order, each as soon as it is known; ends when the layer is understood.
-
-        A sequential layer emits every chunk of its stream, in order, and ends after the last one, when the digest of
-        the whole blob has been checked (IntegrityError otherwise).
-        """
-
-    def decode(self, chunk: Chunk, data: memoryview) -> bytes | memoryview:
-        """The chunk's bytes out of its encoded ones; checked against its digest where it has one."""
+# The first that matches reads the layer: those with a table of contents come before the streams that they also are.
+FORMATS: tuple[LayerFormat, ...] = (GzipFormat(), ZstdFormat(), TarFormat())
 
 
-class LayerFormat(Protocol):
-    name: str
-
-    def matches(self, descriptor: Descriptor) -> bool:
-        """Whether this format reads such a layer, judged by media type and annotations alone."""
-
-    def open(self, blob: Blob, layer: int) -> Layer:
-        """`layer` is what the chunks' `layer` field will say. Does no I/O."""
+def select_format(descriptor: Descriptor) -> LayerFormat:
+    """The format that reads such a layer; FormatError that names the media type when there is none."""
+    if is_encrypted(descriptor.media_type):
+        raise FormatError(
+            f"layer {descriptor.digest} is encrypted ({descriptor.media_type})",
+            hint="decrypt it with a copy of the image, skopeo copy --decryption-key",
+        )
+    for candidate in FORMATS:
+        if candidate.matches(descriptor):
+            return candidate
+    raise FormatError(
+        f"layer {descriptor.digest} has the media type {descriptor.media_type}, which is not a tar",
+        hint="ckptfs reads OCI and Docker layers: tar, tar+gzip, tar+zstd, zstd:chunked and eStargz",
+    )

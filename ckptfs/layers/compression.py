@@ -1,0 +1,168 @@
+"""gzip and zstd: streams cut to a grid, and single chunks, all of bounded size.
+
+Owns the two libraries (zlib-ng, zstandard): their errors do not leave this module. Streams raise FormatError, chunks
+IntegrityError (see `Layer.decode`). Any thread may call the chunk functions.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import IO, Literal, cast
+
+import zstandard
+from zlib_ng import zlib_ng
+
+from ckptfs.errors import FormatError, IntegrityError, LimitExceeded
+from ckptfs.settings import KiB, Limits
+
+Bytes = bytes | memoryview
+Decompress = Callable[[Iterator[Bytes], int, Limits], Iterator[bytes]]
+
+_GZIP = b"\x1f\x8b"
+_ZSTD = b"\x28\xb5\x2f\xfd"
+_ZSTD_SKIPPABLE = b"\x2a\x4d\x18"  # behind a byte of 0x50 to 0x5f
+_WBITS_GZIP = 31
+_ZlibError: type[Exception] = zlib_ng.error  # type: ignore[assignment]  # its stub says that this is an instance
+# zlib-ng copies what it could not use out of its input on every call: small inputs make small copies.
+_INFLATE_STEP = 64 * KiB
+
+
+def sniff(head: Bytes) -> Literal["none", "gzip", "zstd"]:
+    """What bytes are compressed with, by their magic number; six are enough. FormatError for xz and bzip2."""
+    start = bytes(head[:6])
+    if start.startswith(_GZIP):
+        return "gzip"
+    if start.startswith(_ZSTD) or (start[1:4] == _ZSTD_SKIPPABLE and start[0] & 0xF0 == 0x50):
+        return "zstd"
+    for magic, name in ((b"\xfd7zXZ\0", "xz"), (b"BZh", "bzip2")):
+        if start.startswith(magic):
+            raise FormatError(f"the layer is compressed with {name}", hint="push it again as gzip, zstd or plain tar")
+    return "none"
+
+
+def copied(pieces: Iterator[Bytes], unit: int, limits: Limits) -> Iterator[bytes]:
+    """The bytes themselves, cut to `unit`; the last piece is shorter."""
+    held = bytearray()
+    for piece in pieces:
+        held += piece
+        while len(held) >= unit:
+            yield bytes(held[:unit])
+            del held[:unit]
+    if held:
+        yield bytes(held)
+
+
+def gunzipped(pieces: Iterator[Bytes], unit: int, limits: Limits) -> Iterator[bytes]:
+    """All members of a gzip stream, cut to `unit`. What follows the last member is ignored, as by gzip(1)."""
+    parts: list[bytes] = []
+    missing = unit
+    inflater = None
+    rest = b""  # the first byte of what may be the next member's magic number
+    for piece in pieces:
+        view = memoryview(piece)
+        for low in range(0, len(view), _INFLATE_STEP):
+            data: Bytes = view[low : low + _INFLATE_STEP]
+            while True:
+                if inflater is None:
+                    data = rest + bytes(data) if rest else bytes(data).lstrip(b"\0")
+                    if len(data) < len(_GZIP):
+                        rest = data
+                        break
+                    rest = b""
+                    if not data.startswith(_GZIP):
+                        if parts:
+                            yield b"".join(parts)
+                        return
+                    inflater = zlib_ng.decompressobj(wbits=_WBITS_GZIP)
+                asked = missing
+                try:
+                    part = inflater.decompress(data, asked)
+                except _ZlibError as error:
+                    raise FormatError(f"the gzip stream is damaged ({error})") from None
+                if part:
+                    parts.append(part)
+                    missing -= len(part)
+                if not missing:
+                    yield parts[0] if len(parts) == 1 else b"".join(parts)
+                    parts.clear()
+                    missing = unit
+                if inflater.eof:
+                    data, inflater = inflater.unused_data, None
+                    continue
+                data = inflater.unconsumed_tail
+                if not data and len(part) < asked:
+                    break
+    if inflater is not None:
+        raise FormatError("the gzip stream is cut off")
+    if parts:
+        yield b"".join(parts)
+
+
+def unzstd(pieces: Iterator[Bytes], unit: int, limits: Limits) -> Iterator[bytes]:
+    """All frames of a zstd stream, cut to `unit`; skippable frames are skipped."""
+    decompressor = zstandard.ZstdDecompressor(max_window_size=limits.zstd_window_bytes)
+    try:
+        with decompressor.stream_reader(cast("IO[bytes]", _Pieces(pieces)), read_across_frames=True) as reader:
+            while data := reader.read(unit):
+                yield data
+    except zstandard.ZstdError as error:
+        raise _zstd_error(error) from None
+
+
+class _Pieces:
+    """What zstandard wants to read from: `read` may give more or less than asked, b"" at the end."""
+
+    def __init__(self, pieces: Iterator[Bytes]) -> None:
+        self._pieces = pieces
+
+    def read(self, _size: int) -> Bytes:
+        return next(self._pieces, b"")
+
+
+def _zstd_error(error: zstandard.ZstdError) -> FormatError:
+    if "too much memory" in str(error):
+        return LimitExceeded("the zstd stream asks for a larger window than ckptfs accepts")
+    return FormatError(f"the zstd stream is damaged ({error})")
+
+
+DECOMPRESS: dict[str, Decompress] = {"none": copied, "gzip": gunzipped, "zstd": unzstd}
+
+
+# Chunks.
+
+_local = threading.local()
+
+
+def unzstd_chunk(data: Bytes, length: int, limits: Limits) -> Bytes:
+    """The first `length` bytes that the frames in `data` hold; what follows is not looked at."""
+    decompressor = getattr(_local, "decompressor", None)
+    if decompressor is None:  # one for each thread: they are not thread-safe
+        decompressor = zstandard.ZstdDecompressor(max_window_size=limits.zstd_window_bytes)
+        _local.decompressor = decompressor
+    try:
+        declared = zstandard.frame_content_size(data)
+        if declared == length:
+            return bytes(decompressor.decompress(data))
+        if declared > length:
+            raise IntegrityError(f"a zstd frame holds {declared} bytes, its chunk has {length}")
+        # Several frames, or one that does not tell its size.
+        out = bytearray(length)
+        view = memoryview(out)
+        with decompressor.stream_reader(data, read_across_frames=True) as reader:
+            while view and (count := reader.readinto(view)):
+                view = view[count:]
+    except zstandard.ZstdError as error:
+        raise IntegrityError(f"a zstd chunk does not decompress ({error})") from None
+    if view:
+        raise IntegrityError(f"a zstd chunk ends after {length - len(view)} of {length} bytes")
+    return memoryview(out)
+
+
+def gunzip_chunk(data: Bytes, skip: int, length: int, limits: Limits) -> Bytes:
+    """Bytes [skip, skip + length) of the gzip members in `data`; what follows is not looked at."""
+    try:
+        whole = next(gunzipped(iter((data,)), skip + length, limits), b"")
+    except FormatError as error:
+        raise IntegrityError(f"a chunk does not decompress: {error}") from None
+    if len(whole) < skip + length:
+        raise IntegrityError(f"a gzip chunk ends {skip + length - len(whole)} bytes early")
+    return memoryview(whole)[skip:] if skip else whole

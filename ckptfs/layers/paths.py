@@ -1,0 +1,41 @@
+"""Names out of archives and TOCs made into paths of entries: the one place where a path is judged.
+
+Every format passes every path through `normalise`, once; nobody behind it looks for `..` again.
+"""
+
+from ckptfs.errors import FormatError, LimitExceeded
+from ckptfs.settings import Limits
+
+
+def normalise(name: bytes, limits: Limits) -> bytes:
+    """The path as `Entry.path` wants it: relative, no '.', no empty parts, no trailing slash; b"" is the root.
+
+    Leading slashes are dropped, as tar does. FormatError for '..' and NUL, LimitExceeded for what no Linux file system
+    could hold (NAME_MAX, PATH_MAX, depth).
+    """
+    if len(name) > limits.path_bytes:
+        raise LimitExceeded(f"the path {show(name)} has {len(name)} bytes, more than {limits.path_bytes}")
+    if b"\0" in name:
+        raise FormatError(f"the path {show(name)} contains a NUL")
+    parts = [part for part in name.split(b"/") if part and part != b"."]
+    if b".." in parts:
+        raise FormatError(f"the path {show(name)} leaves the image with '..'")
+    if len(parts) > limits.path_depth:
+        raise LimitExceeded(f"the path {show(name)} is {len(parts)} levels deep, more than {limits.path_depth}")
+    if len(name) > limits.name_bytes and max(map(len, parts), default=0) > limits.name_bytes:
+        raise LimitExceeded(f"the path {show(name)} has a part of more than {limits.name_bytes} bytes")
+    return b"/".join(parts)
+
+
+def symlink_target(target: bytes, path: bytes, limits: Limits) -> bytes:
+    """A symbolic link's text, which is data and never followed here; only readlink(2)'s limits hold."""
+    if b"\0" in target or not target:
+        raise FormatError(f"the symbolic link {show(path)} has an empty target or one with a NUL")
+    if len(target) >= limits.path_bytes:
+        raise LimitExceeded(f"the target of the symbolic link {show(path)} has {len(target)} bytes")
+    return target
+
+
+def show(name: bytes) -> str:
+    """A name for an error message: printable, one line, short."""
+    return repr(name[:80].decode("utf-8", "backslashreplace"))

@@ -1,0 +1,51 @@
+"""What every layer format is to the rest of ckptfs: two protocols and one callback.
+
+Owns no behaviour. Implemented by the modules of this package, used by image/ and engine/.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Literal, Protocol
+
+from ckptfs.model.blob import Blob
+from ckptfs.model.oci import Descriptor
+from ckptfs.model.toc import Chunk, Entry
+
+Verification = Literal["chunk", "transport"]
+
+# Hands over a decoded chunk that came along while scanning. May block (back-pressure) and may raise to stop the scan.
+Emit = Callable[[Chunk, bytes], None]
+
+
+class Layer(Protocol):
+    """One opened layer. `scan` runs in one thread; `decode` in several at once."""
+
+    format: str
+    verification: Verification
+    # True: chunks cannot be fetched one by one, they only come out of `scan`, front to back.
+    sequential: bool
+
+    def scan(self, emit: Emit, *, attempt: int = 0) -> Iterator[Entry]:
+        """The layer's entries in archive order, each as soon as it is known; ends when the layer is understood.
+
+        A sequential layer emits every chunk of its stream, in order, and ends after the last one, when the digest of
+        the whole blob has been checked (IntegrityError otherwise). `attempt` is handed to the Blob: a scan that ended
+        with an IntegrityError can be made again with the next number.
+        """
+
+    def decode(self, chunk: Chunk, data: memoryview) -> bytes | memoryview:
+        """The chunk's bytes out of its encoded ones; checked against its digest where it has one.
+
+        IntegrityError for whatever is wrong with `data`: a flipped bit and a lying encoder look the same from here,
+        and one more try elsewhere tells them apart.
+        """
+
+
+class LayerFormat(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    def matches(self, descriptor: Descriptor) -> bool:
+        """Whether this format reads such a layer, judged by media type and annotations alone."""
+
+    def open(self, blob: Blob, layer: int) -> Layer:
+        """`layer` is what the chunks' `layer` field will say. Does no I/O."""

@@ -1,0 +1,72 @@
+"""Plain tar layers: every byte can be fetched by itself, only the headers have to be found first.
+
+Owns the walk from header to header over the blob. Nothing vouches for a piece of such a layer but the transport.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from ckptfs.errors import FormatError
+from ckptfs.layers.compression import sniff
+from ckptfs.layers.grid import Grid
+from ckptfs.layers.media_types import compression_of
+from ckptfs.layers.protocols import Emit, Verification
+from ckptfs.layers.tar_scanner import TarScanner
+from ckptfs.model.blob import Blob
+from ckptfs.model.oci import Descriptor
+from ckptfs.model.toc import Chunk, Entry
+from ckptfs.settings import Settings
+
+
+@dataclass(frozen=True)
+class TarFormat:
+    settings: Settings = field(default_factory=Settings)
+    name: str = "tar"
+
+    def matches(self, descriptor: Descriptor) -> bool:
+        return compression_of(descriptor.media_type) == "none"
+
+    def open(self, blob: Blob, layer: int) -> "TarLayer":
+        return TarLayer(blob, layer, self.settings)
+
+
+class TarLayer:
+    format = "tar"
+    verification: Verification = "transport"
+    sequential = False
+
+    def __init__(self, blob: Blob, layer: int, settings: Settings) -> None:
+        self._blob = blob
+        self._settings = settings
+        self._grid = Grid(str(blob.descriptor.digest), layer, settings.sizes.grid, blob.size)
+
+    def scan(self, emit: Emit, *, attempt: int = 0) -> Iterator[Entry]:
+        """Reads whole grid chunks only, so that whatever was read for a header is also kept for a reader.
+
+        One chunk first and after each jump; while the files are smaller than the window it doubles, up to the size
+        of one random extent. A payload that reaches more than a window ahead is jumped over.
+        """
+        grid, blob = self._grid, self._blob
+        scanner = TarScanner(grid, self._settings.limits, blob.size)
+        largest = max(grid.unit, self._settings.sizes.random_extent // grid.unit * grid.unit)
+        window = grid.unit
+        while scanner.at < blob.size and not scanner.finished:
+            at = scanner.at
+            data = blob.read_at(at, min(window, blob.size - at), attempt=attempt)
+            if at == 0 and sniff(data) != "none":
+                raise FormatError(
+                    f"the layer is called {blob.descriptor.media_type} and is compressed with {sniff(data)}",
+                    hint="push the image again with a tool that sets the right media type",
+                )
+            yield from scanner.feed(data)
+            for low in range(0, len(data), grid.unit):
+                emit(grid.chunk((at + low) // grid.unit), data[low : low + grid.unit])
+            if scanner.wanted - scanner.at > window:
+                scanner.skip_to(min(scanner.wanted, blob.size) // grid.unit * grid.unit)
+                window = grid.unit
+            else:
+                window = min(2 * window, largest)
+        scanner.close()
+
+    def decode(self, chunk: Chunk, data: memoryview) -> memoryview:
+        return data
