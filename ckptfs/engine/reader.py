@@ -4,10 +4,9 @@
 bytes that the file has there, or raise: a short read inside a file makes CRIU's restorer loop for ever.
 """
 
-import bisect
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import trio
@@ -15,7 +14,7 @@ import trio
 from ckptfs.engine.fetch import Data, Fetcher
 from ckptfs.engine.schedule import Priority
 from ckptfs.errors import IntegrityError
-from ckptfs.model.toc import Chunk, Extent, Inode
+from ckptfs.model.toc import Chunk, Extent, Inode, overlapping
 from ckptfs.settings import KiB, MiB
 
 _SEQUENTIAL = 512 * KiB  # read in one go before running ahead: CRIU's lazy daemon starts over at 64 KiB after a fault
@@ -65,6 +64,8 @@ class Reader:
         """`max_hung`: how many reads may wait for the network at once; further ones queue, metadata stays fast."""
         self.fetcher = fetcher
         self.counters = ReadCounters()
+        self.sequential = trio.Event()  # set once somebody reads a large file from front to back
+        self._answered = trio.Event()
         self._slots = trio.CapacityLimiter(max_hung)
 
     def cached(self, inode: Inode, offset: int, size: int) -> Data | None:
@@ -73,7 +74,7 @@ class Reader:
         if size <= 0:
             return b""
         parts: list[tuple[Extent, Data]] = []
-        for extent in extents_of(inode.extents, offset, size):
+        for extent in overlapping(inode.extents, offset, size):
             data = self.fetcher.lookup(extent.chunk)
             if data is None:
                 return None
@@ -85,7 +86,7 @@ class Reader:
         size = min(size, inode.size - offset)
         if size <= 0:
             return b""
-        extents = list(extents_of(inode.extents, offset, size))
+        extents = list(overlapping(inode.extents, offset, size))
         began = time.monotonic()
         self.counters.waiting += 1
         try:
@@ -97,15 +98,23 @@ class Reader:
                     have[key] = await self.fetcher.get(chunk)
         finally:
             self.counters.waiting -= 1
+            self._answered.set()
+            self._answered = trio.Event()
             self.counters.waits_ms.append((time.monotonic() - began) * 1000)
         parts = [(e, data) for e in extents if (data := have[e.chunk.key]) is not None]
         return _assemble(parts, offset, size)
+
+    async def drained(self) -> None:
+        """Until no read waits for the network."""
+        while self.counters.waiting:
+            await self._answered.wait()
 
     async def serve(self, handle: Handle, offset: int, size: int) -> Data:
         """A read by an open file: `cached` or `read`, counted, and running ahead of a sequential reader."""
         counters = self.counters
         counters.count += 1
         if handle.observe(offset, size):
+            self.sequential.set()
             self._run_ahead(handle, offset + size)
         disk_before = self.fetcher.disk_hits
         data = self.cached(handle.inode, offset, size)
@@ -131,26 +140,10 @@ class Reader:
             self.fetcher.want(chunks_of(handle.inode, start, target - start), Priority.PREFETCH)
 
 
-def extents_of(extents: Sequence[Extent], offset: int, size: int) -> Iterator[Extent]:
-    """The extents that overlap file bytes [offset, offset + size)."""
-    at = max(bisect.bisect_right(extents, offset, key=_start) - 1, 0)
-    end = offset + size
-    for index in range(at, len(extents)):
-        extent = extents[index]
-        if extent.start >= end:
-            return
-        if extent.start + extent.length > offset:
-            yield extent
-
-
 def chunks_of(inode: Inode, offset: int = 0, size: int | None = None) -> Iterator[Chunk]:
     """The chunks that hold a part of a file, in file order; a chunk may come twice."""
-    for extent in extents_of(inode.extents, offset, inode.size if size is None else size):
+    for extent in overlapping(inode.extents, offset, inode.size if size is None else size):
         yield extent.chunk
-
-
-def _start(extent: Extent) -> int:
-    return extent.start
 
 
 def _assemble(parts: list[tuple[Extent, Data]], offset: int, size: int) -> Data:

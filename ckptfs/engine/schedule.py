@@ -84,7 +84,7 @@ class Scheduler:
         return len(self._queues[priority])
 
     def next_job(self) -> Job | None:
-        """The job to start now, None when nothing is queued or enough is under way; the caller notes it in `running`."""
+        """The job to start now, None when nothing is queued or enough is under way; the caller adds it to `running`."""
         jobs = self.sizes.jobs
         if len(self.running) >= 2 * jobs:
             return None

@@ -92,19 +92,17 @@ class Tree:
         """The layer is complete. FormatError when it has hard links to files that do not exist."""
         self._open.pop(rank, None)
         self._parent_path = None
-        awaited = self._awaited.get(rank)
-        if awaited:
-            for target in list(awaited):
-                inode = self._find_below(target, rank)
+        for waiting in sorted(self._awaited):  # links of higher ranks may have waited for this one
+            for target in list(self._awaited[waiting]):
+                inode = self._find_below(target, waiting)
                 if inode is not None:
-                    self._place(target, inode, rank, alias=True)
-        if self._awaited.get(rank) and not any(r < rank for r in self._open):
-            links = self._awaited.pop(rank)
-            target, names = next(iter(links.items()))
-            raise FormatError(
-                f"hard link {_show(names[0])} points to {_show(target)}, which the image does not have",
-                hint="the layer is damaged: push the image again",
-            )
+                    self._place(target, inode, waiting, alias=True)
+            if self._awaited[waiting] and not any(r <= waiting for r in self._open):
+                target, names = next(iter(self._awaited.pop(waiting).items()))
+                raise FormatError(
+                    f"hard link {_show(names[0])} points to {_show(target)}, which the image does not have",
+                    hint="the layer is damaged: push the image again",
+                )
         if not self._open:
             self._losers.clear()
 
@@ -208,7 +206,7 @@ class Tree:
             self._show(node, inode, rank)
         else:  # a higher rank has a directory here; it keeps only what is not below this file
             self._losers[rank, path] = inode
-            self._hide_below(node, rank)
+            self._hide_below(node, rank, own=True)
         node.claim = max(node.claim, rank)
 
     def _whiteout(self, parent_path: bytes, name: bytes, rank: int) -> None:
@@ -247,10 +245,10 @@ class Tree:
                     continue
                 child.hide = max(child.hide, rank)
                 if child.inode is not None and child.inode.is_dir:
-                    if 0 < child.rank < rank:
+                    if 0 < child.rank < rank or (own and child.rank == rank):
                         self._imply(child)
                     stack.append(child)
-        if 0 < node.rank < rank and node.inode is not None and node.inode.is_dir and node.claim >= rank:
+        if 0 < node.rank < rank + own and node.inode is not None and node.inode.is_dir and node.claim >= rank:
             self._imply(node)
 
     def _drop(self, node: Node) -> None:

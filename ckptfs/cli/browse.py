@@ -1,0 +1,214 @@
+"""ckptfs ls, cat and cp: the image without a mount and without root."""
+
+import json
+import os
+import stat
+import sys
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ckptfs.cli.options import configure_logging, make_settings, reference_argument, registry_options
+from ckptfs.model.oci import Reference
+from ckptfs.settings import default_cache_dir
+
+T = TypeVar("T")
+
+_view = click.option(
+    "--view", type=click.Choice(["checkpoint", "raw", "rootfs"]), default="checkpoint", show_default=True
+)
+_offline = click.option("--offline", is_flag=True, help="Send nothing; use only what the node's cache has.")
+
+
+@click.command()
+@reference_argument
+@click.argument("path", default="/")
+@click.option("-l", "--long", "long", is_flag=True, help="Modes, owners, sizes and times.")
+@click.option("-R", "--recursive", is_flag=True, help="Everything below as well.")
+@click.option("--json", "as_json", is_flag=True, help="A list of objects.")
+@_view
+@_offline
+@registry_options
+def ls(reference: Reference, path: str, long: bool, recursive: bool, as_json: bool, **options: Any) -> None:
+    """List a directory of the image.
+
+    \b
+    ckptfs ls localhost:5000/counter:1 checkpoint -l
+    """
+
+    async def work(image: Any) -> list[dict[str, Any]]:
+        node = await _find(image, path)
+        if not node.inode.is_dir:
+            return [_facts(node, node.name)]
+        found, pending = [], [(node, b"")]
+        while pending:
+            directory, prefix = pending.pop()
+            for child in await image.listing(directory):
+                name = prefix + child.name
+                found.append(_facts(child, name))
+                if recursive and child.inode.is_dir:
+                    pending.append((child, name + b"/"))
+        return sorted(found, key=lambda facts: str(facts["name"]))
+
+    entries = _with_image(reference, work, **options)
+    if as_json:
+        click.echo(json.dumps(entries, indent=2))
+        return
+    for entry in entries:
+        tail = f" -> {entry['link']}" if "link" in entry else ""
+        if long:
+            when = datetime.fromtimestamp(entry["mtime"], UTC).strftime("%Y-%m-%d %H:%M")
+            head = f"{entry['mode']} {entry['uid']:>5} {entry['gid']:>5} {entry['size']:>12} {when}"
+            click.echo(f"{head} {entry['name']}{tail}")
+        else:
+            click.echo(entry["name"] + ("/" if entry["type"] == "dir" else ""))
+
+
+@click.command()
+@reference_argument
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True)
+@_view
+@_offline
+@registry_options
+def cat(reference: Reference, paths: tuple[str, ...], **options: Any) -> None:
+    """Write files of the image to standard output.
+
+    \b
+    ckptfs cat localhost:5000/counter:1 config.dump | jq .name
+    """
+
+    async def work(image: Any) -> None:
+        for path in paths:
+            node = await _find(image, path)
+            await _copy(image, node, path, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+
+    _with_image(reference, work, **options)
+
+
+@click.command()
+@reference_argument
+@click.argument("path")
+@click.argument("target", type=click.Path(path_type=Path))
+@_view
+@_offline
+@registry_options
+def cp(reference: Reference, path: str, target: Path, **options: Any) -> None:
+    """Copy a file, or a directory with all below it, out of the image.
+
+    Times and permission bits are kept, owners only for root; devices, pipes and set-user-id bits are left out.
+
+    \b
+    ckptfs cp localhost:5000/counter:1 checkpoint ./checkpoint
+    """
+
+    async def work(image: Any) -> None:
+        from ckptfs.errors import UsageError
+
+        node = await _find(image, path)
+        into = target
+        if target.is_dir() and node.name:
+            into = target / os.fsdecode(node.name)
+        if os.path.lexists(into):
+            raise UsageError(f"{into} exists", hint="name a path that does not")
+        await _export(image, node, into, path)
+
+    _with_image(reference, work, **options)
+
+
+def _with_image(reference: Reference, work: Callable[[Any], Awaitable[T]], **options: Any) -> T:
+    """Open the image, nothing fetched ahead, run `work(image)`."""
+    configure_logging(options["verbose"], options["quiet"])
+    import trio
+
+    from ckptfs.daemon import only_error
+    from ckptfs.engine.cache import ChunkCache
+    from ckptfs.image import ImageOptions, open_image
+    from ckptfs.sources import open_source
+    from ckptfs.telemetry import NetworkCounters
+
+    settings = make_settings(options["cache_size"], options["memory"])
+    counters = NetworkCounters()
+    source = open_source(reference, settings=settings, counters=counters, plain_http=options["plain_http"])
+    cache = ChunkCache.open(options["cache_dir"] or default_cache_dir(), size=settings.sizes.disk_cache)
+
+    async def run() -> T:
+        wanted = ImageOptions(
+            view=options["view"], offline=options["offline"], prefetch=False, background=False, settings=settings
+        )
+        async with open_image(source, cache, wanted, counters) as image:
+            await image.ready()
+            return await work(image)
+
+    try:
+        return trio.run(run)
+    except BaseExceptionGroup as group:
+        raise only_error(group) from None
+    finally:
+        cache.close()
+
+
+async def _find(image: Any, path: str) -> Any:
+    from ckptfs.errors import NotFoundError
+
+    relative = b"/".join(part for part in os.fsencode(path).split(b"/") if part not in (b"", b"."))
+    node = await image.find(relative)
+    if node is None:
+        raise NotFoundError(f"the image has no {path}", hint="`ckptfs ls REF` shows what it has")
+    return node
+
+
+async def _copy(image: Any, node: Any, path: str, out: Any) -> None:
+    from ckptfs.errors import UsageError
+    from ckptfs.settings import MiB
+
+    if not node.inode.is_file:
+        raise UsageError(f"{path} is not a regular file")
+    handle = image.open(node.inode)
+    offset = 0
+    while offset < node.inode.size:
+        data = await image.reader.serve(handle, offset, MiB)
+        out.write(data)
+        offset += len(data)
+
+
+async def _export(image: Any, node: Any, target: Path, path: str) -> None:
+    inode = node.inode
+    if inode.is_dir:
+        target.mkdir(mode=0o700)
+        for child in await image.listing(node):
+            await _export(image, child, target / os.fsdecode(child.name), f"{path}/{os.fsdecode(child.name)}")
+    elif stat.S_ISLNK(inode.mode):
+        os.symlink(inode.target, target)
+        return
+    elif inode.is_file:
+        with open(target, "xb") as out:
+            await _copy(image, node, path, out)
+    else:
+        click.echo(f"left out: {path} (a device or a pipe)", err=True)
+        return
+    if os.geteuid() == 0:
+        os.chown(target, inode.uid, inode.gid)
+    os.chmod(target, stat.S_IMODE(inode.mode) & 0o1777)
+    os.utime(target, ns=(inode.mtime_ns, inode.mtime_ns))
+
+
+def _facts(node: Any, name: bytes) -> dict[str, Any]:
+    inode = node.inode
+    kinds = {stat.S_IFDIR: "dir", stat.S_IFREG: "file", stat.S_IFLNK: "symlink", stat.S_IFCHR: "char"}
+    kinds |= {stat.S_IFBLK: "block", stat.S_IFIFO: "fifo", stat.S_IFSOCK: "socket"}
+    facts = {
+        "name": os.fsdecode(name),
+        "type": kinds.get(stat.S_IFMT(inode.mode), "?"),
+        "mode": stat.filemode(inode.mode),
+        "uid": inode.uid,
+        "gid": inode.gid,
+        "size": inode.size,
+        "mtime": inode.mtime_ns // 1_000_000_000,
+    }
+    if stat.S_ISLNK(inode.mode):
+        facts["link"] = os.fsdecode(inode.target)
+    return facts

@@ -1,0 +1,106 @@
+"""ckptfs mount."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from ckptfs.cli.options import configure_logging, deadline, make_settings, reference_argument, registry_options
+from ckptfs.model.oci import Reference
+from ckptfs.settings import default_cache_dir
+
+
+@click.command()
+@reference_argument
+@click.argument("directory", metavar="DIR", type=click.Path())
+@click.option("-f", "--foreground", is_flag=True, help="Stay; end with Ctrl-C or `ckptfs umount`.")
+@click.option(
+    "--view",
+    type=click.Choice(["checkpoint", "raw", "rootfs"]),
+    default="checkpoint",
+    show_default=True,
+    help="checkpoint: the same tree whatever the producer; raw: exactly the image; rootfs: the container's root.",
+)
+@click.option("--offline", is_flag=True, help="Send nothing; what the node's cache lacks is an I/O error.")
+@click.option("--ephemeral", is_flag=True, help="Keep nothing: a private cache that is removed at the end.")
+@click.option(
+    "--verify",
+    type=click.Choice(["auto", "strict"]),
+    default="auto",
+    show_default=True,
+    help="strict refuses layers that cannot be verified chunk by chunk.",
+)
+@click.option("--prefetch", type=click.Choice(["auto", "none"]), default="auto", show_default=True)
+@click.option(
+    "--background-fetch/--no-background-fetch",
+    default=True,
+    help="Fetch the rest of the image when nobody waits for anything else. [default: on]",
+)
+@click.option("--record", type=click.Path(path_type=Path, dir_okay=False), help="Write every read to FILE.")
+@click.option(
+    "--stats", type=click.Path(path_type=Path, dir_okay=False), help="Write the last status to FILE at the end."
+)
+@click.option("--read-deadline", default="60", show_default=True, help="Seconds until a read gets EIO, or `hard`.")
+@click.option("--allow-other", is_flag=True, help="Let other users in; modes and owners are those of the image.")
+@click.option("--json", "as_json", is_flag=True, help="Print the mount's status as JSON.")
+@registry_options
+def mount(
+    reference: Reference,
+    directory: str,
+    foreground: bool,
+    view: Literal["checkpoint", "raw", "rootfs"],
+    offline: bool,
+    ephemeral: bool,
+    verify: str,
+    prefetch: str,
+    background_fetch: bool,
+    record: Path | None,
+    stats: Path | None,
+    read_deadline: str,
+    allow_other: bool,
+    as_json: bool,
+    plain_http: bool,
+    cache_dir: Path | None,
+    cache_size: int | None,
+    memory: int | None,
+    verbose: int,
+    quiet: bool,
+) -> None:
+    """Show the image REF as the directory DIR, and fetch only what is read.
+
+    Returns once a read works and leaves a daemon behind, which `ckptfs umount DIR` ends.
+
+    \b
+    ckptfs mount localhost:5000/counter:1 /mnt/ckpt
+    criu restore -D /mnt/ckpt/checkpoint -W /var/tmp/work --lazy-pages
+    ckptfs mount oci:/srv/images/counter:latest /mnt/ckpt --view raw --foreground
+    """
+    configure_logging(verbose, quiet)
+    from ckptfs import mounting
+
+    request = mounting.MountRequest(
+        reference=reference,
+        mountpoint=directory,
+        view=view,
+        cache_dir=cache_dir or default_cache_dir(),
+        offline=offline,
+        ephemeral=ephemeral,
+        strict=verify == "strict",
+        prefetch=prefetch == "auto",
+        background=background_fetch and not offline,
+        allow_other=allow_other,
+        plain_http=plain_http,
+        record=record.absolute() if record else None,
+        stats=stats.absolute() if stats else None,
+        settings=make_settings(cache_size, memory, deadline(read_deadline)),
+    )
+    if foreground:
+        mounting.mount_foreground(request)
+        return
+    status = mounting.mount(request)
+    if as_json:
+        click.echo(json.dumps(status))
+    elif not quiet and sys.stdout.isatty():
+        click.echo(f"{reference} is mounted on {status['mountpoint']} ({status['ready_ms']:.0f} ms)")

@@ -1,0 +1,21 @@
+"""ckptfs umount."""
+
+import click
+
+from ckptfs.cli.options import configure_logging, verbosity_options
+
+
+@click.command()
+@click.argument("directories", metavar="DIR...", nargs=-1, required=True, type=click.Path())
+@verbosity_options
+def umount(directories: tuple[str, ...], verbose: int, quiet: bool) -> None:
+    """Stop the daemon of a mount and unmount; mends a mount whose daemon is dead.
+
+    \b
+    ckptfs umount /mnt/ckpt
+    """
+    configure_logging(verbose, quiet)
+    from ckptfs import mounting
+
+    for directory in directories:
+        mounting.umount(directory)

@@ -1,0 +1,147 @@
+"""The process that keeps a mount: image, FUSE session and control socket under one roof, until one of them ends."""
+
+import json
+import logging
+import os
+import time
+from contextlib import suppress
+from typing import Any
+
+import trio
+
+from ckptfs import __version__
+from ckptfs.control import ControlServer, MountFiles, write_state
+from ckptfs.engine.cache import ChunkCache
+from ckptfs.errors import CkptfsError
+from ckptfs.fuse.mount import MountSession, mount_options
+from ckptfs.fuse.operations import Operations
+from ckptfs.image import ImageOptions, OpenImage, open_image
+from ckptfs.mounting import MountRequest
+from ckptfs.sources import Source
+from ckptfs.telemetry import NetworkCounters
+
+log = logging.getLogger(__name__)
+
+
+def run(
+    request: MountRequest,
+    source: Source,
+    counters: NetworkCounters,
+    mountpoint: str,
+    files: MountFiles,
+    writer: int | None,
+) -> None:
+    """Serve until unmounted. The parent waits at the pipe `writer` for the first status; None in foreground."""
+    cache = ChunkCache.open(request.cache_dir, size=request.settings.sizes.disk_cache, ephemeral=request.ephemeral)
+    try:
+        trio.run(_serve, request, source, counters, cache, mountpoint, files, writer)
+    except BaseExceptionGroup as group:
+        raise only_error(group) from None
+    finally:
+        cache.close()
+
+
+async def _serve(
+    request: MountRequest,
+    source: Source,
+    counters: NetworkCounters,
+    cache: ChunkCache,
+    mountpoint: str,
+    files: MountFiles,
+    writer: int | None,
+) -> None:
+    options = ImageOptions(
+        view=request.view,
+        offline=request.offline,
+        strict=request.strict,
+        prefetch=request.prefetch,
+        background=request.background,
+        settings=request.settings,
+    )
+    async with open_image(source, cache, options, counters) as image:
+        await image.ready()
+        operations = Operations(image)
+        session = MountSession(operations, image, mountpoint, request.settings)
+        facts: dict[str, Any] = {}
+
+        def status(_: dict[str, Any]) -> dict[str, Any]:
+            return {**mount_status(image, mountpoint, request), **facts}
+
+        def ready() -> None:
+            now = time.monotonic()
+            facts["ready_ms"] = round((now - request.started) * 1000, 1)
+            facts["round_trips_to_ready"] = counters.round_trips(now)
+            write_state(
+                files, {"mountpoint": mountpoint, "reference": str(image.resolved.reference), "pid": os.getpid()}
+            )
+            log.info("%s is mounted on %s after %.0f ms", image.resolved.reference, mountpoint, facts["ready_ms"])
+            if writer is not None:
+                os.write(writer, json.dumps(status({})).encode() + b"\n")
+                os.close(writer)
+
+        def stop(_: dict[str, Any]) -> dict[str, int]:
+            session.stop()
+            return {"pid": os.getpid()}
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ControlServer(files, {"status": status, "stop": stop}).run)
+            try:
+                await session.run(mount_options(str(request.reference), allow_other=request.allow_other), ready)
+            finally:
+                if request.stats is not None:
+                    with suppress(OSError):
+                        request.stats.write_text(json.dumps(status({}), indent=2) + "\n")
+                nursery.cancel_scope.cancel()
+
+
+def mount_status(image: OpenImage, mountpoint: str, request: MountRequest) -> dict[str, Any]:
+    """The fields that product documentation names; names and meanings are stable."""
+    network, reads, fetcher = image.counters, image.reader.counters, image.fetcher
+    cached = image.cached_bytes()
+    return {
+        "version": __version__,
+        "mountpoint": mountpoint,
+        "reference": str(request.reference),
+        "digest": str(image.resolved.manifest.digest),
+        "view": request.view,
+        "pid": os.getpid(),
+        "image_bytes": image.image_bytes,
+        "cached_bytes": cached,
+        "complete": cached == image.image_bytes,
+        "network": {
+            "requests": network.requests,
+            "bytes": network.bytes,
+            "retries": network.retries,
+            "errors": network.errors,
+            "in_flight": network.in_flight,
+        },
+        "reads": {
+            "count": reads.count,
+            "bytes": reads.bytes,
+            "memory_hits": reads.memory_hits,
+            "disk_hits": reads.disk_hits,
+            "misses": reads.misses,
+            "waiting": reads.waiting,
+            "wait_ms_p50": reads.wait_ms(0.5),
+            "wait_ms_p99": reads.wait_ms(0.99),
+        },
+        "prefetch": {"bytes": fetcher.prefetched_bytes, "used_bytes": fetcher.prefetched_used},
+        "verify": image.verification,
+        "errors": image.errors[-20:],
+    }
+
+
+def only_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one error that the tasks of a mount ended with: ours before any other."""
+    found = list(_leaves(group))
+    for error in found:
+        if isinstance(error, CkptfsError):
+            return error
+    return found[0]
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    out: list[BaseException] = []
+    for error in group.exceptions:
+        out.extend(_leaves(error) if isinstance(error, BaseExceptionGroup) else [error])
+    return out

@@ -1,0 +1,1 @@
+"""The kernel's side: operations translate, mount.py keeps the mount's life. Only this package knows pyfuse3."""

@@ -1,0 +1,139 @@
+"""The life of a mount: kernel settings, readiness, signals, drain, end.
+
+One mount per process (pyfuse3 has one session). Whatever ends it - a signal, `ckptfs umount`, `umount(8)` - leaves
+nothing mounted and the process exits.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Callable
+
+import pyfuse3
+import trio
+
+from ckptfs.errors import CkptfsError, MountError
+from ckptfs.fuse.mountpoint import detach, mount_at
+from ckptfs.fuse.operations import Operations
+from ckptfs.image import OpenImage
+from ckptfs.settings import Settings
+
+log = logging.getLogger(__name__)
+
+# pyfuse3's default of 99 lets 130 hung reads starve stat for seconds; reads are capped below this by the reader.
+_MAX_TASKS = 4096
+
+
+class MountSession:
+    """A mounted image. `stop` may be called from any task; `run` returns when the mount is gone."""
+
+    def __init__(self, operations: Operations, image: OpenImage, mountpoint: str, settings: Settings) -> None:
+        self.image = image
+        self.mountpoint = mountpoint
+        self._operations = operations
+        self._settings = settings
+        self._stopping = trio.Event()
+
+    async def run(self, options: set[str], on_ready: Callable[[], None]) -> None:
+        """Mount, call `on_ready` once a read has worked, serve until stopped. MountError when it cannot be mounted."""
+        try:
+            pyfuse3.init(self._operations, self.mountpoint, options)
+        except RuntimeError as error:
+            raise MountError(
+                f"{self.mountpoint} cannot be mounted: {error}", hint="are you root, or is fusermount3 installed?"
+            ) from None
+        clean = False
+        try:
+            _tune(self.mountpoint, self._settings)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch_signals)
+                nursery.start_soon(self._end, nursery.cancel_scope)
+                nursery.start_soon(self._announce, on_ready)
+                await pyfuse3.main(max_tasks=_MAX_TASKS)
+                clean = True  # unmounted from outside, or terminated by _end
+                nursery.cancel_scope.cancel()
+        finally:
+            with contextlib.suppress(OSError, RuntimeError):
+                pyfuse3.close(unmount=True)
+            if not clean or mount_at(self.mountpoint) is not None:
+                with contextlib.suppress(MountError):
+                    if (left := mount_at(self.mountpoint)) is not None and left.ours:
+                        detach(self.mountpoint)
+
+    def stop(self) -> None:
+        """Begin to end: no new prefetch, readers that wait get a few seconds."""
+        self._stopping.set()
+
+    async def _announce(self, on_ready: Callable[[], None]) -> None:
+        """A read through the kernel, from a thread: only then others may count on it."""
+        await trio.to_thread.run_sync(_first_read, self.mountpoint, abandon_on_cancel=True)
+        on_ready()
+
+    async def _watch_signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            async for number in signals:
+                if self._stopping.is_set():
+                    log.warning("second signal %d: unmounting at once", number)
+                    with contextlib.suppress(MountError):
+                        detach(self.mountpoint)
+                    os._exit(0)
+                log.info("signal %d: draining", number)
+                self.stop()
+
+    async def _end(self, scope: trio.CancelScope) -> None:
+        await self._stopping.wait()
+        self.image.quiesce()
+        with trio.move_on_after(self._settings.timeouts.drain):
+            await self.image.reader.drained()
+        # First the name goes, then the session: new readers see the empty directory, never a dead mount.
+        with contextlib.suppress(MountError):
+            await trio.to_thread.run_sync(detach, self.mountpoint)
+        pyfuse3.terminate()
+        with trio.move_on_after(1):
+            await trio.sleep_forever()
+        scope.cancel()
+
+
+def mount_options(source: str, *, allow_other: bool) -> set[str]:
+    """Read-only, no devices, no set-user-id; permissions judged by the kernel by the image's modes."""
+    name = source.replace("\\", "\\\\").replace(",", "\\,")
+    options = {f"fsname={name}", "subtype=ckptfs", "ro", "nodev", "nosuid", "default_permissions"}
+    if allow_other:
+        options.add("allow_other")
+    return options
+
+
+def _first_read(mountpoint: str) -> None:
+    os.stat(mountpoint)
+    for path in ("checkpoint/inventory.img", "config.dump"):
+        try:
+            with open(os.path.join(mountpoint, path), "rb", buffering=0) as file:
+                file.read(1)
+            return
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise CkptfsError(f"the first read failed: {error.strerror}") from None
+
+
+def _tune(mountpoint: str, settings: Settings) -> None:
+    """Raise what the kernel reads ahead and sends at once; pyfuse3 has no hook for either.
+
+    Where it is not allowed the mount is slower, not wrong. Read-ahead of 128 KiB makes a plain restore over 20 ms ten
+    times slower than 4 MiB; max_background of 12 caps the reads that are on their way (docs/performance.md).
+    """
+    mount = mount_at(mountpoint)
+    if mount is None:
+        raise MountError(f"{mountpoint} was unmounted while mounting")
+    major, minor = mount.device
+    for path, value in (
+        (f"/sys/class/bdi/{major}:{minor}/read_ahead_kb", settings.sizes.read_ahead // 1024),
+        (f"/sys/fs/fuse/connections/{minor}/max_background", settings.sizes.max_background),
+        (f"/sys/fs/fuse/connections/{minor}/congestion_threshold", settings.sizes.max_background * 3 // 4),
+    ):
+        try:
+            with open(path, "w", encoding="ascii") as file:
+                file.write(str(value))
+        except OSError as error:
+            log.info("%s stays as it is: %s", path, error.strerror)

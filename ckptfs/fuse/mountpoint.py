@@ -1,0 +1,122 @@
+"""Mount points as the kernel sees them: what is mounted where, whether it is ours, whether it is dead.
+
+Reads /proc/self/mountinfo and never touches the file system in question, so a hung or dead mount cannot hang us.
+"""
+
+import ctypes
+import errno
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptfs.errors import MountError
+
+FSTYPE = "fuse.ckptfs"
+_MNT_DETACH = 2  # umount2(2)
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One line of mountinfo (proc_pid_mountinfo(5))."""
+
+    path: str
+    device: tuple[int, int]
+    fstype: str
+    source: str
+    options: frozenset[str]
+
+    @property
+    def ours(self) -> bool:
+        return self.fstype == FSTYPE
+
+
+def mounts() -> list[Mount]:
+    """All mounts of this namespace, the topmost of several on one path last."""
+    found = []
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            left, _, right = line.rstrip("\n").partition(" - ")
+            fields, tail = left.split(" "), right.split(" ")
+            major, _, minor = fields[2].partition(":")
+            options = frozenset(fields[5].split(","))
+            found.append(Mount(_unescape(fields[4]), (int(major), int(minor)), tail[0], _unescape(tail[1]), options))
+    return found
+
+
+def mount_at(path: str) -> Mount | None:
+    """The topmost mount whose mount point is exactly this path."""
+    for mount in reversed(mounts()):
+        if mount.path == path:
+            return mount
+    return None
+
+
+def canonical(path: str | Path) -> str:
+    """Absolute, symlinks resolved in the parents only: the last component may be a dead mount that cannot be asked."""
+    absolute = os.path.abspath(path)
+    parent, name = os.path.split(absolute)
+    resolved = os.path.join(os.path.realpath(parent), name)
+    if mount_at(resolved) is None and os.path.islink(resolved):
+        return os.path.realpath(resolved)
+    return resolved
+
+
+def is_dead(path: str) -> bool:
+    """Whether the daemon of the mount at `path` is gone: the kernel says ENOTCONN without asking anybody."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+    return False
+
+
+def prepare(path: str) -> None:
+    """Make sure that something can be mounted at `path`; detaches a dead mount of ours. MountError otherwise."""
+    mount = mount_at(path)
+    if mount is not None and mount.ours:
+        if not is_dead(path):
+            raise MountError(f"{path} is mounted already", hint=f"run: ckptfs umount {path}")
+        detach(path)
+        mount = mount_at(path)
+    if mount is not None:
+        raise MountError(f"{path} has a {mount.fstype} file system mounted", hint="name an empty directory")
+    try:
+        if not os.path.isdir(path):
+            kind = "is not a directory" if os.path.lexists(path) else "does not exist"
+            raise MountError(f"the mount point {path} {kind}", hint=f"run: mkdir -p {path}")
+        if os.listdir(path):
+            raise MountError(f"the mount point {path} is not empty", hint="name an empty directory")
+    except OSError as error:
+        raise MountError(f"the mount point {path} cannot be used: {error.strerror}") from None
+    if not os.path.exists("/dev/fuse"):
+        raise MountError(
+            "/dev/fuse is missing", hint="load the module: modprobe fuse; in a container give --device /dev/fuse"
+        )
+    if os.geteuid() != 0 and shutil.which("fusermount3") is None:
+        raise MountError("fusermount3 is missing", hint="install the package fuse3, or run as root")
+
+
+def detach(path: str) -> None:
+    """Lazy unmount: the name is free at once, whoever still reads keeps reading."""
+    if os.geteuid() == 0:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.umount2(os.fsencode(path), _MNT_DETACH) == 0:
+            return
+        reason = os.strerror(ctypes.get_errno())
+    else:
+        done = subprocess.run(["fusermount3", "-u", "-z", path], capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return
+        reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"
+    raise MountError(f"{path} cannot be unmounted: {reason}")
+
+
+def _unescape(text: str) -> str:
+    """mountinfo writes space, tab, newline and backslash as three octal digits."""
+    if "\\" not in text:
+        return text
+    for escape, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        text = text.replace(escape, char)
+    return text

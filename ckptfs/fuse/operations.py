@@ -1,0 +1,255 @@
+"""FUSE requests translated into questions to an open image; the one place where errors become errno.
+
+pyfuse3 ends the whole mount on any exception but FUSEError, so every handler goes through `_answers`, which turns a
+CkptfsError into its errno and a bug into one EIO with a traceback in the log. All answers are immutable: the mount is
+pinned to a digest, so the kernel may keep entries, attributes, absences and pages for as long as it likes.
+"""
+
+import errno
+import functools
+import logging
+import os
+import stat
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, cast
+
+import pyfuse3
+
+from ckptfs.engine.reader import Handle
+from ckptfs.errors import CkptfsError
+from ckptfs.image import OpenImage
+from ckptfs.model.toc import Inode
+from ckptfs.model.tree import Node
+
+log = logging.getLogger(__name__)
+
+_FOREVER = 3600.0 * 24 * 365  # seconds; as nydus does: nothing ever changes under a pinned digest
+_QUIET = 60.0  # seconds between two tracebacks of the same place in the log
+_BLOCK = 512
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Handler: TypeAlias = Callable[Concatenate["Operations", P], Coroutine[Any, Any, R]]
+
+
+def _answers(handler: Handler[P, R]) -> Handler[P, R]:
+    """No exception but FUSEError leaves a handler."""
+
+    @functools.wraps(handler)
+    async def answer(self: "Operations", *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return await handler(self, *args, **kwargs)
+        except pyfuse3.FUSEError:
+            raise
+        except CkptfsError as error:
+            self.report(handler.__name__, error)
+            raise pyfuse3.FUSEError(error.errno) from None
+        except Exception as error:
+            self.bug(handler.__name__, error)
+            raise pyfuse3.FUSEError(errno.EIO) from None
+        except BaseExceptionGroup as group:  # trio's nurseries wrap bugs; a cancellation goes on
+            bugs = group.subgroup(Exception)
+            if bugs is None:
+                raise
+            self.bug(handler.__name__, bugs)
+            raise pyfuse3.FUSEError(errno.EIO) from None
+
+    return cast("Handler[P, R]", answer)
+
+
+class Operations(pyfuse3.Operations):
+    """Read-only operations over one image."""
+
+    supports_dot_lookup = True
+    enable_writeback_cache = False
+
+    def __init__(self, image: OpenImage, on_read: Callable[[bytes, int, int], None] | None = None) -> None:
+        """`on_read(path, offset, length)` is told of every read, before it is answered."""
+        super().__init__()
+        self.image = image
+        self._tree = image.tree
+        self._on_read = on_read
+        self._handles: dict[int, Handle] = {}
+        self._listings: dict[int, list[Node]] = {}
+        self._next_handle = 1
+        self._last_bug: dict[str, float] = {}
+        image.changed = self._changed
+
+    # -- names ---------------------------------------------------------------------------------------------------------
+
+    @_answers
+    async def lookup(self, parent: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        directory = self._directory(parent)
+        if name == b".":
+            return self._attributes(self._inode(parent))
+        if name == b"..":
+            up = directory.parent or directory
+            return self._attributes(cast("Inode", up.inode))
+        if len(name) > 255:
+            raise pyfuse3.FUSEError(errno.ENAMETOOLONG)
+        node = await self.image.lookup(directory, name)
+        if node is None or node.inode is None:
+            # Number 0 is a negative entry that the kernel keeps: CRIU asks for a dozen images that do not exist.
+            absent = pyfuse3.EntryAttributes()
+            absent.st_ino = 0
+            absent.entry_timeout = _FOREVER
+            return absent
+        return self._attributes(node.inode)
+
+    @_answers
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        return self._attributes(self._inode(inode))
+
+    @_answers
+    async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
+        found = self._inode(inode)
+        if not stat.S_ISLNK(found.mode):
+            raise pyfuse3.FUSEError(errno.EINVAL)
+        return found.target
+
+    @_answers
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        directory = self._directory(inode)
+        number = self._number()
+        self._listings[number] = await self.image.listing(directory)
+        return number
+
+    @_answers
+    async def readdir(self, handle: int, start: int, token: Any) -> None:
+        listing = self._listings[handle]
+        for position in range(start, len(listing)):
+            node = listing[position]
+            if node.inode is None:
+                continue
+            if not pyfuse3.readdir_reply(token, node.name, self._attributes(node.inode), position + 1):
+                return
+
+    @_answers
+    async def releasedir(self, handle: int) -> None:
+        self._listings.pop(handle, None)
+
+    # -- bytes ---------------------------------------------------------------------------------------------------------
+
+    @_answers
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
+            raise pyfuse3.FUSEError(errno.EROFS)
+        found = self._inode(inode)
+        if not found.is_file:
+            raise pyfuse3.FUSEError(errno.EINVAL)
+        number = self._number()
+        self._handles[number] = self.image.open(found)
+        return pyfuse3.FileInfo(fh=number, keep_cache=True)
+
+    @_answers
+    async def read(self, handle: int, offset: int, size: int) -> bytes:
+        opened = self._handles[handle]
+        if self._on_read is not None:
+            self._on_read(opened.path, offset, size)
+        # pyfuse3 takes any buffer and sends it as it is; a copy into bytes would cost as much as the request.
+        return cast("bytes", await self.image.reader.serve(opened, offset, size))
+
+    @_answers
+    async def flush(self, handle: int) -> None:
+        return None
+
+    @_answers
+    async def release(self, handle: int) -> None:
+        self._handles.pop(handle, None)
+
+    # -- the rest ------------------------------------------------------------------------------------------------------
+
+    @_answers
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        value = self._inode(inode).xattrs.get(name)
+        if value is None:
+            raise pyfuse3.FUSEError(errno.ENODATA)
+        return value
+
+    @_answers
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
+        return list(self._inode(inode).xattrs)
+
+    @_answers
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        out = pyfuse3.StatvfsData()
+        out.f_bsize = out.f_frsize = 4096
+        out.f_blocks = (sum(inode.size for inode in self._tree.inodes.values()) + 4095) // 4096
+        out.f_files = len(self._tree.inodes)
+        out.f_namemax = 255
+        return out
+
+    @_answers
+    async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
+        if mode & os.W_OK:
+            raise pyfuse3.FUSEError(errno.EROFS)
+        return True  # default_permissions: the kernel has judged by mode and owner already
+
+    async def forget(self, inode_list: Any) -> None:
+        """Nothing to free: inodes live as long as the mount."""
+
+    # -- errors --------------------------------------------------------------------------------------------------------
+
+    def report(self, operation: str, error: CkptfsError) -> None:
+        """A failure that the reader sees as errno: once in the log and in the status."""
+        text = str(error)
+        if self._due(text):
+            log.error("%s: %s", operation, text)
+            self.image.errors.append(text)
+            del self.image.errors[:-100]
+
+    def bug(self, operation: str, error: BaseException) -> None:
+        """Ours: the reader gets EIO, the log gets the traceback, the mount lives."""
+        if self._due(operation + type(error).__name__):
+            log.error("%s failed unexpectedly; the request got EIO", operation, exc_info=error)
+            self.image.errors.append(f"internal error in {operation}: {type(error).__name__}")
+
+    def _due(self, what: str) -> bool:
+        now = time.monotonic()
+        if now - self._last_bug.get(what, -_QUIET) < _QUIET:
+            return False
+        self._last_bug[what] = now
+        return True
+
+    # -- translation ---------------------------------------------------------------------------------------------------
+
+    def _number(self) -> int:
+        self._next_handle += 1
+        return self._next_handle
+
+    def _inode(self, number: int) -> Inode:
+        inode = self._tree.inodes.get(number)
+        if inode is None:
+            raise pyfuse3.FUSEError(errno.ESTALE)
+        return inode
+
+    def _directory(self, number: int) -> Node:
+        node = self._tree.directories.get(number)
+        if node is None:
+            raise pyfuse3.FUSEError(errno.ENOTDIR if number in self._tree.inodes else errno.ESTALE)
+        return node
+
+    def _changed(self, parent: int, name: bytes) -> None:
+        """A repeated tar entry replaced what the kernel may know: it asks again."""
+        pyfuse3.invalidate_entry_async(parent, name, ignore_enoent=True)
+
+    def _attributes(self, inode: Inode) -> pyfuse3.EntryAttributes:
+        out = pyfuse3.EntryAttributes()
+        out.st_ino = inode.ino
+        out.generation = 0
+        out.entry_timeout = out.attr_timeout = _FOREVER
+        out.st_mode = inode.mode
+        out.st_nlink = inode.nlink
+        out.st_uid = inode.uid
+        out.st_gid = inode.gid
+        out.st_rdev = inode.rdev
+        out.st_size = len(inode.target) if stat.S_ISLNK(inode.mode) else inode.size
+        out.st_blksize = 4096
+        out.st_blocks = (
+            (sum(e.length for e in inode.extents) + _BLOCK - 1) // _BLOCK
+            if len(inode.extents) < 64
+            else (inode.size + _BLOCK - 1) // _BLOCK
+        )
+        out.st_atime_ns = out.st_mtime_ns = out.st_ctime_ns = inode.mtime_ns
+        return out

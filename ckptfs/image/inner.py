@@ -1,0 +1,63 @@
+"""Files of an image as blobs: so that a tar (or an image) inside an image is read by the code that reads layers."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import trio
+
+from ckptfs.engine.reader import Reader
+from ckptfs.errors import FormatError
+from ckptfs.model.oci import Descriptor, Digest
+from ckptfs.model.toc import Entry, Extent, Inode, slice_extents
+from ckptfs.settings import MiB
+
+
+class InodeBlob:
+    """A Blob over one file of an open image. Its digest names the content's place, not the content.
+
+    Calls come from threads that trio started (layer scans, fetches); each read waits in the event loop as any reader.
+    """
+
+    def __init__(self, reader: Reader, inode: Inode, media_type: str) -> None:
+        self._reader = reader
+        self._inode = inode
+        identity = hashlib.sha256(f"inode/{inode.size}".encode())
+        for extent in inode.extents:
+            identity.update(extent.chunk.key)
+            identity.update(b"%d/%d/%d;" % (extent.start, extent.length, extent.skip))
+        self._descriptor = Descriptor(media_type, Digest("sha256", identity.hexdigest()), inode.size)
+
+    @property
+    def descriptor(self) -> Descriptor:
+        return self._descriptor
+
+    @property
+    def size(self) -> int:
+        return self._inode.size
+
+    def read_at(self, offset: int, length: int, *, attempt: int = 0) -> bytes:
+        if offset + length > self._inode.size:
+            raise FormatError(f"a range ends {offset + length - self._inode.size} bytes past the end of a file")
+        return bytes(trio.from_thread.run(self._reader.read, self._inode, offset, length))
+
+    def stream(self, offset: int, length: int, *, attempt: int = 0) -> Iterator[bytes]:
+        for at in range(offset, offset + length, MiB):
+            yield self.read_at(at, min(MiB, offset + length - at))
+
+
+def within(entry: Entry, outer: Inode, prefix: bytes) -> Entry:
+    """A member of a tar that is the file `outer`, as an entry of the image; its bytes are windows into outer's."""
+    path = prefix + b"/" + entry.path if entry.path else prefix
+    if entry.link is not None:
+        return Entry(path, None, prefix + b"/" + entry.link)
+    inode = entry.inode
+    if inode is not None and inode.extents:
+        inode.extents = tuple(_translate(inode.extents, outer))
+    return Entry(path, inode)
+
+
+def _translate(extents: Sequence[Extent], outer: Inode) -> Iterator[Extent]:
+    for extent in extents:
+        position = extent.chunk.offset + extent.skip
+        for piece in slice_extents(outer.extents, position, extent.length):
+            yield Extent(extent.start + piece.start, piece.length, piece.chunk, piece.skip)

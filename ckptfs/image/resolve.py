@@ -1,0 +1,113 @@
+"""From a reference to a manifest: registry or cache, platform chosen, digest pinned. Runs in a worker thread.
+
+The node's cache remembers manifests by digest and the digest that a tag had, so that a pinned reference needs no
+network, and a tag can still be mounted while its registry is away if the user says `--offline` or everything is here.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Protocol
+
+from ckptfs.errors import FormatError, NotFoundError, UnavailableError
+from ckptfs.model.oci import Digest, Index, Manifest, Reference, parse_document
+from ckptfs.settings import Limits
+from ckptfs.sources import Source
+
+log = logging.getLogger(__name__)
+
+
+class DocumentStore(Protocol):
+    """What is needed of the node's cache for documents (engine/documents.py)."""
+
+    def get_document(self, key: str) -> bytes | None: ...
+    def put_document(self, key: str, data: bytes) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """`reference` is pinned to the digest that the user's reference led to (the index's where there is one)."""
+
+    reference: Reference
+    manifest: Manifest
+    index: Index | None
+    from_cache: bool
+
+
+def resolve(source: Source, documents: DocumentStore, limits: Limits, *, offline: bool = False) -> Resolved:
+    """The image manifest for this machine. UnavailableError when it is neither here nor to be had."""
+    reference = source.reference
+    document, from_cache = _top(source, documents, offline)
+    pinned = reference.pinned(document.digest)
+    index: Index | None = None
+    for _ in range(limits.index_depth):
+        if isinstance(document, Manifest):
+            if len(document.layers) > limits.layers:
+                raise FormatError(f"the image has {len(document.layers)} layers, more than {limits.layers}")
+            return Resolved(pinned, document, index, from_cache)
+        index = index or document
+        chosen = document.select()
+        raw = documents.get_document(_manifest_key(chosen.digest))
+        if raw is None:
+            if offline:
+                raise _not_here(reference)
+            raw = source.fetch(chosen)
+            documents.put_document(_manifest_key(chosen.digest), raw)
+        else:
+            chosen.digest.check(raw, "the cached manifest")
+        document = parse_document(raw, chosen.media_type)
+    raise FormatError(f"the index nests deeper than {limits.index_depth} levels")
+
+
+def _top(source: Source, documents: DocumentStore, offline: bool) -> tuple[Manifest | Index, bool]:
+    reference = source.reference
+    digest = reference.digest
+    if digest is None and offline:
+        digest = _remembered(reference, documents)
+        if digest is None:
+            raise _not_here(reference)
+    if digest is not None:
+        cached = _cached(digest, documents)
+        if cached is not None:
+            return cached, True
+        if offline:
+            raise _not_here(reference)
+    try:
+        document = source.resolve()
+    except UnavailableError as error:
+        digest = _remembered(reference, documents)
+        cached = _cached(digest, documents) if digest is not None else None
+        if cached is None:
+            raise
+        log.warning("%s; going on with %s as it was seen last", error.message, digest)
+        return cached, True
+    documents.put_document(_manifest_key(document.digest), document.raw)
+    if reference.kind == "registry" and reference.digest is None:
+        documents.put_document(_reference_key(reference), str(document.digest).encode())
+    return document, False
+
+
+def _cached(digest: Digest, documents: DocumentStore) -> Manifest | Index | None:
+    raw = documents.get_document(_manifest_key(digest))
+    if raw is None:
+        return None
+    digest.check(raw, "the cached manifest")
+    return parse_document(raw)
+
+
+def _remembered(reference: Reference, documents: DocumentStore) -> Digest | None:
+    raw = documents.get_document(_reference_key(reference))
+    return Digest.parse(raw.decode("ascii", "replace")) if raw is not None else None
+
+
+def _manifest_key(digest: Digest) -> str:
+    return f"manifest/{digest}"
+
+
+def _reference_key(reference: Reference) -> str:
+    return f"reference/{reference}"
+
+
+def _not_here(reference: Reference) -> NotFoundError:
+    return NotFoundError(
+        f"{reference} is not in this node's cache", hint="mount it once without --offline, or name another --cache-dir"
+    )

@@ -1,0 +1,237 @@
+"""`ckptfs mount` and `umount` as a user sees them: the daemon that stays, the parent that waits until a read works.
+
+The parent forks before anything heavy is imported and only listens on a pipe: the child resolves, mounts, reads a byte
+through the kernel and says so. A child that fails says why on the same pipe, and the parent exits with its code.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ckptfs.control import MountFiles, ask, ensure_runtime_dir, known_mounts
+from ckptfs.errors import CkptfsError, MountError, UnavailableError
+from ckptfs.fuse.mountpoint import canonical, detach, mount_at, prepare
+from ckptfs.model.oci import Reference
+from ckptfs.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class MountRequest:
+    """What the command line asked for."""
+
+    reference: Reference
+    mountpoint: str
+    view: Literal["checkpoint", "raw", "rootfs"] = "checkpoint"
+    cache_dir: Path = Path()
+    offline: bool = False
+    ephemeral: bool = False
+    strict: bool = False
+    prefetch: bool = True
+    background: bool = True
+    allow_other: bool = False
+    plain_http: bool = False
+    record: Path | None = None
+    stats: Path | None = None
+    verbosity: int = 0
+    settings: Settings = field(default_factory=Settings)
+    started: float = field(default_factory=lambda: _command_start())  # monotonic seconds
+
+
+def mount(request: MountRequest) -> dict[str, Any]:
+    """Mount in a daemon; returns its first status once a read has worked, raises what kept it from that."""
+    with _Claim(request.mountpoint) as claim:
+        reader, writer = os.pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        child = os.fork()
+        if child == 0:
+            os.close(reader)
+            _become_daemon(claim.files.log)
+            _serve(request, claim, writer)
+        os.close(writer)
+        return _await_daemon(reader, child, request, claim.files)
+
+
+def mount_foreground(request: MountRequest) -> None:
+    """Mount and stay until unmounted or signalled."""
+    with _Claim(request.mountpoint) as claim:
+        _run(request, claim, None)
+
+
+def umount(directory: str) -> None:
+    """Stop the daemon of the mount, or detach a dead mount; MountError when there is no ckptfs mount."""
+    path = canonical(directory)
+    mounted = mount_at(path)
+    files = MountFiles.of(path)
+    if mounted is not None and not mounted.ours:
+        raise MountError(f"{path} is a {mounted.fstype} mount, not one of ckptfs", hint=f"run: umount {path}")
+    try:
+        pid = ask(files, "stop")["pid"]
+    except UnavailableError:
+        if mounted is None:
+            files.remove()
+            raise MountError(f"nothing is mounted on {path}", hint="`ckptfs status` shows the mounts") from None
+        detach(path)
+        files.remove()
+        return
+    # The drain takes up to 5 s (settings); past that the daemon detaches by itself.
+    deadline = time.monotonic() + 15
+    while time.monotonic() < deadline:
+        if not Path(f"/proc/{pid}").exists():
+            return
+        time.sleep(0.01)
+    detach(path)
+
+
+def statuses(directory: str | None) -> list[dict[str, Any]]:
+    """The status of one mount, or of all; a mount whose daemon is gone is told as such."""
+    if directory is not None:
+        path = canonical(directory)
+        files = MountFiles.of(path)
+        if mount_at(path) is None and not files.state.exists():
+            raise MountError(
+                f"nothing is mounted on {path}", hint="`ckptfs status` without a directory shows all mounts"
+            )
+        wanted = [(files, {"mountpoint": path})]
+    else:
+        wanted = list(known_mounts())
+    found = []
+    for files, state in wanted:
+        try:
+            found.append(ask(files, "status"))
+        except UnavailableError:
+            hint = f"dead; run: ckptfs umount {state['mountpoint']}"
+            if mount_at(state["mountpoint"]) is None:
+                files.remove()
+                hint = "gone"
+            if directory is not None:
+                raise UnavailableError(f"the daemon of {state['mountpoint']} is {hint}") from None
+            if hint != "gone":
+                found.append({**state, "state": hint})
+    return found
+
+
+def _command_start() -> float:
+    """When this command was started, on the monotonic clock (proc_pid_stat(5), field 22; steps of 10 ms)."""
+    with open("/proc/self/stat", "rb") as file:
+        ticks = int(file.read().rpartition(b")")[2].split()[19])
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.monotonic() - age
+
+
+class _Claim:
+    """The right to mount on one directory: an flock that the daemon inherits; of several at once one wins."""
+
+    def __init__(self, mountpoint: str) -> None:
+        self.path = canonical(mountpoint)
+        ensure_runtime_dir()
+        self.files = MountFiles.of(self.path)
+        self._fd = -1
+
+    def __enter__(self) -> "_Claim":
+        self._fd = os.open(self.files.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._fd)
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise MountError(f"{self.path} is mounted already", hint=f"run: ckptfs umount {self.path}") from None
+        try:
+            prepare(self.path)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)  # a forked daemon holds its own reference
+
+
+def _become_daemon(log_file: Path) -> None:
+    """A session of its own, no terminal, stderr into the mount's log file."""
+    os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    null = os.open(os.devnull, os.O_RDWR)
+    out = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    os.dup2(null, 0)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    os.close(null)
+    os.close(out)
+    os.chdir("/")
+
+
+def _serve(request: MountRequest, claim: _Claim, writer: int) -> None:
+    """The daemon's whole life; never returns."""
+    code = 0
+    try:
+        _run(request, claim, writer)
+    except CkptfsError as error:
+        code = error.exit_code
+        with contextlib.suppress(OSError):
+            os.write(writer, json.dumps({"error": error.message, "hint": error.hint, "code": code}).encode() + b"\n")
+        log.error("%s", error)
+    except BaseException as error:
+        code = 1
+        log.exception("the daemon ends")
+        with contextlib.suppress(OSError):
+            os.write(writer, json.dumps({"error": f"internal error: {error!r}", "code": 1}).encode() + b"\n")
+    finally:
+        logging.shutdown()
+        os._exit(code)
+
+
+def _await_daemon(reader: int, child: int, request: MountRequest, files: MountFiles) -> dict[str, Any]:
+    with os.fdopen(reader, "rb") as pipe:
+        try:
+            line = pipe.readline()
+        except KeyboardInterrupt:
+            os.kill(child, signal.SIGTERM)
+            os.waitpid(child, 0)
+            raise
+    if not line:
+        _, status = os.waitpid(child, 0)
+        how = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit code {os.WEXITSTATUS(status)}"
+        raise MountError(f"the daemon ended before the mount was ready ({how})", hint=f"see {files.log}")
+    message = json.loads(line)
+    if "error" in message:
+        os.waitpid(child, 0)
+        raise _rebuilt(message)
+    return dict(message)
+
+
+def _rebuilt(message: dict[str, Any]) -> CkptfsError:
+    """The daemon's error with the daemon's exit code."""
+    error = CkptfsError(message["error"], hint=message.get("hint", ""))
+    error.exit_code = message["code"]
+    return error
+
+
+def _run(request: MountRequest, claim: _Claim, writer: int | None) -> None:
+    """Serve the mount in this process. The first request runs while trio, pyfuse3 … are imported (130 ms)."""
+    from ckptfs.sources import open_source
+    from ckptfs.sources.early import EarlySource
+    from ckptfs.telemetry import NetworkCounters
+
+    counters = NetworkCounters()
+    source = open_source(request.reference, settings=request.settings, counters=counters, plain_http=request.plain_http)
+    if not request.offline and request.reference.digest is None:
+        source = EarlySource(source)
+    from ckptfs.daemon import run
+
+    try:
+        run(request, source, counters, claim.path, claim.files, writer)
+    finally:
+        claim.files.remove()

@@ -1,0 +1,199 @@
+"""The merge: ranks, whiteouts, hard links, and that the order of arrival does not matter."""
+
+import itertools
+import stat
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckptfs.errors import FormatError
+from ckptfs.model.toc import Entry, Inode
+from ckptfs.model.tree import Tree
+
+
+def file(path: str, mark: int = 0) -> Entry:
+    return Entry(path.encode(), Inode(stat.S_IFREG | 0o644, size=mark))
+
+
+def directory(path: str, mode: int = 0o755) -> Entry:
+    return Entry(path.encode(), Inode(stat.S_IFDIR | mode))
+
+
+def link(path: str, target: str) -> Entry:
+    return Entry(path.encode(), None, target.encode())
+
+
+def build(*layers: list[Entry], order: tuple[int, ...] | None = None) -> Tree:
+    tree = Tree()
+    for rank in range(1, len(layers) + 1):
+        tree.begin(rank)
+    for rank in order or range(1, len(layers) + 1):
+        tree.add(layers[rank - 1], rank)
+        tree.finish(rank)
+    return tree
+
+
+def shown(tree: Tree) -> dict[str, tuple[str, int, int]]:
+    """path -> (kind, permissions, size as the mark of where it is from)."""
+    out = {}
+    for node in tree.walk():
+        assert node.inode is not None
+        kind = "d" if node.inode.is_dir else "f" if node.inode.is_file else "?"
+        out[node.path.decode()] = (kind, stat.S_IMODE(node.inode.mode), node.inode.size)
+    return out
+
+
+def test_upper_file_wins_in_any_order_of_arrival() -> None:
+    for order in ((1, 2), (2, 1)):
+        tree = build([file("a", 1), file("b", 1)], [file("a", 2)], order=order)
+        assert shown(tree)["a"] == ("f", 0o644, 2)
+        assert shown(tree)["b"] == ("f", 0o644, 1)
+
+
+def test_whiteout_hides_lower_ranks_only() -> None:
+    for order in ((1, 2), (2, 1)):
+        tree = build([file("d/x", 1), file("d/y", 1)], [file("d/.wh.x"), file("d/.wh.z"), file("d/z", 2)], order=order)
+        assert set(shown(tree)) == {"", "d", "d/y", "d/z"}
+
+
+def test_an_addition_wins_over_a_whiteout_of_the_same_layer() -> None:
+    for upper in ([file(".wh.x"), file("x", 2)], [file("x", 2), file(".wh.x")]):
+        assert shown(build([file("x", 1)], upper))["x"] == ("f", 0o644, 2)
+
+
+def test_opaque_directory_hides_what_is_below() -> None:
+    for order in ((1, 2), (2, 1)):
+        tree = build([file("d/x", 1)], [directory("d", 0o700), file("d/.wh..wh..opq"), file("d/y", 2)], order=order)
+        assert shown(tree) == {"": ("d", 0o755, 0), "d": ("d", 0o700, 0), "d/y": ("f", 0o644, 2)}
+
+
+def test_whiteout_of_a_directory_then_a_new_one() -> None:
+    for order in itertools.permutations((1, 2, 3)):
+        tree = build([file("d/old", 1)], [file(".wh.d")], [file("d/new", 3)], order=order)
+        assert set(shown(tree)) == {"", "d", "d/new"}, order
+
+
+def test_file_over_directory_and_back() -> None:
+    for order in itertools.permutations((1, 2, 3)):
+        tree = build([file("d/x", 1)], [file("d", 2)], [file("d/y", 3)], order=order)
+        assert set(shown(tree)) == {"", "d", "d/y"}, order
+
+
+def test_directory_metadata_comes_from_the_highest_that_describes_it() -> None:
+    for order in ((1, 2), (2, 1)):
+        tree = build([directory("d", 0o700)], [file("d/x", 2)], order=order)
+        assert shown(tree)["d"] == ("d", 0o700, 0)
+
+
+def test_hard_links_share_an_inode_and_count() -> None:
+    tree = build([file("a", 1), link("b", "a"), link("c", "b")])
+    nodes = [tree.find(name) for name in (b"a", b"b", b"c")]
+    assert len({node.inode.ino for node in nodes if node is not None and node.inode is not None}) == 1
+    assert nodes[0] is not None and nodes[0].inode is not None and nodes[0].inode.nlink == 3
+
+
+def test_hard_link_to_a_file_that_a_higher_layer_replaces() -> None:
+    for order in ((1, 2), (2, 1)):
+        tree = build([file("a", 1), link("b", "a")], [file("a", 2)], order=order)
+        assert shown(tree)["b"][2] == 1 and shown(tree)["a"][2] == 2
+        b = tree.find(b"b")
+        assert b is not None and b.inode is not None and b.inode.nlink == 1
+
+
+def test_hard_link_across_layers() -> None:
+    for order in ((1, 2), (2, 1)):
+        tree = build([file("a", 1)], [link("b", "a")], order=order)
+        assert shown(tree)["b"][2] == 1, order
+
+
+def test_forward_hard_link_and_long_chains() -> None:
+    chain = [link(f"l{i}", f"l{i + 1}") for i in range(50_000)]
+    tree = build([*chain, file("l50000", 7)])
+    assert shown(tree)["l0"][2] == 7
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [link("a", "a")],
+        [link("a", "b"), link("b", "a")],
+        [link("a", "nowhere")],
+        [directory("d"), link("a", "d")],
+    ],
+    ids=["self", "cycle", "dangling", "to-a-directory"],
+)
+def test_impossible_hard_links(entries: list[Entry]) -> None:
+    with pytest.raises(FormatError):
+        build(entries)
+
+
+def test_repeated_entry_replaces_and_tells() -> None:
+    told: list[tuple[int, bytes]] = []
+    tree = Tree(lambda ino, name: told.append((ino, name)))
+    tree.begin(1)
+    tree.add([file("d/a", 1), file("d/a", 2)], 1)
+    tree.finish(1)
+    assert shown(tree)["d/a"][2] == 2
+    assert told == [(tree.find(b"d").inode.ino, b"a")]  # type: ignore[union-attr]
+
+
+def test_directory_link_counts() -> None:
+    tree = build([directory("d/e"), directory("d/f"), file("d/g")], [file("d/.wh.e")])
+    d = tree.find(b"d")
+    assert d is not None and d.inode is not None and d.inode.nlink == 3
+    assert tree.root.inode is not None and tree.root.inode.nlink == 3
+
+
+def test_settled_says_when_an_answer_can_still_change() -> None:
+    tree = Tree()
+    tree.begin(1)
+    tree.begin(2)
+    tree.add([file("a", 1)], 1)
+    assert not tree.settled(b"a", tree.find(b"a"))  # layer 2 could replace it
+    tree.add([file("b", 2)], 2)
+    assert tree.settled(b"b", tree.find(b"b"))
+    assert not tree.settled(b"c", None)
+    tree.finish(2)
+    assert tree.settled(b"a", tree.find(b"a"))
+    assert not tree.settled(b"c", None)
+    tree.finish(1)
+    assert tree.settled(b"c", None) and tree.complete()
+
+
+def test_a_prefix_only_concerns_its_directory() -> None:
+    tree = Tree()
+    tree.begin(9, b"diff")
+    assert tree.settled(b"other", None) and tree.complete(b"") and not tree.complete(b"diff")
+    assert not tree.settled(b"diff/x", None)
+
+
+_names = st.sampled_from(["a", "b", "c"])
+_paths = st.lists(_names, min_size=1, max_size=3).map("/".join)
+_entries = st.one_of(
+    st.builds(lambda p: ("file", p), _paths),
+    st.builds(lambda p: ("dir", p), _paths),
+    st.builds(lambda p: ("wh", p), _paths),
+    st.builds(lambda p: ("opq", p), _paths),
+)
+
+
+def _make(kind: str, path: str, rank: int) -> Entry:
+    if kind == "file":
+        return file(path, rank)
+    if kind == "dir":
+        return directory(path, 0o700 + rank)
+    head, _, name = path.rpartition("/")
+    prefix = head + "/" if head else ""
+    return file(f"{prefix}.wh.{name}") if kind == "wh" else file(f"{path}/.wh..wh..opq")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.lists(_entries, max_size=5, unique_by=lambda e: e[1]), min_size=2, max_size=3))
+def test_order_of_layers_never_matters(layers: list[list[tuple[str, str]]]) -> None:
+    """Whatever the layers are, reading them in any order shows the same tree (contents within one layer in its order)."""
+    results = set()
+    for order in itertools.permutations(range(1, len(layers) + 1)):
+        made = [[_make(kind, path, rank) for kind, path in layer] for rank, layer in enumerate(layers, start=1)]
+        results.add(str(shown(build(*made, order=order))))
+    assert len(results) == 1, results
