@@ -61,10 +61,9 @@ class DockerRegistry:
     def start(self) -> None:
         """Returns when both servers answer."""
         with (self._folder / "log").open("ab") as log:
-            serve = ["docker-registry", "serve", self._folder / "config.yml"]
-            self._registry = start(serve, stdout=log, stderr=log)
+            self._registry = start("docker-registry", "serve", self._folder / "config.yml", stdout=log, stderr=log)
             if self.blob_port:
-                self._blob_server = start(["nginx", "-c", self._folder / "nginx.conf"], stdout=log, stderr=log)
+                self._blob_server = start("nginx", "-c", self._folder / "nginx.conf", stdout=log, stderr=log)
         wait_for("docker-registry", lambda: self._answers(f"http://{self.host}/v2/"))
         if self.blob_port:
             wait_for("nginx", lambda: self._answers(f"http://127.0.0.1:{self.blob_port}/"))

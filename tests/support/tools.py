@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,7 +62,7 @@ def run(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[str
     return done
 
 
-def start(command: Sequence[str | Path], **options: Any) -> subprocess.Popen[bytes]:
+def start(*command: str | Path, **options: Any) -> subprocess.Popen[bytes]:
     """Starts a server or daemon that the kernel ends if this process dies first."""
     options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, **options}
     return subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *(str(word) for word in command)], **options)
