@@ -1,0 +1,81 @@
+"""Where the bytes of an address space lie: in a checkpoint's pages file, or in a parent's.
+
+A checkpoint made after a pre-dump holds only the pages that changed; the others are PARENT in its pagemap and are
+looked up in the parent's pagemap of the same name, and so on. Numbers in, numbers out: nothing is read. Called by
+restore_plan and inspection.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from ckptfs.criu.pagemap import PARENT, PRESENT, Pagemap
+from ckptfs.errors import FormatError
+
+
+class Place(NamedTuple):
+    """Memory [vaddr, vaddr + length) is bytes [offset, offset + length) of `file`.
+
+    file   name relative to the checkpoint directory.
+    level  0 for the checkpoint itself, 1 for its parent, and so on.
+    """
+
+    file: str
+    level: int
+    vaddr: int
+    offset: int
+    length: int
+
+
+class Memory:
+    """The memory of one task, or one shared object.
+
+    pagemaps: its own, then its parents', nearest first. sizes: of the pages files, by name.
+    FormatError when a pages file cannot be told into pages (Pagemap.page_size) or is not there.
+    """
+
+    def __init__(self, pagemaps: Sequence[Pagemap], sizes: Mapping[str, int]) -> None:
+        self._levels = [_Level(pagemap, sizes) for pagemap in pagemaps]
+        self.page_size = self._levels[0].page_size
+
+    def find(self, vaddr: int, length: int) -> Iterator[Place]:
+        """The places of [vaddr, vaddr + length), by address. What no file has was never written: it reads as zeros."""
+        return self._find(0, vaddr, length)
+
+    def _find(self, number: int, vaddr: int, length: int) -> Iterator[Place]:
+        if number == len(self._levels):
+            return
+        level, end = self._levels[number], vaddr + length
+        for index in range(level.first(vaddr), len(level.runs)):
+            start, pages, flags = level.runs[index]
+            if start >= end:
+                return
+            low, high = max(start, vaddr), min(start + pages * level.page_size, end)
+            if low >= high:
+                continue
+            if flags & PRESENT:
+                yield Place(level.file, number, low, level.offsets[index] + low - start, high - low)
+            elif flags & PARENT:
+                yield from self._find(number + 1, low, high - low)
+
+
+class _Level:
+    """One pagemap with the offset of each of its runs."""
+
+    def __init__(self, pagemap: Pagemap, sizes: Mapping[str, int]) -> None:
+        self.file = pagemap.file
+        self.runs = pagemap.runs
+        if pagemap.present_pages and self.file not in sizes:
+            raise FormatError(f"{pagemap.name} needs {self.file}, which is not there")
+        self.page_size = pagemap.page_size(sizes.get(self.file, 0))
+        self.offsets: list[int] = []
+        self._starts = [run.vaddr for run in pagemap.runs]
+        offset = 0
+        for run in pagemap.runs:
+            self.offsets.append(offset)
+            if run.flags & PRESENT:
+                offset += run.pages * self.page_size
+
+    def first(self, vaddr: int) -> int:
+        """The index of the first run that may hold `vaddr`."""
+        return max(bisect_right(self._starts, vaddr) - 1, 0)
