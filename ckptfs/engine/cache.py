@@ -1,0 +1,311 @@
+"""The node's cache on disk: decoded chunks and small documents, shared by all mounts, kept across them.
+
+Puts the parts together: directory.py (layout, permissions), chunk_index.py and chunk_log.py (chunks in segments),
+documents.py, claims.py (who fetches what), disk.py (what happens when the disk refuses). Blocking calls, safe from
+several threads; other processes may use the same directory at the same time. A cache never fails a reader: what it
+cannot read is a miss, what it cannot write is not kept. Knows no layers, no network and no trio. Called by fetch.py
+(chunks), image/ (documents), the cache command and the mount.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptfs.engine.chunk_index import ChunkIndex
+from ckptfs.engine.chunk_log import ChunkLog
+from ckptfs.engine.claims import Claims
+from ckptfs.engine.directory import CacheDirectory
+from ckptfs.engine.disk import Buffer, DiskOps, WriteGate
+from ckptfs.engine.documents import Documents, MemoryDocuments
+from ckptfs.engine.segment_files import AnonymousSegments, SegmentFiles
+from ckptfs.errors import CacheError
+from ckptfs.settings import Limits, Sizes
+
+_POLL = 0.003  # seconds between two looks for a chunk that another process fetches
+_DOCUMENTS = 4  # documents get at most this fraction of the cache
+
+_SIZES = Sizes()
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """`bytes` are allocated on disk by chunks and documents; `hits` and `misses` are this process's."""
+
+    bytes: int
+    chunks: int
+    documents: int
+    segments: int
+    read_only: bool
+    hits: int
+    misses: int
+
+
+class ChunkCache:
+    """Made by `open` or `ephemeral`; to be closed."""
+
+    def __init__(
+        self,
+        name: str,
+        directory: CacheDirectory | None,
+        files: SegmentFiles,
+        documents: Documents,
+        claims: Claims,
+        *,
+        size: int,
+        segment: int,
+        limits: Limits,
+        ops: DiskOps,
+        clock: Clock,
+    ) -> None:
+        self.name = name
+        self._directory = directory
+        self._documents = documents
+        self._claims = claims
+        self._gate = WriteGate(name, clock)
+        self._index = ChunkIndex(files, ops, clock, limits.chunk_bytes)
+        self._log = ChunkLog(self._index, files, ops, clock, size=size, segment=segment, other_bytes=documents.bytes)
+        self._hits = self._misses = 0  # not under a lock: a lost count is cheaper than one on every read
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        *,
+        size: int = _SIZES.disk_cache,
+        segment: int = _SIZES.segment,
+        limits: Limits | None = None,
+        ops: DiskOps | None = None,
+        clock: Clock = time.monotonic,
+    ) -> "ChunkCache":
+        """The cache in directory `path`, made if missing, bounded by `size` bytes in segments of `segment`.
+
+        CacheError: the directory is not safe to keep process memory in, or cannot be used.
+        """
+        ops = ops or DiskOps()
+        directory = CacheDirectory(path, ops)
+        cache = cls(
+            str(path),
+            directory,
+            SegmentFiles(directory, ops),
+            Documents(directory.documents, ops, size // _DOCUMENTS),
+            Claims(directory.locks / "claims", ops),
+            size=size,
+            segment=segment,
+            limits=limits or Limits(),
+            ops=ops,
+            clock=clock,
+        )
+        # Neither is needed: leftovers take up room, and are counted and evicted like the rest.
+        with suppress(OSError):
+            cache._log.sweep()
+        with suppress(OSError):
+            cache._documents.sweep()
+        try:
+            cache._index.refresh()
+        except OSError as error:
+            raise CacheError(
+                f"cache directory {path}: {error.strerror}", hint="make it usable, or name another with --cache-dir"
+            ) from error
+        return cache
+
+    @classmethod
+    def ephemeral(
+        cls,
+        parent: Path | None = None,
+        *,
+        size: int = _SIZES.disk_cache,
+        segment: int = _SIZES.segment,
+        limits: Limits | None = None,
+        ops: DiskOps | None = None,
+        clock: Clock = time.monotonic,
+    ) -> "ChunkCache":
+        """A cache that nobody else sees and that is gone with the process, even when that is killed.
+
+        Its files lie in `parent` (the directory for temporary files by default) and have no names; documents are kept
+        in memory. Size 0 keeps nothing at all.
+        """
+        ops = ops or DiskOps()
+        return cls(
+            "(ephemeral)",
+            None,
+            AnonymousSegments((parent or Path(tempfile.gettempdir())).resolve(), ops),
+            MemoryDocuments(size // _DOCUMENTS),
+            Claims(None, ops),
+            size=size,
+            segment=segment,
+            limits=limits or Limits(),
+            ops=ops,
+            clock=clock,
+        )
+
+    def __enter__(self) -> "ChunkCache":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of everything. Reads are misses and writes do nothing afterwards."""
+        self._log.close()
+        self._index.close()
+        self._claims.close()
+        self._directory = None
+
+    # -- chunks --------------------------------------------------------------------------------------------------------
+
+    def contains(self, key: bytes) -> bool:
+        """Whether the chunk seems to be here; only reading it tells."""
+        return self._index.contains(key)
+
+    def get(self, key: bytes) -> bytes | None:
+        """The chunk's bytes, verified; None when it is not here."""
+        data = self._index.get(key)
+        self._count(data is not None)
+        return data
+
+    def read_into(self, key: bytes, offset: int, buffer: memoryview) -> bool:
+        """Fill `buffer` with the chunk's bytes [offset, offset + len(buffer)).
+
+        False when the chunk is not here or shorter; the buffer's content means nothing then.
+        """
+        hit = self._index.read_into(key, offset, buffer)
+        self._count(hit)
+        return hit
+
+    def put_many(self, items: Sequence[tuple[bytes, Buffer]]) -> None:
+        """Keep (key, decoded bytes), key being 32 bytes. Never fails: a disk that refuses is logged and tried later."""
+        self._write(lambda: self._log.append(items))
+
+    def drop(self, key: bytes) -> None:
+        """Forget a chunk that turned out to be wrong, for all processes that open the cache from now on."""
+        self._index.drop(key)
+
+    def refresh(self) -> None:
+        """Learn at once what other processes added and evicted. Misses do this too, every few milliseconds.
+
+        A mount that only has hits should call it every few seconds: files that others evicted take up disk space until
+        then.
+        """
+        with suppress(OSError):
+            self._index.refresh()
+
+    # -- who fetches ---------------------------------------------------------------------------------------------------
+
+    def try_claim(self, keys: Iterable[bytes]) -> set[bytes]:
+        """The keys that this caller is to fetch, put and release; the others are being fetched by somebody.
+
+        The last holder may have put a chunk before it released the claim: `refresh` and look again before fetching.
+        """
+        return self._claims.try_claim(keys)
+
+    def release(self, keys: Iterable[bytes]) -> None:
+        self._claims.release(keys)
+
+    def wait_for(self, key: bytes, timeout: float) -> bool:
+        """Wait until the chunk is here (True), or until nobody fetches it or `timeout` seconds have passed (False)."""
+        deadline = time.monotonic() + timeout
+        while True:
+            free = self._claims.is_free(key)  # before looking: the holder puts, then releases
+            self.refresh()
+            if self._index.contains(key):
+                return True
+            if free or time.monotonic() >= deadline:
+                return False
+            time.sleep(_POLL)
+
+    # -- documents -----------------------------------------------------------------------------------------------------
+
+    def get_document(self, key: str) -> bytes | None:
+        """The document that was put last under this name, None when it is not here."""
+        return self._documents.get(key)
+
+    def put_document(self, key: str, data: bytes) -> None:
+        """Keep a document instead of what there was. Never fails, like `put_many`."""
+        self._write(lambda: self._documents.put(key, data))
+
+    def delete_document(self, key: str) -> None:
+        self._write(lambda: self._documents.delete(key))
+
+    # -- housekeeping --------------------------------------------------------------------------------------------------
+
+    def stats(self) -> CacheStats:
+        sizes = self._documents.sizes()
+        return CacheStats(
+            bytes=self._log.bytes() + sum(size for _, size, _ in sizes),
+            chunks=len(self._index),
+            documents=len(sizes),
+            segments=len(self._index.segments()),
+            read_only=self._gate.shut,
+            hits=self._hits,
+            misses=self._misses,
+        )
+
+    def verify(self) -> tuple[int, int]:
+        """Read everything and drop what is damaged. Returns how many chunks and documents were read, and dropped."""
+        self.refresh()
+        documents = len(self._documents.sizes())
+        checked, bad = self._index.verify()
+        bad_documents = self._documents.verify()
+        with suppress(OSError):
+            self._log.remove_empty()
+        return checked + documents, bad + bad_documents
+
+    def prune(self, target: int) -> None:
+        """Evict until the cache takes up at most `target` bytes, least recently used first; documents last.
+
+        Segments to which another mount appends stay. CacheError when the disk refuses.
+        """
+        with _as_cache_error(self.name):
+            self._log.prune(max(0, target - self._documents.bytes()))
+            self._documents.prune(target)
+
+    def clear(self, *, force: bool = False) -> None:
+        """Remove everything; nothing but empty lock files stays.
+
+        CacheError when another process has the cache open, unless `force`: that process then begins anew, and the
+        space is free once it notices.
+        """
+        with _as_cache_error(self.name):
+            if self._directory is None:
+                self._empty(live=True)
+                return
+            with self._directory.alone() as alone:
+                if not alone and not force:
+                    raise CacheError(f"the cache {self.name} is in use", hint="unmount first, or use --force")
+                self._empty(live=force)
+
+    def _empty(self, *, live: bool) -> None:
+        self._log.prune(0, live=live)
+        self._documents.prune(0)
+
+    def _write(self, action: Callable[[], None]) -> None:
+        if not self._gate.may_write():
+            return
+        try:
+            action()
+        except BlockingIOError:
+            pass  # another process has been evicting for a second; the next chunk is kept
+        except OSError as error:
+            self._gate.failed(error)
+        else:
+            self._gate.succeeded()
+
+    def _count(self, hit: bool) -> None:
+        if hit:
+            self._hits += 1
+        else:
+            self._misses += 1
+
+
+@contextmanager
+def _as_cache_error(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise CacheError(f"cache {name}: {reason}", hint="see the owner and mode of its files") from error

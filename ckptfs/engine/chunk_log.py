@@ -1,0 +1,265 @@
+"""Appending chunks to segments, and making room for them.
+
+Owns the segment that this process writes and the decision what is evicted. Appending raises OSError and leaves what
+there was. One thread at a time gets in; readers (chunk_index.py) are not held up. Called by cache.py only.
+"""
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from ckptfs.engine.chunk_index import ChunkIndex
+from ckptfs.engine.disk import FULL, Buffer, DiskOps
+from ckptfs.engine.segment_files import SegmentFiles, Usage
+from ckptfs.engine.segments import MAX_RECORDS, NO_KEY, Segment, SegmentWriter, checksum
+from ckptfs.settings import MiB
+
+_CEILING_FOR = 60.0  # seconds for which a full disk or quota limits the plan
+_MOVE = 4  # hot chunks that are moved with one write
+
+_Chunk = tuple[bytes, Buffer, int]  # key, data, checksum
+_Record = tuple[bytes, int, int, int]  # key, offset, length, checksum
+
+
+class ChunkLog:
+    """`size` bounds all segments and `other_bytes()` together, `segment` is the most that one of them takes."""
+
+    def __init__(
+        self,
+        index: ChunkIndex,
+        files: SegmentFiles,
+        ops: DiskOps,
+        clock: Callable[[], float],
+        *,
+        size: int,
+        segment: int,
+        other_bytes: Callable[[], int],
+    ) -> None:
+        self._index, self._files, self._ops, self._clock = index, files, ops, clock
+        self._size, self._segment = size, segment
+        self._other_bytes = other_bytes
+        self._largest = min(_capacity(size, segment), index.max_chunk)
+        self._lock = threading.Lock()
+        self._writer: SegmentWriter | None = None
+        self._cap = 0  # bytes of the segment being written; decided when it is begun
+        self._ceiling: tuple[float, int] | None = None
+        self._closed = False
+
+    def append(self, items: Sequence[tuple[bytes, Buffer]]) -> None:
+        """Keep what is not kept yet. OSError: the disk refused, some may be missing. Chunks too large are left out."""
+        chunks = [
+            (key, data, checksum(key, data))
+            for key, data in items
+            if not self._index.knows(key) and 0 < len(data) <= self._largest and key != NO_KEY
+        ]
+        with self._lock:
+            while chunks and not self._closed:
+                writer = self._writer_for(len(chunks[0][1]))
+                chunks = chunks[self._write(writer, chunks) :]
+
+    def _writer_for(self, length: int) -> SegmentWriter:
+        writer = self._writer
+        if writer is not None and not self._files.exists(writer.data):
+            self._index.forget(writer.segment)
+            writer = self._writer = None
+        if writer is None or writer.size + length > self._cap or len(writer.segment) >= MAX_RECORDS - 1:
+            writer = self._rotate(length)
+        return writer
+
+    def _write(self, writer: SegmentWriter, chunks: Sequence[_Chunk]) -> int:
+        """Append as many from the front as the segment takes, in one go; returns how many."""
+        room, count = self._cap - writer.size, 0
+        while count < min(len(chunks), MAX_RECORDS - 1 - len(writer.segment)) and len(chunks[count][1]) <= room:
+            room -= len(chunks[count][1])
+            count += 1
+        try:
+            records = writer.append(chunks[:count])
+        except OSError as error:
+            self._close_writer(seal=False)
+            if error.errno not in FULL:
+                raise
+            writer, count = self._rotate(len(chunks[0][1]), full=error), 1
+            records = writer.append(chunks[:count])
+        self._index.take(writer.segment, records)
+        return count
+
+    def _close_writer(self, *, seal: bool) -> None:
+        writer, self._writer = self._writer, None
+        if writer is None:
+            return
+        with suppress(OSError):
+            if seal:
+                writer.seal()
+        with suppress(OSError):
+            self._files.let_go(writer.data)
+        with suppress(OSError):
+            self._index.release(writer.segment)
+
+    # -- the next segment ----------------------------------------------------------------------------------------------
+
+    def _rotate(self, length: int, full: OSError | None = None) -> SegmentWriter:
+        """Go on in a segment that has room for `length` bytes, evicting what must go for it.
+
+        `full` is the error of a disk that has less room than planned.
+        """
+        self._close_writer(seal=True)
+        with self._files.room():
+            self._index.refresh()
+            usage = self._files.usage()
+            total = sum(u.bytes for u in usage) + self._other_bytes()
+            limit = self._plan(total, full)
+            if length > self._cap:
+                raise full or OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            idle, reserved = self._idle(usage)
+            if full and not idle:
+                raise full
+            writer = None if full else self._resume(idle, length)
+            growth = self._cap - writer.size if writer else self._cap
+            keep = 0 if full else min(self._cap // 2, growth - length)
+            evicted = self._evict(idle, total - (limit - reserved - growth), keep)
+            if writer is None:
+                segment, data, index = self._index.begin()
+                writer = SegmentWriter(self._ops, segment, data, index, 0)
+        self._writer = writer
+        for segment, hot in evicted:
+            self._move(segment, hot, writer)
+            self._index.forget(segment)
+        if writer.broken:
+            self._close_writer(seal=False)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return writer
+
+    def _plan(self, total: int, full: OSError | None) -> int:
+        """The bytes that the cache may take up now: never more than the disk has. Sets the size of a segment."""
+        now = self._clock()
+        if full:
+            self._ceiling = (now, total)
+        limit = min(self._size, total + self._files.available())
+        if self._ceiling is not None:
+            since, ceiling = self._ceiling
+            if 0 <= now - since < _CEILING_FOR:
+                limit = min(limit, ceiling)
+        self._cap = _capacity(limit, self._segment)
+        return limit
+
+    def _idle(self, usage: Sequence[Usage]) -> tuple[list[Usage], int]:
+        """The segments that nobody appends to, least recently used first; and how much the others may still grow."""
+        sealed = {segment.name for segment in self._index.segments() if segment.sealed}
+        idle, reserved = [], 0
+        for u in usage:
+            if u.name in sealed or not self._files.is_live(u.name):
+                idle.append(u)
+            else:
+                reserved += max(0, self._cap - u.bytes)
+        return sorted(idle, key=lambda u: (u.used_ns, u.name)), reserved
+
+    def _resume(self, idle: list[Usage], length: int) -> SegmentWriter | None:
+        """Take over a segment that its writer left unfinished; seal those that are too full for it on the way."""
+        unsealed = {segment.name: segment for segment in self._index.segments() if not segment.sealed}
+        for u in reversed(idle):
+            segment = unsealed.get(u.name)
+            taken = self._files.take_over(u.name) if segment else None
+            if segment is None or taken is None:
+                continue
+            data, index = taken
+            self._index.adopt(segment)
+            size = self._ops.fstat(data.fd).st_size
+            writer = SegmentWriter(self._ops, segment, data, index, size)
+            # Records that reach past the end: power was lost. What is appended must not come to lie under them.
+            if segment.end() <= size <= self._cap * 3 // 4 and size + length <= self._cap:
+                idle.remove(u)
+                return writer
+            writer.seal()
+            self._files.let_go(data)
+        return None
+
+    # -- making room ---------------------------------------------------------------------------------------------------
+
+    def _evict(self, idle: Sequence[Usage], excess: int, keep: int) -> list[tuple[Segment, list[_Record]]]:
+        """Unlink from the front until `excess` bytes are free. Returns the segments with up to `keep` bytes of chunks
+        that this process used since they were written; the caller moves those, then forgets the segments."""
+        known = {segment.name: segment for segment in self._index.segments()}
+        evicted = []
+        for u in idle:
+            if excess <= 0:
+                break
+            segment = known.get(u.name)
+            hot = self._hot(segment, keep) if segment and keep > 0 else []
+            self._files.remove(u.name)
+            excess -= u.bytes
+            keep -= sum(length for _, _, length, _ in hot)
+            if segment:
+                evicted.append((segment, hot))
+        return evicted
+
+    def _hot(self, segment: Segment, keep: int) -> list[_Record]:
+        """Second chance (CLOCK) chunk by chunk, latest first: within 2 % of LRU, for one byte a chunk (ADR 2)."""
+        hot: list[_Record] = []
+        if self._index.handle(segment) is None:
+            return hot
+        for i in range(len(segment) - 1, -1, -1):
+            if segment.used[i] and self._index.is_current(segment, i):
+                record = segment.record(i)
+                if record[2] <= keep:
+                    hot.append(record)
+                    keep -= record[2]
+        return hot
+
+    def _move(self, segment: Segment, hot: Sequence[_Record], writer: SegmentWriter) -> None:
+        """Append chunks of an evicted segment again. Checksums go along unchecked: the next read checks."""
+        source = segment.handle
+        for at in range(0, len(hot), _MOVE):
+            if source is None or writer.broken:
+                return
+            with suppress(OSError):  # these are lost, nothing else is
+                chunks = [
+                    (key, self._ops.pread(source.fd, length, offset), total)
+                    for key, offset, length, total in hot[at : at + _MOVE]
+                ]
+                self._index.take(writer.segment, writer.append(chunks))
+
+    def prune(self, target: int, *, live: bool = False) -> None:
+        """Evict until the segments take up at most `target` bytes; `live`: also those being written."""
+        with self._lock:
+            self._close_writer(seal=False)
+            with self._files.room():
+                self._index.refresh()
+                usage = self._files.usage()
+                idle = usage if live else self._idle(usage)[0]
+                excess = sum(u.bytes for u in usage) - target if target else 1 << 62  # the empty ones as well
+                for segment, _ in self._evict(idle, excess, 0):
+                    self._index.forget(segment)
+
+    def sweep(self) -> None:
+        """Remove what a process left behind that died between two system calls."""
+        with self._lock, self._files.room():
+            for name in self._files.leftovers():
+                if not self._files.is_live(name):
+                    self._files.remove(name)
+
+    def remove_empty(self) -> None:
+        """Unlink the segments in which no record is left that answers for a chunk."""
+        with self._lock, self._files.room():
+            own = self._writer.segment if self._writer else None
+            for segment in self._index.segments():
+                if segment is own or any(self._index.is_current(segment, i) for i in range(len(segment))):
+                    continue
+                if not self._files.is_live(segment.name):
+                    self._files.remove(segment.name)
+                    self._index.forget(segment)
+
+    def bytes(self) -> int:
+        """What the segments take up on disk."""
+        return sum(u.bytes for u in self._files.usage())
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._close_writer(seal=False)
+
+
+def _capacity(limit: int, segment: int) -> int:
+    """The size of a segment in a cache of `limit` bytes: an eighth, so that evicting one costs little of the rest."""
+    return min(segment, max(limit // 8, min(limit // 2, 1 * MiB)))
