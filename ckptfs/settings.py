@@ -34,6 +34,11 @@ class Limits:
     zstd_window_bytes: int = 128 * MiB
     redirects: int = 5
     index_depth: int = 3  # an index of indexes is legal, a chain of them is an attack
+    criu_image_bytes: int = 64 * MiB  # a CRIU image that is read whole: the pagemap of 3 million separate runs
+    criu_record_bytes: int = 16 * MiB  # mm of a process with 65530 mappings (vm.max_map_count) is 4 MB
+    criu_records: int = 4_000_000
+    dump_bytes: int = 16 * MiB  # config.dump, spec.dump and their like
+    argument_bytes: int = 256 * KiB  # of a process's command line or environment; more is shown cut
 
 
 @dataclass(frozen=True, slots=True)
