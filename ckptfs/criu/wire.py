@@ -135,6 +135,15 @@ class Message:
             return default
         return self.raw(number).decode("utf-8", "backslashreplace")
 
+    def texts(self, number: int) -> list[str]:
+        """A repeated string."""
+        out = []
+        for value in self._fields.get(number, ()):
+            if not isinstance(value, bytes):
+                raise self._kind(number, "bytes")
+            out.append(value.decode("utf-8", "backslashreplace"))
+        return out
+
     def message(self, number: int) -> "Message":
         return Message(self.raw(number), f"{self.what}, field {number}")
 

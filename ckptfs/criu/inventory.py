@@ -1,0 +1,82 @@
+"""The checkpoint as a whole: inventory.img, and what CRIU counted: stats-dump and stats-restore.
+
+Called by inspection.
+"""
+
+from typing import NamedTuple
+
+from ckptfs.criu.images import DEFAULT_LIMITS, only_record
+from ckptfs.settings import Limits
+
+_LSM = {0: "", 1: "selinux", 2: "apparmor"}
+
+
+class Inventory(NamedTuple):
+    """`uptime_us`: the machine's uptime when it was dumped, in microseconds, 0 in old images.
+
+    `run_id` tells dumps apart (UUID), "" before CRIU 4.1; `plugins` were active when dumping.
+    """
+
+    version: int
+    lsm: str
+    uptime_us: int
+    tcp_close: bool
+    run_id: str
+    plugins: tuple[str, ...]
+
+
+def parse_inventory(data: bytes, name: str = "inventory.img", limits: Limits = DEFAULT_LIMITS) -> Inventory:
+    m = only_record(data, "inventory", name, limits)
+    plugins = tuple(m.message(12).texts(12)) if 12 in m else ()
+    return Inventory(m.uint(1), _LSM.get(m.uint(6, 0), ""), m.uint(8, 0), m.flag(10), m.text(13, ""), plugins)
+
+
+class DumpStatistics(NamedTuple):
+    """Times in microseconds, counts in pages; `shared_*` are shared memory's.
+
+    `frozen_time` is how long the processes stood still.
+    """
+
+    freezing_time: int
+    frozen_time: int
+    memdump_time: int
+    memwrite_time: int
+    pages_scanned: int
+    pages_skipped_parent: int
+    pages_written: int
+    pages_lazy: int
+    shared_pages_scanned: int
+    shared_pages_written: int
+
+
+class RestoreStatistics(NamedTuple):
+    """Times in microseconds, counts in pages."""
+
+    forking_time: int
+    restore_time: int
+    pages_compared: int
+    pages_skipped_cow: int
+    pages_restored: int
+
+
+def parse_dump_statistics(
+    data: bytes, name: str = "stats-dump", limits: Limits = DEFAULT_LIMITS
+) -> DumpStatistics | None:
+    """None where the file has statistics of something else."""
+    m = only_record(data, "stats-dump", name, limits)
+    if 1 not in m:
+        return None
+    d = m.message(1)
+    times = d.uint(1), d.uint(2), d.uint(3), d.uint(4)
+    return DumpStatistics(*times, d.uint(5), d.uint(6), d.uint(7), d.uint(9, 0), d.uint(12, 0), d.uint(14, 0))
+
+
+def parse_restore_statistics(
+    data: bytes, name: str = "stats-restore", limits: Limits = DEFAULT_LIMITS
+) -> RestoreStatistics | None:
+    """None where the file has statistics of something else."""
+    m = only_record(data, "stats-restore", name, limits)
+    if 2 not in m:
+        return None
+    r = m.message(2)
+    return RestoreStatistics(r.uint(3), r.uint(4), r.uint(1), r.uint(2), r.uint(5, 0))
