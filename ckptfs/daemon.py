@@ -32,7 +32,8 @@ def run(
     writer: int | None,
 ) -> None:
     """Serve until unmounted. The parent waits at the pipe `writer` for the first status; None in foreground."""
-    cache = ChunkCache.open(request.cache_dir, size=request.settings.sizes.disk_cache, ephemeral=request.ephemeral)
+    size = request.settings.sizes.disk_cache
+    cache = ChunkCache.ephemeral(size=size) if request.ephemeral else ChunkCache.open(request.cache_dir, size=size)
     try:
         trio.run(_serve, request, source, counters, cache, mountpoint, files, writer)
     except BaseExceptionGroup as group:

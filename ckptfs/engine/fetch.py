@@ -5,6 +5,7 @@ verify, deliver each chunk to its waiters as soon as its last byte is there, wri
 reaches a waiter before its digest has been checked. Used by reader.py and prefetch/; lives in one trio nursery.
 """
 
+import hashlib
 import logging
 import time
 from collections.abc import Iterable, Iterator
@@ -20,7 +21,7 @@ from ckptfs.engine.schedule import Job, Priority, Scheduler
 from ckptfs.errors import CkptfsError, FormatError, IntegrityError, UnavailableError
 from ckptfs.layers import Layer
 from ckptfs.model.blob import Blob
-from ckptfs.model.toc import Chunk
+from ckptfs.model.toc import Chunk, Extent, Inode
 from ckptfs.settings import MiB, Settings
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class Fetcher:
         self._waiters: dict[bytes, Waiter] = {}
         self._flying: set[bytes] = set()
         self._failed: dict[bytes, tuple[float, CkptfsError]] = {}
+        self._kept: dict[bytes, bytes] = {}
         self._plan: Iterator[Chunk] | None = None
         self._wake = trio.Event()
         self._token: trio.lowlevel.TrioToken | None = None
@@ -106,7 +108,7 @@ class Fetcher:
         """The chunk if this node has it: memory, then disk. Never waits for the network."""
         if self._unused:
             self.prefetched_used += self._unused.pop(chunk.key, 0)
-        data = self.memory.get(chunk.key)
+        data = self.memory.get(chunk.key) or self._kept.get(chunk.key)
         if data is None:
             data = self.cache.get(chunk.key)
             if data is not None:
@@ -185,6 +187,13 @@ class Fetcher:
             self.scheduler.want(chunk, priority)
             self._kick()
         return waiter
+
+    def keep(self, data: bytes, inode: Inode) -> Inode:
+        """Give a file content that is made up here and in no blob; it stays in memory."""
+        key = hashlib.sha256(data).digest()
+        self._kept[key] = data
+        inode.extents = (Extent(0, len(data), Chunk(key, -1, 0, 0, len(data), key)),) if data else ()
+        return inode
 
     # -- performing ----------------------------------------------------------------------------------------------------
 
@@ -381,9 +390,8 @@ class Fetcher:
         self._publish(chunks)
         self.cache.put_many(chunks)
 
-    def discard(self, keys: Iterable[bytes], error: CkptfsError) -> None:
-        """These chunks turned out to be wrong: no cache keeps them, who waits gets the error."""
+    def discard(self, keys: Iterable[bytes]) -> None:
+        """These chunks turned out to be wrong: no cache keeps them."""
         for key in keys:
             self.memory.drop(key)
             self.cache.drop(key)
-            self.fail(key, error)

@@ -46,6 +46,7 @@ class LayerScan:
         self.position = 0  # decoded bytes of a sequential layer that have passed
         self.complete = known
         self.error: CkptfsError | None = None
+        self.dormant = False  # nobody has looked into it yet, and nobody waits for it
         self._fetcher = fetcher
         self._on_entries = on_entries
         self._on_end = on_end
@@ -112,20 +113,19 @@ class LayerScan:
         self._running = True
         failure: CkptfsError | None = None
         try:
-            await trio.to_thread.run_sync(self._scan, abandon_on_cancel=True)
-        except CkptfsError as error:
-            failure = error
+            failure = await self._attempt(0)
+            if isinstance(failure, IntegrityError):
+                log.error("%s; everything that was kept of it is dropped, trying again", failure)
+                self._fetcher.discard(self._keys)
+                failure = await self._attempt(1)
         except _Stopped:
             return
-        except Exception as error:
-            log.exception("scan of %s layer failed", self.layer.format)
-            failure = FormatError(f"internal error while reading a layer: {type(error).__name__}")
         finally:
             self._running = False
         self._drain()
         self.error = failure
         if isinstance(failure, IntegrityError):
-            self._fetcher.discard(self._keys, failure)
+            self._fetcher.discard(self._keys)
         first = not self.complete
         self.complete = self.complete or failure is None
         asked, self._asked = self._asked, {}
@@ -134,6 +134,18 @@ class LayerScan:
                 self._fetcher.fail(chunk.key, failure or UnavailableError("the stream ended before the chunk"))
         if first or isinstance(failure, IntegrityError):
             self._on_end(failure)
+
+    async def _attempt(self, attempt: int) -> CkptfsError | None:
+        try:
+            await trio.to_thread.run_sync(self._scan, attempt, abandon_on_cancel=True)
+        except CkptfsError as error:
+            return error
+        except _Stopped:
+            raise
+        except Exception as error:
+            log.exception("scan of %s layer failed", self.layer.format)
+            return FormatError(f"internal error while reading a layer: {type(error).__name__}")
+        return None
 
     def _drain(self) -> None:
         self._draining = False
@@ -145,11 +157,11 @@ class LayerScan:
 
     # -- in the scanning thread ----------------------------------------------------------------------------------------
 
-    def _scan(self) -> None:
+    def _scan(self, attempt: int) -> None:
         while True:
             self.position, self._keys = 0, []
             try:
-                for count, entry in enumerate(self.layer.scan(self._emit)):
+                for count, entry in enumerate(self.layer.scan(self._emit, attempt=attempt)):
                     if self._known or count < self._announced:
                         continue
                     self._announced = count + 1

@@ -7,25 +7,29 @@ import trio
 
 from ckptfs.engine.reader import Reader
 from ckptfs.errors import FormatError
-from ckptfs.model.oci import Descriptor, Digest
+from ckptfs.model.oci import ANNOTATION_SYNTHETIC, Descriptor, Digest
 from ckptfs.model.toc import Entry, Extent, Inode, slice_extents
 from ckptfs.settings import MiB
 
 
 class InodeBlob:
-    """A Blob over one file of an open image. Its digest names the content's place, not the content.
+    """A Blob over one file of an open image. Without a `digest` of its own it gets a synthetic one.
 
     Calls come from threads that trio started (layer scans, fetches); each read waits in the event loop as any reader.
     """
 
-    def __init__(self, reader: Reader, inode: Inode, media_type: str) -> None:
+    def __init__(self, reader: Reader, inode: Inode, media_type: str, digest: Digest | None = None) -> None:
         self._reader = reader
         self._inode = inode
+        if digest is not None:
+            self._descriptor = Descriptor(media_type, digest, inode.size)
+            return
         identity = hashlib.sha256(f"inode/{inode.size}".encode())
         for extent in inode.extents:
             identity.update(extent.chunk.key)
             identity.update(b"%d/%d/%d;" % (extent.start, extent.length, extent.skip))
-        self._descriptor = Descriptor(media_type, Digest("sha256", identity.hexdigest()), inode.size)
+        name = Digest("sha256", identity.hexdigest())
+        self._descriptor = Descriptor(media_type, name, inode.size, {ANNOTATION_SYNTHETIC: "file"})
 
     @property
     def descriptor(self) -> Descriptor:

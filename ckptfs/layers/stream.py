@@ -9,16 +9,14 @@ from collections.abc import Iterator
 from itertools import chain
 
 from ckptfs.errors import FormatError, IntegrityError
-from ckptfs.layers.compression import DECOMPRESS, Bytes, sniff
+from ckptfs.layers.compression import DECOMPRESS, MAGIC_BYTES, Bytes, sniff
 from ckptfs.layers.grid import Grid
 from ckptfs.layers.protocols import Emit, Verification
 from ckptfs.layers.tar_scanner import TarScanner
 from ckptfs.model.blob import Blob
-from ckptfs.model.oci import Digest
+from ckptfs.model.oci import Descriptor
 from ckptfs.model.toc import Chunk, Entry
 from ckptfs.settings import Settings
-
-_MAGIC_BYTES = 6
 
 
 class StreamLayer:
@@ -35,7 +33,7 @@ class StreamLayer:
 
     def scan(self, emit: Emit, *, attempt: int = 0) -> Iterator[Entry]:
         blob, grid, limits = self._blob, self._grid, self._settings.limits
-        source = _Hashed(blob.stream(0, blob.size, attempt=attempt), blob.descriptor.digest)
+        source = _Hashed(blob.stream(0, blob.size, attempt=attempt), blob.descriptor)
         scanner = TarScanner(grid, limits)
         try:
             compression, pieces = _sniffed(iter(source))
@@ -56,10 +54,10 @@ class StreamLayer:
 class _Hashed:
     """Pieces of a blob, hashed as they pass."""
 
-    def __init__(self, pieces: Iterator[Bytes], digest: Digest) -> None:
+    def __init__(self, pieces: Iterator[Bytes], descriptor: Descriptor) -> None:
         self._pieces = pieces
-        self._digest = digest
-        self._hash = hashlib.new(digest.algorithm)
+        self._descriptor = descriptor
+        self._hash = hashlib.new(descriptor.digest.algorithm)
 
     def __iter__(self) -> Iterator[Bytes]:
         for piece in self._pieces:
@@ -70,14 +68,14 @@ class _Hashed:
         """Hash what nobody asked for, then compare: IntegrityError unless this is the blob."""
         for piece in self._pieces:
             self._hash.update(piece)
-        actual = self._hash.hexdigest()
-        if actual != self._digest.hex:
-            raise IntegrityError(f"layer {self._digest} arrived with digest {self._digest.algorithm}:{actual}")
+        digest, actual = self._descriptor.digest, self._hash.hexdigest()
+        if actual != digest.hex and not self._descriptor.synthetic:
+            raise IntegrityError(f"layer {digest} arrived with digest {digest.algorithm}:{actual}")
 
 
 def _sniffed(pieces: Iterator[Bytes]) -> tuple[str, Iterator[Bytes]]:
     """What the pieces are compressed with, and all of them."""
     head = b""
-    while len(head) < _MAGIC_BYTES and (piece := next(pieces, b"")):
+    while len(head) < MAGIC_BYTES and (piece := next(pieces, b"")):
         head += bytes(piece)
     return sniff(head), chain((head,), pieces)

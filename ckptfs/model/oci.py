@@ -21,6 +21,8 @@ MANIFEST_TYPES = (OCI_MANIFEST, DOCKER_MANIFEST, OCI_INDEX, DOCKER_LIST)
 INDEX_TYPES = (OCI_INDEX, DOCKER_LIST)
 
 ANNOTATION_REF_NAME = "org.opencontainers.image.ref.name"
+# On descriptors of our own making: the digest names where the bytes are, not what they are, and cannot be checked.
+ANNOTATION_SYNTHETIC = "dev.ckptfs.synthetic-digest"
 
 _ALGORITHMS = {"sha256": 64, "sha512": 128}
 _HEX = re.compile(r"[0-9a-f]+\Z")
@@ -141,6 +143,11 @@ class Descriptor:
     annotations: Mapping[str, str] = field(default_factory=dict)
     artifact_type: str = ""
     platform: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether the digest is only a name (local archives, files inside an image)."""
+        return ANNOTATION_SYNTHETIC in self.annotations
 
     @classmethod
     def from_json(cls, value: object, what: str = "descriptor") -> "Descriptor":

@@ -6,15 +6,20 @@ change. Only one thread may touch a tree. Whiteouts follow image-spec layer.md: 
 the whole content of lower ranks, never of their own.
 """
 
+import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
 
 from ckptfs.errors import FormatError
 from ckptfs.model.toc import Entry, Inode
 
 ROOT_INO = 1
+Whiteouts = Literal["merge", "overlay", "plain"]
 WHITEOUT = b".wh."
 OPAQUE = b".wh..wh..opq"
+# overlayfs reads the first only with CAP_SYS_ADMIN, and the second when mounted with userxattr
+OPAQUE_XATTR = b"trusted.overlay.opaque" if os.geteuid() == 0 else b"user.overlay.opaque"
 _AUFS = b".wh..wh."  # aufs' own files (.wh..wh.plnk, .wh..wh.aufs): metadata of a graph driver, never content
 
 
@@ -62,6 +67,7 @@ class Tree:
         self._changed = changed
         self._open: dict[int, bytes] = {}  # rank -> prefix, of layers that are still arriving
         self._losers: dict[tuple[int, bytes], Inode] = {}  # (rank, path): hidden inodes, for hard links to them
+        self._opaque: dict[int, list[bytes]] = {}  # rank -> opaque directories of a layer shown as overlayfs has it
         self._awaited: dict[int, dict[bytes, list[bytes]]] = {}  # rank -> target path -> link paths
         self._parent_path: bytes | None = None  # the last parent looked up: tars list a directory's files together
         self._parent_rank = -1
@@ -74,14 +80,21 @@ class Tree:
         """A layer starts to arrive; all its paths lie under `prefix`. Ranks are 1 and up, and unique."""
         self._open[rank] = prefix
 
-    def add(self, entries: Iterable[Entry], rank: int, *, whiteouts: bool = True) -> None:
-        """Entries of one layer, in archive order; a repeated path replaces the earlier one."""
+    def add(self, entries: Iterable[Entry], rank: int, *, whiteouts: Whiteouts = "merge") -> None:
+        """Entries of one layer, in archive order; a repeated path replaces the earlier one.
+
+        whiteouts: "merge" applies them to lower ranks; "overlay" shows them as overlayfs has them in a lower directory
+        (a character device 0:0; an xattr on an opaque directory); "plain" takes them for files like others.
+        """
         for entry in entries:
             path, inode = entry.path, entry.inode
-            if whiteouts and WHITEOUT in path:
-                _, _, name = path.rpartition(b"/")
+            if WHITEOUT in path and whiteouts != "plain":
+                parent, _, name = path.rpartition(b"/")
                 if name.startswith(WHITEOUT):
-                    self._whiteout(path[: len(path) - len(name)].rstrip(b"/"), name, rank)
+                    if whiteouts == "merge":
+                        self._whiteout(parent, name, rank)
+                    else:
+                        self._overlay_whiteout(parent, name, rank)
                     continue
             if entry.link is not None:
                 self._link(path, entry.link, rank)
@@ -92,6 +105,10 @@ class Tree:
         """The layer is complete. FormatError when it has hard links to files that do not exist."""
         self._open.pop(rank, None)
         self._parent_path = None
+        for path in self._opaque.pop(rank, ()):
+            node = self.find(path)
+            if node is not None and node.inode is not None and node.inode.is_dir:
+                node.inode.xattrs = {**node.inode.xattrs, OPAQUE_XATTR: b"y"}
         for waiting in sorted(self._awaited):  # links of higher ranks may have waited for this one
             for target in list(self._awaited[waiting]):
                 inode = self._find_below(target, waiting)
@@ -118,7 +135,11 @@ class Tree:
 
     def complete(self, path: bytes = b"") -> bool:
         """Whether all names in the directory `path` are known."""
-        return not any(not p or path == p or path.startswith(p + b"/") for p in self._open.values())
+        return not self.open_ranks(path)
+
+    def open_ranks(self, path: bytes) -> list[int]:
+        """The layers that are still arriving and could have something at or under `path`."""
+        return [r for r, p in self._open.items() if not p or path == p or path.startswith(p + b"/")]
 
     def find(self, path: bytes) -> Node | None:
         """The visible node at a relative path, without following symlinks; None when there is none."""
@@ -142,6 +163,37 @@ class Tree:
             yield node
             if node.inode is not None and node.inode.is_dir:
                 stack.extend(sorted(node.visible_children(), key=lambda n: n.name, reverse=True))
+
+    def move(self, source: bytes, target: bytes) -> None:
+        """Show the directory `source` under the name `target` in the root instead; b"" moves all that the root has.
+
+        Only for a complete tree that nobody has looked at yet. FormatError when the name is taken.
+        """
+        node = self.find(source)
+        if node is None or node.inode is None or target in self.root.children:
+            raise FormatError(f"the image has a file {_show(target)} where a directory is expected")
+        if node is self.root:
+            moved = Node(target, self.root)
+            self._imply(moved)
+            moved.children, self.root.children = self.root.children, {target: moved}
+            for child in moved.children.values():
+                child.parent = moved
+                if child.inode is not None and child.inode.is_dir and moved.inode is not None:
+                    moved.inode.nlink += 1
+            if moved.inode is not None and self.root.inode is not None:
+                attributes = self.root.inode
+                moved.inode.mode, moved.inode.uid, moved.inode.gid = attributes.mode, attributes.uid, attributes.gid
+                moved.inode.mtime_ns, moved.inode.xattrs = attributes.mtime_ns, attributes.xattrs
+                attributes.nlink = 3
+        elif node.parent is not None:
+            del node.parent.children[node.name]
+            if node.parent.inode is not None:
+                node.parent.inode.nlink -= 1
+            node.name, node.parent = target, self.root
+            self.root.children[target] = node
+            if self.root.inode is not None:
+                self.root.inode.nlink += 1
+        self._parent_path = None
 
     # -- the merge -----------------------------------------------------------------------------------------------------
 
@@ -228,6 +280,17 @@ class Tree:
         if node.claim < rank:
             self._hide(node)
             node.claim = rank
+
+    def _overlay_whiteout(self, parent_path: bytes, name: bytes, rank: int) -> None:
+        if name == OPAQUE:
+            self._opaque.setdefault(rank, []).append(parent_path)
+        elif not name.startswith(_AUFS):
+            self.delete(parent_path + b"/" + name[len(WHITEOUT) :] if parent_path else name[len(WHITEOUT) :], rank)
+
+    def delete(self, path: bytes, rank: int) -> None:
+        """Show overlayfs's mark of a deleted file at `path`, unless the layer has something there itself."""
+        if self._find_at(path, rank) is None and self.find(path) is None:
+            self._place(path, Inode(stat.S_IFCHR), rank)
 
     def _hide_below(self, node: Node, rank: int, *, own: bool = False) -> None:
         """Forget under `node` all that is of ranks below `rank` (and of `rank` too with `own`)."""

@@ -1,0 +1,124 @@
+"""What `--view checkpoint` shows, whatever tool made the image: checkpoint/, the dumps, and the delta as a directory.
+
+Recognises the layouts that exist (docs: producers) by what stands in the merged root, and arranges the tree:
+flat    podman, CRI-O, the kubelet's API: as it is.
+nested  containerd's `ctr checkpoint` unpacked into an image: index.json, oci-layout, blobs/; CRIU's files in a blob.
+images  a directory of CRIU's images and nothing else, at the root or below (criu, runc, crun, docker, LXC).
+pod     several containers, each a directory with a flat checkpoint in it.
+None of these: no checkpoint; the tree stays raw.
+"""
+
+import json
+from collections.abc import Iterator
+from enum import StrEnum
+
+from ckptfs.errors import FormatError
+from ckptfs.model.oci import Descriptor, parse_json
+from ckptfs.model.toc import Inode
+from ckptfs.model.tree import Node, Tree
+
+
+class Layout(StrEnum):
+    FLAT = "flat"
+    NESTED = "nested"
+    IMAGES = "images"
+    POD = "pod"
+    NONE = "none"
+
+
+CRIU_TAR = "application/vnd.containerd.container.criu.checkpoint.criu.tar"
+CONTAINERD_CONFIG = "application/vnd.containerd.container.checkpoint.config.v1+proto"
+
+# Tars that checkpoints are known to hold, each shown as a directory beside it as well.
+_KNOWN_TARS = (b"rootfs-diff.tar", b"devshm-checkpoint.tar")
+
+
+def recognise(tree: Tree, *, complete: bool) -> Layout | None:
+    """The layout, as soon as it is certain; None while it is not. With `complete` always a layout."""
+    names = tree.root.children
+    if _is_container(tree.root):
+        return Layout.FLAT
+    if all(name in names for name in (b"index.json", b"oci-layout", b"blobs")):
+        return Layout.NESTED
+    if not complete:
+        return None
+    if any(_is_container(node) for node in tree.root.visible_children()):
+        return Layout.POD
+    return Layout.IMAGES if images_directory(tree) is not None else Layout.NONE
+
+
+def images_directory(tree: Tree) -> bytes | None:
+    """The path of the first directory that holds CRIU's inventory.img; the nearest to the root wins."""
+    found = [node.parent.path for node in tree.walk() if node.name == b"inventory.img" and node.parent is not None]
+    return min(found, key=lambda path: (path.count(b"/") + bool(path), path)) if found else None
+
+
+def containers(tree: Tree) -> list[Node]:
+    """The directories that hold a flat checkpoint: the root, or those of a pod's containers."""
+    if _is_container(tree.root):
+        return [tree.root]
+    return sorted((n for n in tree.root.visible_children() if _is_container(n)), key=lambda node: node.name)
+
+
+def inner_tars(tree: Tree) -> Iterator[tuple[bytes, Inode]]:
+    """(path, inode) of the known tars of every container in the tree."""
+    for container in [tree.root, *(n for n in tree.root.visible_children() if n.inode is not None and n.inode.is_dir)]:
+        for name in _KNOWN_TARS:
+            node = container.children.get(name)
+            if node is not None and node.inode is not None and node.inode.is_file:
+                yield node.path, node.inode
+        volumes = container.children.get(b"volumes")
+        if volumes is None or volumes.inode is None or not volumes.inode.is_dir:
+            continue
+        for node in list(volumes.visible_children()):
+            if node.inode is not None and node.inode.is_file and node.name.endswith(b".tar"):
+                yield node.path, node.inode
+
+
+def criu_descriptors(raw: bytes) -> list[Descriptor] | None:
+    """The blobs of a containerd checkpoint index (core/images/mediatypes.go); None when it is of another kind."""
+    value = parse_json(raw, "index.json")
+    manifests = value.get("manifests") if isinstance(value, dict) else None
+    if not isinstance(manifests, list):
+        raise FormatError("index.json has no list of manifests")
+    descriptors = [Descriptor.from_json(m, f"index.json: manifests[{i}]") for i, m in enumerate(manifests)]
+    return descriptors if any(d.media_type == CRIU_TAR for d in descriptors) else None
+
+
+def spec_of(config: bytes) -> bytes:
+    """The OCI runtime spec out of containerd's config blob: protobuf Any{1: type_url, 2: JSON}."""
+    at, spec = 0, b""
+    while at < len(config):
+        tag, at = _varint(config, at)
+        if tag & 7 != 2:
+            raise FormatError("containerd's config blob is not an Any message")
+        size, at = _varint(config, at)
+        if at + size > len(config):
+            raise FormatError("containerd's config blob is cut off")
+        if tag >> 3 == 2:
+            spec = config[at : at + size]
+        at += size
+    try:
+        json.loads(spec)
+    except (ValueError, RecursionError):
+        raise FormatError("containerd's config blob holds no JSON") from None
+    return spec
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while at < len(data) and shift < 64:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+    raise FormatError("containerd's config blob has a broken length")
+
+
+def _is_container(node: Node) -> bool:
+    if node.inode is None or not node.inode.is_dir:
+        return False
+    images = node.children.get(b"checkpoint")
+    return images is not None and images.inode is not None and images.inode.is_dir
