@@ -10,7 +10,8 @@ from typing import Any
 import trio
 
 from ckptfs import __version__
-from ckptfs.control import ControlServer, MountFiles, write_state
+from ckptfs.control.client import MountFiles, write_state
+from ckptfs.control.server import ControlServer
 from ckptfs.engine.cache import ChunkCache
 from ckptfs.errors import CkptfsError
 from ckptfs.fuse.mount import MountSession, mount_options

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ckptfs.control import MountFiles, ask, ensure_runtime_dir, known_mounts
+from ckptfs.control.client import MountFiles, ask, ensure_runtime_dir, known_mounts
 from ckptfs.errors import CkptfsError, MountError, UnavailableError
 from ckptfs.fuse.mountpoint import canonical, detach, mount_at, prepare
 from ckptfs.model.oci import Reference

@@ -1,7 +1,7 @@
-"""One unix socket per mount: status and stop, as one JSON line each way. Owner only (0600 and SO_PEERCRED).
+"""The client's side of a mount's control socket, and the files that a mount leaves in the runtime directory.
 
-The server side runs in the mount's process; the client side in `ckptfs status` and `umount`. Beside the socket lies a
-state file that says what is mounted, so that a mount whose daemon died can still be named.
+Blocking and light: `mount`, `umount` and `status` import it. Beside the socket lies a state file that says what is
+mounted, so that a mount whose daemon died can still be named.
 """
 
 import contextlib
@@ -9,20 +9,14 @@ import hashlib
 import json
 import os
 import socket
-import struct
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import trio
-
 from ckptfs.errors import MountError, UnavailableError
 from ckptfs.settings import runtime_dir
-
-_REQUEST_BYTES = 64 * 1024
-_PEERCRED = struct.Struct("3i")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,52 +83,6 @@ def write_state(files: MountFiles, state: dict[str, Any]) -> None:
     with tempfile.NamedTemporaryFile("w", dir=files.directory, prefix=f".{files.name}", delete=False) as file:
         json.dump(state, file)
     os.rename(file.name, files.state)
-
-
-class ControlServer:
-    """Answers on a mount's socket. `commands` maps a name to a function that returns a JSON-able answer."""
-
-    def __init__(self, files: MountFiles, commands: dict[str, Callable[[dict[str, Any]], Any]]) -> None:
-        self._files = files
-        self._commands = commands
-
-    async def run(self) -> None:
-        self._files.socket.unlink(missing_ok=True)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        old = os.umask(0o177)
-        try:
-            listener.bind(str(self._files.socket))
-        finally:
-            os.umask(old)
-        listener.listen(16)
-        await trio.serve_listeners(self._serve, [trio.SocketListener(trio.socket.from_stdlib_socket(listener))])
-
-    async def _serve(self, stream: trio.SocketStream) -> None:
-        async with stream:
-            with trio.move_on_after(10), contextlib.suppress(trio.BrokenResourceError):
-                raw = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size)
-                _, uid, _ = _PEERCRED.unpack(raw)
-                if uid not in (0, os.geteuid()):
-                    return
-                await stream.send_all(json.dumps(self._answer(await _line(stream))).encode() + b"\n")
-
-    def _answer(self, line: bytes) -> dict[str, Any]:
-        try:
-            request = json.loads(line)
-            command = self._commands[request["command"]]
-        except (ValueError, KeyError, TypeError):
-            return {"error": f"unknown command; there are {', '.join(sorted(self._commands))}"}
-        return {"answer": command(request)}
-
-
-async def _line(stream: trio.SocketStream) -> bytes:
-    data = b""
-    while not data.endswith(b"\n") and len(data) < _REQUEST_BYTES:
-        piece = await stream.receive_some(4096)
-        if not piece:
-            break
-        data += piece
-    return data
 
 
 def ask(files: MountFiles, command: str, *, timeout: float = 10.0, **arguments: Any) -> Any:
