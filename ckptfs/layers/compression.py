@@ -21,20 +21,21 @@ _GZIP = b"\x1f\x8b"
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _ZSTD_SKIPPABLE = b"\x2a\x4d\x18"  # behind a byte of 0x50 to 0x5f
 _WBITS_GZIP = 31
+MAGIC_BYTES = 10
 _ZlibError: type[Exception] = zlib_ng.error  # type: ignore[assignment]  # its stub says that this is an instance
 # zlib-ng copies what it could not use out of its input on every call: small inputs make small copies.
 _INFLATE_STEP = 64 * KiB
 
 
 def sniff(head: Bytes) -> Literal["none", "gzip", "zstd"]:
-    """What bytes are compressed with, by their magic number; six are enough. FormatError for xz and bzip2."""
-    start = bytes(head[:6])
+    """What bytes are compressed with, by their first MAGIC_BYTES. FormatError for xz and bzip2."""
+    start = bytes(head[:MAGIC_BYTES])
     if start.startswith(_GZIP):
         return "gzip"
     if start.startswith(_ZSTD) or (start[1:4] == _ZSTD_SKIPPABLE and start[0] & 0xF0 == 0x50):
         return "zstd"
-    for magic, name in ((b"\xfd7zXZ\0", "xz"), (b"BZh", "bzip2")):
-        if start.startswith(magic):
+    for found, name in ((start.startswith(b"\xfd7zXZ\0"), "xz"), (start[4:] == b"1AY&SY", "bzip2")):
+        if found:
             raise FormatError(f"the layer is compressed with {name}", hint="push it again as gzip, zstd or plain tar")
     return "none"
 
@@ -139,12 +140,10 @@ def unzstd_chunk(data: Bytes, length: int, limits: Limits) -> Bytes:
         decompressor = zstandard.ZstdDecompressor(max_window_size=limits.zstd_window_bytes)
         _local.decompressor = decompressor
     try:
-        declared = zstandard.frame_content_size(data)
-        if declared == length:
+        # zstandard allocates what a frame declares, whatever is asked for: only after comparing.
+        if zstandard.frame_content_size(data) == length:
             return bytes(decompressor.decompress(data))
-        if declared > length:
-            raise IntegrityError(f"a zstd frame holds {declared} bytes, its chunk has {length}")
-        # Several frames, or one that does not tell its size.
+        # Several frames; one that does not tell its size; or (stargz) one that goes on with the headers of other files.
         out = bytearray(length)
         view = memoryview(out)
         with decompressor.stream_reader(data, read_across_frames=True) as reader:

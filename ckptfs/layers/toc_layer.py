@@ -1,0 +1,55 @@
+"""What the layers with a table of contents share: read it once, check every chunk.
+
+Subclasses (zstd_chunked.py, estargz.py) know where the table is and how a chunk is compressed.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+from ckptfs.errors import FormatError, IntegrityError
+from ckptfs.layers.compression import Bytes
+from ckptfs.layers.protocols import Emit, Verification
+from ckptfs.layers.toc_json import parse_toc
+from ckptfs.model.blob import Blob
+from ckptfs.model.toc import Chunk, Entry
+from ckptfs.settings import Settings
+
+# The stargz snapshotter's annotation, on eStargz layers and on its own kind of zstd:chunked: of the JSON, uncompressed.
+ANNOTATION_TOC_DIGEST = "containerd.io/snapshot/stargz/toc.digest"
+
+
+class TocLayer(ABC):
+    """Random access, every chunk with a digest."""
+
+    format: str
+    verification: Verification = "chunk"
+    sequential = False
+
+    def __init__(self, blob: Blob, layer: int, settings: Settings) -> None:
+        self._blob = blob
+        self._layer = layer
+        self._settings = settings
+
+    def scan(self, emit: Emit, *, attempt: int = 0) -> Iterator[Entry]:
+        try:
+            text, end, more = self._table(attempt)
+        except (FormatError, IntegrityError):
+            # Nothing vouches for the bytes until the digest fits: ask elsewhere before blaming the image.
+            text, end, more = self._table(attempt + 1)
+        yield from parse_toc(text, end=end, layer=self._layer, limits=self._settings.limits)
+        yield from more
+
+    def decode(self, chunk: Chunk, data: memoryview) -> Bytes:
+        decoded = self._unpack(chunk, data)
+        if hashlib.sha256(decoded).digest() != chunk.digest:
+            raise IntegrityError(f"the chunk at byte {chunk.offset} of {self._blob.descriptor.digest} is damaged")
+        return decoded
+
+    @abstractmethod
+    def _table(self, attempt: int) -> tuple[bytes, int, list[Entry]]:
+        """The JSON, its digest checked; where the payload ends; entries that the JSON does not list."""
+
+    @abstractmethod
+    def _unpack(self, chunk: Chunk, data: memoryview) -> Bytes:
+        """`chunk.length` bytes, unchecked. IntegrityError if there are not so many."""
