@@ -4,17 +4,25 @@ A new format is one module and one line in `FORMATS`.
 """
 
 from ckptfs.errors import FormatError
+from ckptfs.layers.estargz import EStargzFormat
 from ckptfs.layers.gzip import GzipFormat
 from ckptfs.layers.media_types import is_encrypted
 from ckptfs.layers.protocols import Emit, Layer, LayerFormat, Verification
 from ckptfs.layers.tar import TarFormat
 from ckptfs.layers.zstd import ZstdFormat
+from ckptfs.layers.zstd_chunked import ZstdChunkedFormat
 from ckptfs.model.oci import Descriptor
 
 __all__ = ["FORMATS", "Emit", "Layer", "LayerFormat", "Verification", "select_format"]
 
 # The first that matches reads the layer: those with a table of contents come before the streams that they also are.
-FORMATS: tuple[LayerFormat, ...] = (GzipFormat(), ZstdFormat(), TarFormat())
+FORMATS: tuple[LayerFormat, ...] = (
+    ZstdChunkedFormat(),
+    EStargzFormat(),
+    GzipFormat(),
+    ZstdFormat(),
+    TarFormat(),
+)
 
 
 def select_format(descriptor: Descriptor) -> LayerFormat:
