@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 
 from ckptfs.settings import GiB, KiB
 
-PAGE = 4 * KiB
 STEP = 16 * KiB  # cell of the address space that is one chunk: 32 KiB misses 1.5 x the changed bytes (ADR 0004)
 SPAN = 256 * KiB  # cells around it, which is one chunk when hardly any of its pages are there
 
@@ -27,15 +26,15 @@ def step_for(size: int) -> int:
 def page_cuts(runs: Iterable[tuple[int, int]], size: int) -> Iterator[int]:
     """Lengths of the chunks of a pages file of `size` bytes; they sum up to the runs' bytes.
 
-    runs: (virtual address, number of pages) of what the file holds, in the order of the file, as the pagemap lists it.
+    runs: (virtual address, bytes) of what the file holds, in the order of the file, as the pagemap lists it.
     A chunk ends where the next page is of another cell. A span of 256 KiB with no more pages than fill one cell is one
     chunk, so that a process that touches a page here and there does not become a heap of tiny chunks.
     """
     step = step_for(size)
     for span in _spans(runs):
-        total = sum(pages for _, pages in span)
-        if total * PAGE <= step:
-            yield total * PAGE
+        total = sum(length for _, length in span)
+        if total <= step:
+            yield total
         else:
             yield from _cells(span, step)
 
@@ -44,8 +43,8 @@ def _spans(runs: Iterable[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
     """The runs, cut at every 256 KiB of address space and gathered by span, in file order."""
     current = -1
     span: list[tuple[int, int]] = []
-    for run_address, run_pages in runs:
-        address, end = run_address, run_address + run_pages * PAGE
+    for run_address, run_length in runs:
+        address, end = run_address, run_address + run_length
         while address < end:
             number = address // SPAN
             stop = min((number + 1) * SPAN, end)
@@ -53,7 +52,7 @@ def _spans(runs: Iterable[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
                 if span:
                     yield span
                 current, span = number, []
-            span.append((address, (stop - address) // PAGE))
+            span.append((address, stop - address))
             address = stop
     if span:
         yield span
@@ -62,8 +61,8 @@ def _spans(runs: Iterable[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
 def _cells(span: list[tuple[int, int]], step: int) -> Iterator[int]:
     """Lengths of the chunks of one span, a chunk for each cell that has pages."""
     current, length = -1, 0
-    for run_address, run_pages in span:
-        address, end = run_address, run_address + run_pages * PAGE
+    for run_address, run_length in span:
+        address, end = run_address, run_address + run_length
         while address < end:
             number = address // step
             stop = min((number + 1) * step, end)

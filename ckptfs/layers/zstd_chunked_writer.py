@@ -1,6 +1,7 @@
 """Members in, a tar+zstd layer out, in the zstd:chunked dialect of containers/storage.
 
     tar headers | chunk | chunk | ...    each a zstd frame of its own; a plain tar for who only decompresses
+    skippable: columns of chunks (model/index.py), for very large files
     skippable: table of contents (JSON, zstd) | skippable: tar-split (JSON lines, zstd) | skippable: footer, 64 bytes
 
 Sources: containers/storage pkg/chunked/internal/minimal/compression.go for the frames, the annotations and the footer;
@@ -29,6 +30,8 @@ from fastcrc import crc64
 
 from ckptfs.errors import FormatError
 from ckptfs.layers.tar_encode import END, encode_header, padding, tar_name, tar_type
+from ckptfs.model.index import Table, encode_table
+from ckptfs.model.index_columns import Row
 from ckptfs.model.oci import Descriptor, Digest
 from ckptfs.model.packed import PackedExtents
 from ckptfs.model.toc import Inode
@@ -47,6 +50,7 @@ _CRFS = 1  # the only type of table of contents that there is
 _TYPES = {b"0": "reg", b"1": "hardlink", b"2": "symlink", b"3": "char", b"4": "block", b"5": "dir", b"6": "fifo"}
 _NO_DIGEST = bytes(32)  # in the column of digests: a chunk of zeros
 GRID = 256 * KiB  # chunk of a file that nobody cut
+TABLE_ROWS = 8192  # a file with more chunks has its columns in the layer too: fewer always fit into the inline index
 
 
 class Payload(Protocol):
@@ -72,7 +76,7 @@ class Member:
 
 @dataclass(slots=True)
 class WrittenFile:
-    """Where the bytes of one regular file lie. Frames follow one another from `offset` on."""
+    """Where the bytes of one regular file lie. Frames follow one another from `offset` on; `table`: model/index.py."""
 
     path: bytes
     inode: Inode
@@ -81,9 +85,10 @@ class WrittenFile:
     lengths: "array[int]" = field(default_factory=lambda: array("I"))
     sizes: "array[int]" = field(default_factory=lambda: array("I"))
     digests: bytearray = field(default_factory=bytearray)
+    table: Table | None = None
 
-    def rows(self) -> Iterator[tuple[int, int, int, int, bytes]]:
-        """(start in the file, length, offset in the blob, size there, sha256); zeros have the digest b""."""
+    def rows(self) -> Iterator[Row]:
+        """The file's chunks, in order."""
         start, offset = 0, self.offset
         for i, (length, size) in enumerate(zip(self.lengths, self.sizes, strict=True)):
             digest = bytes(self.digests[32 * i : 32 * i + 32])
@@ -226,6 +231,11 @@ class _Writer:
         split, split_length = self._split.finish(), self._split.length
         digest = f',"tarSplitDigest":"{Digest.of(split)}"' if self._clean else ""
         self._toc.write(f"]{digest}}}\n")
+        for file in self._files:
+            if len(file.lengths) > TABLE_ROWS:
+                table = encode_table(file.rows())
+                file.table = Table(self._position + 8, len(table), Digest.of(table), len(file.lengths))
+                self._out(_skippable(table))
         toc, toc_length = self._toc.finish(), self._toc.length
         toc_at = self._position + 8
         self._out(_skippable(toc))

@@ -6,6 +6,7 @@ model/index.py; readers see an ordinary sequence of Extent.
 
 from array import array
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import overload
 
 from ckptfs.model.toc import Chunk, Extent
@@ -25,6 +26,19 @@ class PackedExtents(Sequence[Extent]):
         self._offsets = array("Q")
         self._sizes = array("I")
         self._digests = bytearray()
+
+    @classmethod
+    def from_columns(
+        cls, layer: int, lengths: "array[int]", sizes: "array[int]", offset: int, digests: bytes
+    ) -> "PackedExtents":
+        """Chunks that follow one another in the file from 0, and in the blob from `offset`."""
+        packed = cls(layer)
+        packed._starts = array("Q", accumulate(lengths, initial=0))
+        packed._offsets = array("Q", accumulate(sizes, initial=offset))
+        packed._starts.pop()
+        packed._offsets.pop()
+        packed._lengths, packed._sizes, packed._digests = lengths, sizes, bytearray(digests)
+        return packed
 
     def append(self, start: int, length: int, offset: int, size: int, digest: bytes) -> None:
         """File bytes [start, start + length) are the blob's frame [offset, offset + size), with this sha256 decoded."""

@@ -1,0 +1,355 @@
+"""The inline index: all that a reader needs before the first page, in one document that the manifest's digest covers.
+
+    zstd( magic | u32 length of the JSON | JSON | columns of chunks | contents of small files )
+
+The JSON lists the files of every layer. A file whose content is in the document needs no digests. The columns of a very
+large file can be left to its layer, in a skippable frame that the document names by place and digest (`Table`).
+
+Bytes in, values out; written by push/, read by image/. The document comes from whoever pushed the image: everything in
+it is bounded and checked here, once.
+"""
+
+import base64
+import json
+import stat
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import zstandard
+
+from ckptfs.errors import FormatError, IntegrityError, LimitExceeded
+from ckptfs.model.index_columns import ROW_BYTES, ColumnReader, ColumnWriter, Row
+from ckptfs.model.oci import Digest, parse_json
+from ckptfs.model.toc import Entry, Inode
+from ckptfs.settings import Limits, MiB
+
+ANNOTATION_INDEX = "dev.ckptfs.index"
+INLINE_BYTES = 1 * MiB  # of base64 in an annotation: registries take manifests of 4 MiB
+
+_MAGIC = b"CKPTIDX1"
+_LEVEL = 9
+_TYPES = frozenset((stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO))
+_HEAD = len(_MAGIC) + 4
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The columns of one file, outside the document: bytes [offset, offset + size) of its layer's blob."""
+
+    offset: int
+    size: int
+    digest: Digest
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class IndexedFile:
+    """One entry of a layer.
+
+    offset, rows  of a file with bytes: its chunks, frames that follow one another in the blob from `offset` on.
+    content       its bytes, for small files that are read first.
+    table         where the rows are instead.
+    eager         (start, length) of the parts of a pages file that no lazy restore can do without; None: not told.
+    """
+
+    entry: Entry
+    offset: int = 0
+    rows: Sequence[Row] = ()
+    content: bytes | None = None
+    table: Table | None = None
+    eager: Sequence[tuple[int, int]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class IndexedLayer:
+    """Digest and size of the blob, as the manifest has them, and its files in archive order."""
+
+    digest: Digest
+    size: int
+    files: Sequence[IndexedFile]
+
+    @property
+    def entries(self) -> list[Entry]:
+        return [file.entry for file in self.files]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageIndex:
+    """`contents`: chunks that came along, by key."""
+
+    layers: Sequence[IndexedLayer]
+    contents: Mapping[bytes, bytes] = field(default_factory=dict)
+
+
+def encode_index(layers: Iterable[IndexedLayer]) -> bytes:
+    """The document, compressed; the same bytes for the same layers."""
+    columns = ColumnWriter()
+    contents: list[bytes] = []
+    described = []
+    for layer in layers:
+        files = []
+        for file in layer.files:
+            files.append(_describe(file))
+            if file.table is None:
+                columns.add(file.rows, digests=file.content is None)
+            if file.content is not None:
+                contents.append(file.content)
+        described.append({"digest": str(layer.digest), "size": layer.size, "files": files})
+    text = json.dumps({"layers": described}, separators=(",", ":")).encode()
+    body = b"".join((_MAGIC, struct.pack("<I", len(text)), text, columns.encode(), *contents))
+    return zstandard.ZstdCompressor(level=_LEVEL).compress(body)
+
+
+def encode_table(rows: Iterable[Row]) -> bytes:
+    """The columns of one file, compressed: what a `Table` points to."""
+    columns = ColumnWriter()
+    columns.add(rows)
+    return zstandard.ZstdCompressor(level=_LEVEL).compress(columns.encode())
+
+
+def decode_index(data: bytes, *, first_layer: int = 0, limits: Limits | None = None) -> ImageIndex:
+    """The index out of its document. Layer n of it has the number `first_layer` + n in its chunks.
+
+    Files whose rows are in a table have no extents yet: `load_table`. FormatError for whatever is not as it should be.
+    """
+    limits = limits or Limits()
+    body = _decompress(data, limits.toc_bytes)
+    if body[: len(_MAGIC)] != _MAGIC or len(body) < _HEAD:
+        raise FormatError("the index is of no known version", hint="install a newer ckptfs")
+    (length,) = struct.unpack_from("<I", body, len(_MAGIC))
+    document = parse_json(body[_HEAD : _HEAD + length], "index")
+    described = document.get("layers") if isinstance(document, dict) else None
+    if not isinstance(described, list) or len(described) > limits.layers:
+        raise FormatError("the index has no list of layers, or too many")
+    reader = _Reader(body, _HEAD + length, [_layer(value, limits) for value in described], limits)
+    return reader.read(first_layer)
+
+
+def load_table(file: IndexedFile, data: bytes, layer: int, layer_size: int, limits: Limits | None = None) -> None:
+    """Give `file` the extents that `data`, the bytes its table points to, describes. IntegrityError, FormatError."""
+    limits = limits or Limits()
+    inode, table = file.entry.inode, file.table
+    if inode is None or table is None:
+        return
+    table.digest.check(data, "a table of chunks")
+    columns = ColumnReader(_decompress(data, table.rows * ROW_BYTES), 0, table.rows, limits)
+    inode.extents = columns.extents(table.rows, inode.size, layer, file.offset, layer_size)
+    columns.finished()
+
+
+def _describe(file: IndexedFile) -> dict[str, Any]:
+    entry = file.entry
+    out: dict[str, Any] = {"path": _text(entry.path)}
+    if entry.link is not None:
+        return {**out, "link": _text(entry.link)}
+    inode = entry.inode or Inode(stat.S_IFREG)
+    out |= {"mode": inode.mode, "uid": inode.uid, "gid": inode.gid, "mtime": inode.mtime_ns}
+    if inode.target:
+        out["target"] = _text(inode.target)
+    if inode.rdev:
+        out["rdev"] = inode.rdev
+    if inode.xattrs:
+        out["xattrs"] = {_text(k): base64.b64encode(inode.xattrs[k]).decode() for k in sorted(inode.xattrs)}
+    if inode.size:
+        out |= {"size": inode.size, "offset": file.offset}
+        if file.table is not None:
+            table = file.table
+            out["table"] = [table.offset, table.size, str(table.digest), table.rows]
+        else:
+            out["rows"] = len(file.rows)
+        if file.content is not None:
+            out["content"] = True
+    if file.eager is not None:
+        out["eager"] = [number for pair in file.eager for number in pair]
+    return out
+
+
+class _Reader:
+    """Reads the files of one document; the JSON of its layers has been judged already."""
+
+    def __init__(
+        self, body: bytes, position: int, layers: list[tuple[Digest, int, list[dict[str, Any]]]], limits: Limits
+    ) -> None:
+        self._body = body
+        self._limits = limits
+        self._layers = layers
+        rows = inline = without = 0
+        for _, _, files in layers:
+            for file in files:
+                count = _integer(file, "rows", 0, limits.toc_entries)
+                rows += count
+                if file.get("content") is True:
+                    inline += _integer(file, "size", 0, limits.toc_bytes)
+                    without += count
+        if rows > limits.toc_entries:
+            raise LimitExceeded(f"the index has {rows} chunks, more than {limits.toc_entries}")
+        self._columns = ColumnReader(body, position, rows, limits)
+        self._contents_at = len(body) - inline
+        self._position = self._contents_at
+        self.contents: dict[bytes, bytes] = {}
+
+    def read(self, first_layer: int) -> ImageIndex:
+        layers = [
+            IndexedLayer(digest, size, [self._file(value, first_layer + i, size) for value in files])
+            for i, (digest, size, files) in enumerate(self._layers)
+        ]
+        self._columns.finished()
+        if self._columns.position != self._contents_at:
+            raise FormatError("the index has more or fewer digests than chunks")
+        return ImageIndex(layers, self.contents)
+
+    def _file(self, value: dict[str, Any], layer: int, end: int) -> IndexedFile:
+        limits = self._limits
+        path = _path(value.get("path"), limits)
+        if "link" in value:
+            return IndexedFile(Entry(path, None, _path(value["link"], limits)))
+        inode = Inode(
+            mode=_integer(value, "mode", 0, 0o177777),
+            uid=_integer(value, "uid", 0, (1 << 32) - 1),
+            gid=_integer(value, "gid", 0, (1 << 32) - 1),
+            size=_integer(value, "size", 0, limits.file_bytes),
+            mtime_ns=_integer(value, "mtime", -(1 << 63), (1 << 63) - 1),
+            rdev=_integer(value, "rdev", 0, (1 << 64) - 1),
+            target=_target(value.get("target", ""), limits),
+            xattrs=_xattrs(value.get("xattrs"), limits),
+        )
+        if stat.S_IFMT(inode.mode) not in _TYPES or (inode.size and not inode.is_file):
+            raise FormatError(f"the index has a file of type {stat.S_IFMT(inode.mode):#o} and {inode.size} bytes")
+        if stat.S_ISLNK(inode.mode) != bool(inode.target):
+            raise FormatError("the index has a symbolic link without a target, or a target without a link")
+        offset = _integer(value, "offset", 0, end)
+        rows = _integer(value, "rows", 0, limits.toc_entries)
+        content, table = None, None
+        if "table" in value:
+            table = _table(value["table"], end, limits)
+        elif value.get("content") is True:
+            content = self._body[self._position : self._position + inode.size]
+            self._position += inode.size
+            inode.extents = self._columns.extents_of(content, rows, layer, offset, end)
+            for extent in inode.extents:
+                self.contents[extent.chunk.key] = content[extent.start : extent.start + extent.length]
+        else:
+            inode.extents = self._columns.extents(rows, inode.size, layer, offset, end)
+        return IndexedFile(
+            Entry(path, inode), offset, content=content, table=table, eager=_eager(value.get("eager"), inode.size)
+        )
+
+
+def _layer(value: object, limits: Limits) -> tuple[Digest, int, list[dict[str, Any]]]:
+    if not isinstance(value, dict) or not isinstance(value.get("digest"), str):
+        raise FormatError("the index has a layer without a digest")
+    files = value.get("files")
+    if not isinstance(files, list) or not all(isinstance(file, dict) for file in files):
+        raise FormatError("the index has a layer without a list of files")
+    if len(files) > limits.toc_entries:
+        raise LimitExceeded(f"the index has {len(files)} files, more than {limits.toc_entries}")
+    return Digest.parse(value["digest"]), _integer(value, "size", 0, 1 << 62), files
+
+
+def _integer(value: dict[str, Any], key: str, low: int, high: int) -> int:
+    """The number at `key`, 0 where there is none; FormatError unless it lies in [low, high]."""
+    number = value.get(key, 0)
+    if type(number) is not int or not low <= number <= high:
+        raise FormatError(f"the index has {str(number)[:40]} for a {key}")
+    return number
+
+
+def _table(value: object, end: int, limits: Limits) -> Table:
+    if not isinstance(value, list) or len(value) != 4 or not isinstance(value[2], str):
+        raise FormatError("the index has a table of chunks without place or digest")
+    offset, size, digest, rows = value
+    numbers = {"offset": offset, "size": size, "rows": rows}
+    table = Table(
+        _integer(numbers, "offset", 0, end),
+        _integer(numbers, "size", 0, limits.toc_compressed_bytes),
+        Digest.parse(digest),
+        _integer(numbers, "rows", 0, limits.toc_entries),
+    )
+    if table.offset + table.size > end:
+        raise FormatError("the index has a table of chunks outside its layer")
+    return table
+
+
+def _eager(value: object, size: int) -> list[tuple[int, int]] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) % 2 or not all(type(n) is int for n in value):
+        raise FormatError("the index has eager pages that are no ranges")
+    ranges = list(zip(value[::2], value[1::2], strict=True))
+    at = 0
+    for start, length in ranges:
+        if start < at or length <= 0 or start + length > size:
+            raise FormatError("the index has eager pages out of order or outside their file")
+        at = start + length
+    return ranges
+
+
+def _path(value: object, limits: Limits) -> bytes:
+    """Paths are written as model.toc.Entry wants them; others are refused, not mended."""
+    if not isinstance(value, str):
+        raise FormatError("the index has a file without a path")
+    path = _bytes(value)
+    parts = path.split(b"/") if path else []
+    if b"\0" in path or any(part in (b"", b".", b"..") for part in parts):
+        raise FormatError(f"the index has the path {value[:80]!r}, which leaves the image or is not plain")
+    if (
+        len(path) > limits.path_bytes
+        or len(parts) > limits.path_depth
+        or max(map(len, parts), default=0) > (limits.name_bytes)
+    ):
+        raise LimitExceeded(f"the index has a path of {len(path)} bytes, which no file system could hold")
+    return path
+
+
+def _target(value: object, limits: Limits) -> bytes:
+    if not isinstance(value, str) or "\0" in value or len(value) >= limits.path_bytes:
+        raise FormatError("the index has a symbolic link to no possible path")
+    return _bytes(value)
+
+
+def _xattrs(value: object, limits: Limits) -> dict[bytes, bytes]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise FormatError("the index has extended attributes that are no object")
+    out: dict[bytes, bytes] = {}
+    total = 0
+    for key, text in value.items():
+        try:
+            data = base64.b64decode(text, validate=True)
+        except (ValueError, TypeError):
+            raise FormatError("the index has an extended attribute that is not base64") from None
+        name = _bytes(key)
+        total += len(name) + len(data)
+        if total > limits.xattr_bytes or len(name) > limits.name_bytes or not name or b"\0" in name:
+            raise LimitExceeded("the index has extended attributes that no file system could hold")
+        out[name] = data
+    return out
+
+
+def _decompress(data: bytes, limit: int) -> bytes:
+    try:
+        size = zstandard.frame_content_size(data)
+        if size < 0:
+            raise FormatError("the index does not say how large it is")
+        if size > limit:
+            raise LimitExceeded(f"the index has {size} bytes, more than {limit}")
+        body = zstandard.ZstdDecompressor().decompress(data, max_output_size=limit)
+    except zstandard.ZstdError as error:
+        raise FormatError(f"the index is not zstd ({error})") from None
+    if len(body) != size:
+        raise IntegrityError("the index is cut short")
+    return body
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
+
+
+def _bytes(name: str) -> bytes:
+    try:
+        return name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise FormatError("the index has a name that is no text") from None

@@ -1,0 +1,135 @@
+"""`ckptfs push`: any source in, the image of docs/image-layout.md out.
+
+    source (directory, archive, image) -> Checkpoint -> plan of layers -> zstd:chunked layers -> blobs -> manifest
+
+Memory does not grow with the checkpoint. The work directory takes each compressed layer until it has been sent, and what
+an archive or image that is one compressed stream unpacks to. Blocks; called by the command line and by tests.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ckptfs.errors import FormatError, NotFoundError
+from ckptfs.layers.zstd_chunked_writer import Member, WrittenLayer, write_layer
+from ckptfs.model.index import ANNOTATION_INDEX
+from ckptfs.model.oci import OCI_MANIFEST, Descriptor, Digest, Reference
+from ckptfs.push.archive import FileBlob
+from ckptfs.push.checkpoint_files import Checkpoint, CheckpointFile, under_checkpoint
+from ckptfs.push.directory import read_directory
+from ckptfs.push.facts import read_facts
+from ckptfs.push.image_files import LayerFiles, read_image, select_manifest
+from ckptfs.push.manifest import CONFIG_TYPE, BuiltLayer, encode_config, encode_inline_index, encode_manifest
+from ckptfs.push.pages import PagesFile, find_pages
+from ckptfs.push.plan import ANNOTATION_ROLE, PlannedLayer, plan_layers
+from ckptfs.push.publisher import Progress, Publisher
+from ckptfs.push.spool import MemoryBlob, Spool
+from ckptfs.push.target import Target
+from ckptfs.settings import Settings
+from ckptfs.sources import Source
+
+__all__ = ["Progress", "PushOptions", "PushResult", "Target", "open_checkpoint", "push"]
+
+OpenSource = Callable[[Reference], Source]
+
+
+@dataclass(frozen=True, slots=True)
+class PushOptions:
+    """`name`: of the container, when no dump says it. `annotations`: added to those that the checkpoint gives."""
+
+    name: str = "checkpoint"
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    threads: int = 2
+    work: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))
+    settings: Settings = field(default_factory=Settings)
+
+
+@dataclass(frozen=True, slots=True)
+class PushResult:
+    """`manifest` names M. `layers` in the order of the manifest; `sent` and `present` are bytes of blobs."""
+
+    manifest: Descriptor
+    layers: tuple[WrittenLayer, ...]
+    sent: int
+    present: int
+
+
+@contextmanager
+def open_checkpoint(source: str, open_source: OpenSource, options: PushOptions) -> Iterator[Checkpoint]:
+    """The checkpoint that SRC names: a directory, an archive, oci:DIR[:TAG], archive:FILE or a registry reference."""
+    path = Path(source.removeprefix("archive:"))
+    if not source.startswith("oci:") and path.is_dir() and not (path / "oci-layout").exists():
+        yield read_directory(path)
+        return
+    with ExitStack() as stack:
+        if path.is_file():
+            blob = FileBlob(path)
+            stack.callback(blob.close)
+            layers = stack.enter_context(LayerFiles([blob], options.work, options.settings))
+            yield Checkpoint(under_checkpoint(layers.files()))
+            return
+        if source.startswith(("/", ".", "archive:")) and not path.is_dir():
+            raise NotFoundError(f"there is no {path}", hint="name a directory, an archive, or an image")
+        image = open_source(Reference.parse(f"oci:{path}" if path.is_dir() else source))
+        manifest = select_manifest(image, options.settings)
+        blobs = [image.blob(layer) for layer in manifest.layers]
+        layers = stack.enter_context(LayerFiles(blobs, options.work, options.settings))
+        yield read_image(image, manifest, layers)
+
+
+def push(
+    checkpoint: Checkpoint,
+    target: Target,
+    tag: str,
+    options: PushOptions,
+    progress: Callable[[Progress], None] | None = None,
+) -> PushResult:
+    """Publish `checkpoint` as an image under `tag`. FormatError when it is none."""
+    if not any(file.name == b"inventory.img" for file in checkpoint.files):
+        raise FormatError("the source holds no inventory.img, so it is no checkpoint", hint="name what criu dumped")
+    limits = options.settings.limits
+    facts = read_facts(checkpoint, options.name, limits)
+    pages = find_pages(checkpoint.files, limits)
+    total = sum(file.inode.size for file in checkpoint.files if file.is_regular)
+    with ExitStack() as stack, Publisher(target, total, progress) as publisher:
+        built = []
+        for planned in plan_layers(checkpoint):
+            spool = Spool(options.work)
+            stack.callback(spool.close)
+            written = _write(planned, pages, spool, publisher, options)
+            spool.complete(written.descriptor)
+            publisher.add(written.descriptor, spool, done=spool.close)
+            built.append(BuiltLayer(planned, written))
+        config_raw = encode_config(checkpoint, (layer.written.diff_id for layer in built))
+        config = Descriptor(CONFIG_TYPE, Digest.of(config_raw), len(config_raw))
+        publisher.add(config, MemoryBlob(config, config_raw))
+        annotations = {**facts.annotations, **options.annotations}
+        index = encode_inline_index(built, pages, limits)
+        if index is not None:
+            annotations[ANNOTATION_INDEX] = index
+        raw = encode_manifest(config, (layer.written.descriptor for layer in built), annotations)
+        digest = publisher.publish(raw, OCI_MANIFEST, tag)
+        return PushResult(
+            Descriptor(OCI_MANIFEST, digest, len(raw)),
+            tuple(layer.written for layer in built),
+            publisher.progress.sent,
+            publisher.progress.present,
+        )
+
+
+def _write(
+    planned: PlannedLayer, pages: Mapping[bytes, PagesFile], spool: Spool, publisher: Publisher, options: PushOptions
+) -> WrittenLayer:
+    def member(file: CheckpointFile) -> Member:
+        described = pages.get(file.path)
+        return Member(file.path, file.inode, file.link, file.open, described.cuts if described else None)
+
+    return write_layer(
+        map(member, planned.files),
+        spool.write,
+        annotations={ANNOTATION_ROLE: planned.role},
+        threads=options.threads,
+        progress=publisher.packed,
+    )

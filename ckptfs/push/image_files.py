@@ -1,0 +1,236 @@
+"""A checkpoint that lies in layers: an image of a registry or an OCI layout, or an archive, which is one layer.
+
+Opens the layers with the formats of layers/, merges them, and reads files front to back: a range of the blob at a time
+where chunks can be fetched one by one; otherwise (gzip, one zstd frame) the layer is unpacked once into a nameless file
+of the work directory, without its holes. Blocks; no event loop, no cache.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Protocol, Self
+
+from ckptfs.errors import CacheError, FormatError, IntegrityError
+from ckptfs.layers import Layer, select_format
+from ckptfs.layers.zstd_chunked_writer import Payload
+from ckptfs.model.blob import Blob
+from ckptfs.model.oci import Manifest, parse_document, parse_json
+from ckptfs.model.toc import Chunk, Extent, Inode
+from ckptfs.model.tree import Tree
+from ckptfs.push.checkpoint_files import Checkpoint, CheckpointFile, under_checkpoint
+from ckptfs.settings import MiB, Settings
+from ckptfs.sources import Source
+
+_ZEROS = bytes(MiB)
+
+
+class LayerFiles:
+    """The files of a few layers. A context manager: unpacked streams are kept until it is closed."""
+
+    def __init__(self, blobs: Sequence[Blob], work: Path, settings: Settings) -> None:
+        """Scans all layers; streams are unpacked into `work`."""
+        self.tree = Tree()
+        self._stack = ExitStack()
+        self._readers: list[_ChunkReader] = []
+        try:
+            for number, blob in enumerate(blobs):
+                rank = number + 1
+                layer = select_format(blob.descriptor).open(blob, number)
+                self.tree.begin(rank)
+                reader: _ChunkReader
+                if layer.sequential:
+                    spool = self._stack.enter_context(tempfile.TemporaryFile(dir=work))  # noqa: SIM115 (the stack closes it)
+                    reader = _Unpacked(spool)
+                    self.tree.add(layer.scan(reader.keep), rank)
+                    reader.complete()
+                else:
+                    reader = _Ranged(blob, layer, settings.sizes.sequential_extent)
+                    self.tree.add(layer.scan(_ignore), rank)
+                self.tree.finish(rank)
+                self._readers.append(reader)
+        except BaseException:
+            self.close()
+            raise
+
+    def files(self) -> list[CheckpointFile]:
+        """All files in the order of their paths, parents first. The root only where a layer describes it."""
+        nodes = [(node.path, node.inode) for node in self.tree.walk() if node.path or node.rank]
+        first: dict[int, bytes] = {}
+        out = []
+        for path, inode in sorted(nodes, key=lambda pair: pair[0]):
+            if inode is None:
+                continue
+            target = path if inode.is_dir else first.setdefault(inode.ino, path)
+            out.append(CheckpointFile(path, inode, target if target != path else None, partial(self.open, inode)))
+        return out
+
+    def open(self, inode: Inode) -> Payload:
+        """The bytes of a file, front to back."""
+        return _Pieces(self._pieces(inode))
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _pieces(self, inode: Inode) -> Iterator[bytes | memoryview]:
+        position = 0
+        for index, extent in enumerate(inode.extents):
+            yield from _hole(extent.start - position)
+            data = self._readers[extent.chunk.layer].chunk(inode.extents, index)
+            piece = memoryview(data)[extent.skip : extent.skip + extent.length]
+            if len(piece) != extent.length:
+                raise IntegrityError(f"a chunk is {extent.length - len(piece)} bytes shorter than the file it holds")
+            yield piece
+            position = extent.start + extent.length
+        yield from _hole(inode.size - position)
+
+
+def select_manifest(source: Source, settings: Settings) -> Manifest:
+    """The image manifest that `source` names, through indexes. FormatError when there is none for this machine."""
+    document = source.resolve()
+    for _ in range(settings.limits.index_depth):
+        if isinstance(document, Manifest):
+            if len(document.layers) > settings.limits.layers:
+                raise FormatError(f"the image has {len(document.layers)} layers, more than {settings.limits.layers}")
+            return document
+        chosen = document.select()
+        document = parse_document(source.fetch(chosen), chosen.media_type)
+    raise FormatError(f"the index nests deeper than {settings.limits.index_depth} levels")
+
+
+def read_image(source: Source, manifest: Manifest, layers: LayerFiles) -> Checkpoint:
+    """The checkpoint in an image whose layers `layers` has scanned, with the image's annotations and architecture."""
+    config = parse_json(source.fetch(manifest.config), "config")
+    architecture = config.get("architecture") if isinstance(config, dict) else None
+    return Checkpoint(
+        under_checkpoint(layers.files()),
+        _kept(manifest.annotations),
+        architecture if isinstance(architecture, str) else "",
+    )
+
+
+def _kept(annotations: Mapping[str, str]) -> dict[str, str]:
+    """The source's own annotations; buildah writes empty base names, which say nothing, and ours are made anew."""
+    return {key: value for key, value in annotations.items() if value and not key.startswith("dev.ckptfs.")}
+
+
+# -- reading chunks ----------------------------------------------------------------------------------------------------
+
+
+class _ChunkReader(Protocol):
+    def chunk(self, extents: Sequence[Extent], index: int) -> bytes | memoryview:
+        """The decoded chunk of extents[index]; the ones behind it will be asked for next."""
+
+
+class _Ranged:
+    """A layer whose chunks can be fetched one by one: fetches those of the next few MiB of a file together."""
+
+    def __init__(self, blob: Blob, layer: Layer, window: int) -> None:
+        self._blob = blob
+        self._layer = layer
+        self._window = window
+        self._start = 0
+        self._data = b""
+        self._last: tuple[bytes, bytes | memoryview] = (b"", b"")  # neighbours in a tar share a chunk
+
+    def chunk(self, extents: Sequence[Extent], index: int) -> bytes | memoryview:
+        chunk = extents[index].chunk
+        if self._last[0] == chunk.key:
+            return self._last[1]
+        try:
+            data = self._decode(chunk, extents, index, 0)
+        except IntegrityError:  # a flipped bit on the way: once more, elsewhere if there is another place
+            self._data = b""
+            data = self._decode(chunk, extents, index, 1)
+        self._last = (chunk.key, data)
+        return data
+
+    def _decode(self, chunk: Chunk, extents: Sequence[Extent], index: int, attempt: int) -> bytes | memoryview:
+        at = chunk.offset - self._start
+        if not 0 <= at <= len(self._data) - chunk.size:
+            end = chunk.offset + chunk.size
+            for extent in extents[index + 1 : index + 1 + self._window // 4096]:
+                following = extent.chunk
+                if following.layer != chunk.layer or not end <= following.offset <= end + self._window // 16:
+                    break
+                if following.offset + following.size > chunk.offset + self._window:
+                    break
+                end = following.offset + following.size
+            self._start, at = chunk.offset, 0
+            self._data = self._blob.read_at(chunk.offset, end - chunk.offset, attempt=attempt)
+        return self._layer.decode(chunk, memoryview(self._data)[at : at + chunk.size])
+
+
+class _Unpacked:
+    """The decoded stream of a layer, in a file with holes where it is zero."""
+
+    def __init__(self, spool: BinaryIO) -> None:
+        self._spool = spool.fileno()
+        self._end = 0
+
+    def keep(self, chunk: Chunk, data: bytes) -> None:
+        self._end = chunk.offset + len(data)
+        if data.count(0) == len(data):
+            return
+        try:
+            view = memoryview(data)
+            at = 0
+            while at < len(view):
+                at += os.pwrite(self._spool, view[at:], chunk.offset + at)
+        except OSError as error:
+            raise _full(error) from None
+
+    def complete(self) -> None:
+        try:
+            os.ftruncate(self._spool, self._end)
+        except OSError as error:
+            raise _full(error) from None
+
+    def chunk(self, extents: Sequence[Extent], index: int) -> bytes:
+        chunk = extents[index].chunk
+        return os.pread(self._spool, min(chunk.length, self._end - chunk.offset), chunk.offset)
+
+
+def _full(error: OSError) -> CacheError:
+    return CacheError(f"cannot unpack the source: {error.strerror}", hint="name a larger --work-dir")
+
+
+def _ignore(chunk: Chunk, data: bytes) -> None:
+    pass
+
+
+def _hole(length: int) -> Iterator[bytes | memoryview]:
+    while length > 0:
+        piece = memoryview(_ZEROS)[: min(length, len(_ZEROS))]
+        yield piece
+        length -= len(piece)
+
+
+class _Pieces:
+    """An iterator of pieces as a Payload."""
+
+    def __init__(self, pieces: Iterator[bytes | memoryview]) -> None:
+        self._pieces = pieces
+        self._rest = memoryview(b"")
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        if not self._rest:
+            self._rest = memoryview(next(self._pieces, b""))
+        count = min(len(buffer), len(self._rest))
+        buffer[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        return count
+
+    def close(self) -> None:
+        self._rest = memoryview(b"")

@@ -1,0 +1,81 @@
+"""What the pagemaps say about pages files: where to cut them, and which parts no lazy restore can do without.
+
+Pairs pagemap-*.img with the pages-N.img that they name. Holds one pagemap at a time: a process with a million separate
+runs has a pagemap that takes 100 MB in memory.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from ckptfs.criu.chunking import page_cuts
+from ckptfs.criu.images import parse_name
+from ckptfs.criu.pagemap import Pagemap, PlacedRun, parse_pagemap
+from ckptfs.errors import FormatError
+from ckptfs.push.checkpoint_files import CheckpointFile
+from ckptfs.settings import Limits
+
+_MAX_EAGER = 4096  # ranges that the index lists; more say that prefetching by range is no use
+
+
+@dataclass(frozen=True, slots=True)
+class PagesFile:
+    """A pages file and the pagemap that describes it."""
+
+    file: CheckpointFile
+    pagemap: CheckpointFile
+    limits: Limits
+
+    def cuts(self) -> Iterator[int]:
+        """Chunk lengths; none where the pagemap does not fit the file, which then is cut as any other."""
+        size = self.file.inode.size
+        placed = self._placed()
+        return page_cuts(((run.vaddr, run.length) for run in placed), size) if placed is not None else iter(())
+
+    def eager(self) -> list[tuple[int, int]] | None:
+        """(start, length) of the pages that are not lazy, in file order; None when that cannot be told or is no use."""
+        placed = self._placed()
+        if placed is None:
+            return None
+        ranges: list[tuple[int, int]] = []
+        for run in placed:
+            if run.lazy:
+                continue
+            if ranges and sum(ranges[-1]) == run.offset:
+                ranges[-1] = (ranges[-1][0], ranges[-1][1] + run.length)
+            elif len(ranges) == _MAX_EAGER:
+                return None
+            else:
+                ranges.append((run.offset, run.length))
+        return ranges
+
+    def _placed(self) -> Iterable[PlacedRun] | None:
+        try:
+            pagemap = _parse(self.pagemap, self.limits)
+            return pagemap.placed(pagemap.page_size(self.file.inode.size))
+        except FormatError:  # compressed by CRIU itself, or cut short: stored as it is
+            return None
+
+
+def find_pages(files: Iterable[CheckpointFile], limits: Limits) -> Mapping[bytes, PagesFile]:
+    """Pages files by path. One that several pagemaps name, or none, is not among them."""
+    every = {file.path: file for file in files if file.is_regular}
+    found: dict[bytes, PagesFile] = {}
+    twice: set[bytes] = set()
+    for file in every.values():
+        name = parse_name(file.name.decode("utf-8", "replace"))
+        if name is None or name.kind not in ("pagemap", "pagemap-shmem"):
+            continue
+        try:
+            pages_id = _parse(file, limits).pages_id
+        except FormatError:
+            continue
+        path = (file.directory + b"/" if file.directory else b"") + b"pages-%d.img" % pages_id
+        if path in found:
+            twice.add(path)
+        elif path in every:
+            found[path] = PagesFile(every[path], file, limits)
+    return {path: pages for path, pages in found.items() if path not in twice}
+
+
+def _parse(file: CheckpointFile, limits: Limits) -> Pagemap:
+    return parse_pagemap(file.read(limits.criu_image_bytes), file.name.decode("utf-8", "replace"), limits)

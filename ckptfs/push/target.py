@@ -1,0 +1,29 @@
+"""Where an image is published: what the publisher needs of a registry or an OCI layout.
+
+Implemented by sources/upload.py for registries and by push/layout_target.py. Calls block and come from several threads.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from ckptfs.model.blob import Blob
+from ckptfs.model.oci import Descriptor, Digest
+
+# Told of bytes as they have been sent; negative when some have to be sent again.
+Sent = Callable[[int], None]
+
+
+class Target(Protocol):
+    """One repository of a registry, or one layout."""
+
+    def has(self, descriptor: Descriptor) -> bool:
+        """Whether the blob is there, whole."""
+
+    def mount(self, descriptor: Descriptor, repository: str) -> bool:
+        """Make a blob of another repository of the same registry one of this; False where that cannot be done."""
+
+    def put_blob(self, descriptor: Descriptor, blob: Blob, sent: Sent) -> None:
+        """Send a blob. Resumes where the other side stopped; raises when its digest is not the descriptor's."""
+
+    def put_manifest(self, raw: bytes, media_type: str, tag: str) -> Digest:
+        """Publish a manifest whose blobs are all there, under its digest and under `tag` ("" for none)."""
