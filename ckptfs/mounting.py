@@ -15,7 +15,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from ckptfs.control.client import MountFiles, ask, ensure_runtime_dir, known_mounts
 from ckptfs.errors import CkptfsError, MountError, UnavailableError
@@ -77,7 +77,7 @@ def umount(directory: str) -> None:
     if mounted is not None and not mounted.ours:
         raise MountError(f"{path} is a {mounted.fstype} mount, not one of ckptfs", hint=f"run: umount {path}")
     try:
-        pid = ask(files, "stop")["pid"]
+        ask(files, "stop")
     except UnavailableError:
         if mounted is None:
             files.remove()
@@ -85,10 +85,10 @@ def umount(directory: str) -> None:
         detach(path)
         files.remove()
         return
-    # The drain takes up to 5 s (settings); past that the daemon detaches by itself.
+    # The daemon holds the lock until it has ended; its drain takes up to 5 s (settings).
     deadline = time.monotonic() + 15
     while time.monotonic() < deadline:
-        if not Path(f"/proc/{pid}").exists():
+        with contextlib.suppress(MountError), _Lock(path):
             return
         time.sleep(0.01)
     detach(path)
@@ -130,16 +130,15 @@ def _command_start() -> float:
     return time.monotonic() - age
 
 
-class _Claim:
-    """The right to mount on one directory: an flock that the daemon inherits; of several at once one wins."""
+class _Lock:
+    """The flock of one mount point; held by the daemon as long as it lives. MountError when another has it."""
 
-    def __init__(self, mountpoint: str) -> None:
-        self.path = canonical(mountpoint)
-        ensure_runtime_dir()
-        self.files = MountFiles.of(self.path)
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.files = MountFiles.of(path)
         self._fd = -1
 
-    def __enter__(self) -> "_Claim":
+    def __enter__(self) -> Self:
         self._fd = os.open(self.files.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -148,15 +147,27 @@ class _Claim:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
             raise MountError(f"{self.path} is mounted already", hint=f"run: ckptfs umount {self.path}") from None
-        try:
-            prepare(self.path)
-        except BaseException:
-            os.close(self._fd)
-            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)  # a forked daemon holds its own reference
+
+
+class _Claim(_Lock):
+    """The right to mount on a directory that can be mounted on; of several at once exactly one gets it."""
+
+    def __init__(self, mountpoint: str) -> None:
+        ensure_runtime_dir()
+        super().__init__(canonical(mountpoint))
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        try:
+            prepare(self.path)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
 
 
 def _become_daemon(log_file: Path) -> None:

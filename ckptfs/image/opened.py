@@ -6,7 +6,7 @@ of an image goes through `OpenImage`; who asks (FUSE, ls, cat, inspect) makes no
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -19,13 +19,13 @@ from ckptfs.engine.memory import MemoryCache
 from ckptfs.engine.reader import Handle, Reader
 from ckptfs.engine.scan import LayerScan
 from ckptfs.engine.schedule import Priority
-from ckptfs.errors import CkptfsError, IntegrityError, UnavailableError
+from ckptfs.errors import CkptfsError, FormatError, IntegrityError, UnavailableError
 from ckptfs.image.resolve import Resolved, resolve
 from ckptfs.layers import Layer, select_format
 from ckptfs.model.blob import Blob
 from ckptfs.model.oci import Descriptor
 from ckptfs.model.toc import Chunk, Entry, Inode
-from ckptfs.model.toc_document import decode_toc, encode_toc
+from ckptfs.model.toc_document import TOC, decode_toc, encode_toc
 from ckptfs.model.tree import Node, Tree, Whiteouts
 from ckptfs.prefetch.background import Background, Metadata
 from ckptfs.settings import Settings
@@ -110,8 +110,7 @@ class OpenImage:
         index = self.fetcher.next_layer
         layer = select_format(descriptor).open(blob, index)
         key = f"toc/{descriptor.digest}"
-        document = self.cache.get_document(key)
-        toc = decode_toc(document, layer=index, layer_digest=str(descriptor.digest)) if document is not None else None
+        toc = self._remembered(key, index, descriptor)
         if self.options.strict and layer.verification != "chunk":
             raise IntegrityError(
                 f"layer {descriptor.digest} ({layer.format}) cannot be verified chunk by chunk",
@@ -151,7 +150,7 @@ class OpenImage:
         """A scan that somebody else started the layer of."""
         self._scans[rank] = scan
 
-    def add_entries(self, tree: Tree, entries: list[Entry], rank: int, whiteouts: Whiteouts) -> None:
+    def add_entries(self, tree: Tree, entries: Sequence[Entry], rank: int, whiteouts: Whiteouts) -> None:
         try:
             tree.add(entries, rank, whiteouts=whiteouts)
         except CkptfsError as error:
@@ -172,6 +171,17 @@ class OpenImage:
         if self.arrived is not None:
             self.arrived()
         self.notify()
+
+    def _remembered(self, key: str, index: int, descriptor: Descriptor) -> TOC | None:
+        document = self.cache.get_document(key)
+        if document is None:
+            return None
+        try:
+            return decode_toc(document, layer=index, layer_digest=str(descriptor.digest))
+        except FormatError as error:
+            log.warning("%s; reading the layer's own again", error)
+            self.cache.delete_document(key)
+            return None
 
     def _remember(self, key: str, entries: list[Entry], layer: Layer, descriptor: Descriptor) -> None:
         """Keep the layer's table of contents on this node: the next mount needs no scan and no network."""
@@ -332,7 +342,7 @@ class OpenImage:
         return "chunk" if all(layer.verification == "chunk" for _, layer in self._layers) else "transport"
 
 
-def prefixed(entries: list[Entry], prefix: bytes) -> list[Entry]:
+def prefixed(entries: Sequence[Entry], prefix: bytes) -> Sequence[Entry]:
     """The entries as they are called under the directory `prefix`."""
     if not prefix:
         return entries
