@@ -154,7 +154,8 @@ class ChunkCache:
         self._log.close()
         self._index.close()
         self._claims.close()
-        self._directory = None
+        if self._directory is not None:
+            self._directory.close()
 
     # -- chunks --------------------------------------------------------------------------------------------------------
 
@@ -234,9 +235,11 @@ class ChunkCache:
     # -- housekeeping --------------------------------------------------------------------------------------------------
 
     def stats(self) -> CacheStats:
-        sizes = self._documents.sizes()
+        """What there is. CacheError when the directory cannot be read."""
+        with _as_cache_error(self.name):
+            sizes, chunk_bytes = self._documents.sizes(), self._log.bytes()
         return CacheStats(
-            bytes=self._log.bytes() + sum(size for _, size, _ in sizes),
+            bytes=chunk_bytes + sum(size for _, size, _ in sizes),
             chunks=len(self._index),
             documents=len(sizes),
             segments=len(self._index.segments()),
@@ -246,11 +249,14 @@ class ChunkCache:
         )
 
     def verify(self) -> tuple[int, int]:
-        """Read everything and drop what is damaged. Returns how many chunks and documents were read, and dropped."""
-        self.refresh()
-        documents = len(self._documents.sizes())
-        checked, bad = self._index.verify()
-        bad_documents = self._documents.verify()
+        """Read everything and drop what is damaged. Returns how many chunks and documents were read, and dropped.
+
+        CacheError when the directory cannot be read.
+        """
+        with _as_cache_error(self.name):
+            self._index.refresh()
+            checked, bad = self._index.verify()
+            documents, bad_documents = self._documents.verify()
         with suppress(OSError):
             self._log.remove_empty()
         return checked + documents, bad + bad_documents

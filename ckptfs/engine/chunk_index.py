@@ -141,10 +141,7 @@ class ChunkIndex:
         with self._lock:
             if segment.handle is not None:
                 return segment.handle
-            opened = [s for s in self._slots.values() if s.handle is not None]
-            if len(opened) >= _OPEN_FILES:
-                for idle in sorted(opened, key=lambda s: s.touched)[: _OPEN_FILES // 4]:
-                    idle.handle = None
+            self._close_idle()
             try:
                 handle = self._files.open(segment.name)
             except FileNotFoundError:
@@ -155,6 +152,12 @@ class ChunkIndex:
             handle.verified += bytes(len(segment) - len(handle.verified))
             segment.handle = handle
             return handle
+
+    def _close_idle(self) -> None:
+        opened = [s for s in self._slots.values() if s.handle is not None]
+        if len(opened) >= _OPEN_FILES:
+            for idle in sorted(opened, key=lambda s: s.touched)[: _OPEN_FILES // 4]:
+                idle.handle = None
 
     def _touch(self, segment: Segment) -> None:
         segment.touched = self._clock()
@@ -245,6 +248,7 @@ class ChunkIndex:
     def begin(self) -> tuple[Segment, Handle, Handle | None]:
         """A new live segment: itself, its data and its index."""
         with self._lock:  # so that refresh() does not take it for another process's
+            self._close_idle()
             name, data, index = self._files.create()
             segment = self._add(name)
             segment.handle = data

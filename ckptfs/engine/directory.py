@@ -60,6 +60,10 @@ class CacheDirectory:
                 hint="make it usable, or name another with --cache-dir",
             ) from error
 
+    def close(self) -> None:
+        """Give up our locks."""
+        self._users = self._room = None
+
     def _open_lock(self, name: str) -> Handle | None:
         """The lock file; None where the file system is read-only, then nobody writes and no lock is needed."""
         try:

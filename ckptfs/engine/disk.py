@@ -53,6 +53,7 @@ class Handle:
 
     A descriptor number that is closed while another thread is about to read from it can be given to another file
     in between, and the reader gets that file's bytes. Reference counting rules that out without a lock per read.
+    So keep the handle in a variable while its `fd` is in use.
 
     `verified[i]` is 1 when record i of the segment was checked through this very handle.
     """

@@ -102,17 +102,18 @@ class Documents:
                     self._ops.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     self._ops.unlink(path)
 
-    def verify(self) -> int:
-        """Remove the damaged ones; returns how many."""
-        damaged = 0
+    def verify(self) -> tuple[int, int]:
+        """Read all, remove the damaged ones; (read, damaged)."""
+        checked = damaged = 0
         for _, _, path in self.sizes():
             with suppress(OSError):
                 if path.endswith(".doc"):
-                    content = read_all(self._ops, Handle(self._ops, path, os.O_RDONLY).fd, 0, self._share + 1)
-                    if _payload(None, content) is None:
+                    checked += 1
+                    file = Handle(self._ops, path, os.O_RDONLY)
+                    if _payload(None, read_all(self._ops, file.fd, 0, self._share + 1)) is None:
                         self._ops.unlink(path)
                         damaged += 1
-        return damaged
+        return checked, damaged
 
     def _file(self, key: str) -> str:
         return f"{self._path}/{hashlib.sha256(key.encode()).hexdigest()}.doc"
@@ -156,8 +157,8 @@ class MemoryDocuments(Documents):
     def sweep(self) -> None:
         pass
 
-    def verify(self) -> int:
-        return 0
+    def verify(self) -> tuple[int, int]:
+        return len(self._documents), 0
 
 
 def _hash(name: bytes, payload: bytes) -> bytes:

@@ -1,0 +1,80 @@
+"""Disks and clocks that misbehave on request."""
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from ckptfs.engine.disk import DiskOps
+
+_CALLS = [name for name in vars(DiskOps) if not name.startswith("_")]
+
+
+class FaultyDisk(DiskOps):
+    """Every call asks `verdict(name)` first; an errno makes it fail. A failing close closes, as Linux does."""
+
+    def __init__(self, verdict: Callable[[str], int | None]) -> None:
+        for name in _CALLS:
+            setattr(self, name, self._guarded(name, getattr(DiskOps, name), verdict))
+
+    @staticmethod
+    def _guarded(name: str, call: Callable[..., Any], verdict: Callable[[str], int | None]) -> Callable[..., Any]:
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            code = verdict(name)
+            if code is None:
+                return call(*args, **kwargs)
+            if name == "close":
+                call(*args)
+            raise OSError(code, os.strerror(code))
+
+        return guarded
+
+
+class FailAt(FaultyDisk):
+    """The n-th system call (from 1) fails with `code`, no other. `tripped`: there were as many."""
+
+    def __init__(self, n: int, code: int) -> None:
+        self.n, self.code, self.count = n, code, 0
+        self._lock = threading.Lock()
+        super().__init__(self._judge)
+
+    @property
+    def tripped(self) -> bool:
+        return self.count >= self.n
+
+    def _judge(self, name: str) -> int | None:
+        with self._lock:
+            self.count += 1
+            return self.code if self.count == self.n else None
+
+
+class Refusing(FaultyDisk):
+    """While `code` is set, every call in `names` fails with it. Writes fail after half of the bytes."""
+
+    def __init__(self, *names: str) -> None:
+        self.code: int | None = None
+        self.names = names
+        super().__init__(lambda name: self.code if name in self.names else None)
+        whole = self.pwritev
+
+        def half(fd: int, buffers: list[memoryview], offset: int) -> int:
+            if self.code in (errno.ENOSPC, errno.EDQUOT):
+                piece = bytes(buffers[0][: len(buffers[0]) // 2])
+                DiskOps.pwritev(fd, [piece], offset)
+            return whole(fd, buffers, offset)
+
+        self.pwritev = half  # type: ignore[misc]
+
+
+class FakeClock:
+    """Seconds that pass only when told."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
