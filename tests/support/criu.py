@@ -21,7 +21,7 @@ _LAZY_TIMEOUT = 120  # seconds; the daemon of a failed restore waits for ever
 
 
 @cache
-def _why_not() -> str:
+def why_criu_does_not_work() -> str:
     if os.geteuid() != 0:
         return "criu needs root"
     if (criu := shutil.which("criu")) is None:
@@ -31,7 +31,7 @@ def _why_not() -> str:
 
 
 def require_criu() -> None:
-    if why_not := _why_not():
+    if why_not := why_criu_does_not_work():
         unavailable(why_not)
 
 
