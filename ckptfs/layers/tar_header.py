@@ -165,7 +165,8 @@ def pax_xattrs(records: Sequence[tuple[bytes, bytes]], limits: Limits) -> dict[b
             found[unquote_to_bytes(keyword[17:])] = raw
     for keyword, value in records:
         if keyword.startswith(b"SCHILY.xattr."):
-            found[keyword[13:]] = value
+            # GNU tar escapes the two characters that the keyword of a record could not hold.
+            found[keyword[13:].replace(b"%3D", b"=").replace(b"%25", b"%")] = value
     for name, value in found.items():
         check_xattr(name, value, limits)
     return found

@@ -26,7 +26,7 @@ class BytesBlob:
         return len(self.data)
 
     def read_at(self, offset: int, length: int, *, attempt: int = 0) -> bytes:
-        assert 0 <= offset and 0 < length and offset + length <= len(self.data)
+        assert offset >= 0 and length > 0 and offset + length <= len(self.data)
         self.ranges.append((offset, length))
         return self.data[offset : offset + length]
 

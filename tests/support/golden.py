@@ -36,8 +36,11 @@ def comparable(listing: Listing) -> Listing:
     return {"entries": listing["entries"], "hardlinks": groups}
 
 
-def listing(entries: Iterable[Entry], read: Callable[[Inode], bytes]) -> Listing:
-    """The tree that entries make when each replaces what was there before, as an extraction does."""
+def listing(entries: Iterable[Entry], read: Callable[[Inode], bytes], *, exact: bool = False) -> Listing:
+    """The tree that entries make when each replaces what was there before, as an extraction does.
+
+    `exact`: with nanoseconds, which golden files do not have.
+    """
     tree: dict[bytes, Inode] = {}
     for entry in entries:
         if entry.inode is not None:
@@ -49,13 +52,15 @@ def listing(entries: Iterable[Entry], read: Callable[[Inode], bytes]) -> Listing
     for path, inode in tree.items():
         names.setdefault(id(inode), []).append(os.fsdecode(path))
     found = {
-        os.fsdecode(path): _describe(inode, len(names[id(inode)]), read) for path, inode in tree.items() if path != b""
+        os.fsdecode(path): _describe(inode, len(names[id(inode)]), read, exact)
+        for path, inode in tree.items()
+        if path != b""
     }
     links = [group for group in names.values() if len(group) > 1 and found[group[0]]["type"] == "file"]
     return comparable({"entries": found, "hardlinks": links})
 
 
-def _describe(inode: Inode, nlink: int, read: Callable[[Inode], bytes]) -> dict[str, Any]:
+def _describe(inode: Inode, nlink: int, read: Callable[[Inode], bytes], exact: bool) -> dict[str, Any]:
     kind = stat.S_IFMT(inode.mode)
     mode = 0o777 if kind == stat.S_IFLNK else stat.S_IMODE(inode.mode)  # Linux knows no other for links
     seconds = int(inode.mtime_ns / 1_000_000_000)  # as golden listings were made: towards zero
@@ -66,6 +71,8 @@ def _describe(inode: Inode, nlink: int, read: Callable[[Inode], bytes]) -> dict[
         "gid": inode.gid,
         "mtime": seconds,
     }
+    if exact:
+        entry["mtime_ns"] = inode.mtime_ns
     if kind != stat.S_IFDIR:
         entry |= {"size": inode.size, "nlink": nlink}
     if kind == stat.S_IFLNK:
@@ -82,7 +89,7 @@ def _describe(inode: Inode, nlink: int, read: Callable[[Inode], bytes]) -> dict[
 
 
 def directory_listing(root: Path) -> Listing:
-    """The golden listing of what lies in a folder."""
+    """The exact listing of what lies in a folder."""
     found: dict[str, Any] = {}
     groups: dict[int, list[str]] = {}
     for folder, directories, files in os.walk(root):
@@ -97,6 +104,7 @@ def directory_listing(root: Path) -> Listing:
                 "uid": status.st_uid,
                 "gid": status.st_gid,
                 "mtime": int(status.st_mtime),
+                "mtime_ns": status.st_mtime_ns,
             }
             if kind != stat.S_IFDIR:
                 entry |= {"size": status.st_size, "nlink": status.st_nlink}
