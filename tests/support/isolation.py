@@ -43,7 +43,7 @@ class Isolation:
 
     def run(self, *command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
         """A tool inside the namespace, run to its end; raises with its words when it fails."""
-        return run("nsenter", "-t", str(self._pid), "--mount", *command, **options)
+        return run("nsenter", "-t", str(self._pid), "--mount", "--root", *command, **options)
 
     def path(self, inside: str | Path) -> Path:
         """A path of the namespace, as this process can open it."""
