@@ -167,7 +167,7 @@ async def _copy(image: Any, node: Any, path: str, out: Any) -> None:
 
     if not node.inode.is_file:
         raise UsageError(f"{path} is not a regular file")
-    handle = image.open(node.inode)
+    handle = await image.open(node.inode)
     offset = 0
     while offset < node.inode.size:
         data = await image.reader.serve(handle, offset, MiB)

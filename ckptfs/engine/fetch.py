@@ -8,7 +8,7 @@ reaches a waiter before its digest has been checked. Used by reader.py and prefe
 import hashlib
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from itertools import islice
 from typing import Protocol
@@ -116,6 +116,10 @@ class Fetcher:
                 self.memory.put(chunk.key, data)
         return data
 
+    def has(self, chunk: Chunk) -> bool:
+        """Whether `lookup` would find the chunk; without reading it."""
+        return chunk.key in self.memory or self.cache.contains(chunk.key) or chunk.key in self._kept
+
     async def get(self, chunk: Chunk, priority: Priority = Priority.DEMAND) -> Data:
         """The chunk's decoded bytes. Raises the CkptfsError that kept it away; ends after the read deadline."""
         data = self.lookup(chunk)
@@ -139,8 +143,7 @@ class Fetcher:
                 key not in self._flying
                 and chunk.layer not in self._sequences
                 and key not in self._failed
-                and not self.cache.contains(key)
-                and key not in self.memory
+                and not self.has(chunk)
             ):
                 self.scheduler.want(chunk, priority)
         self._kick()
@@ -188,8 +191,12 @@ class Fetcher:
             self._kick()
         return waiter
 
-    def keep(self, data: bytes, inode: Inode) -> Inode:
-        """Give a file content that is made up here and in no blob; it stays in memory."""
+    def keep(self, chunks: Mapping[bytes, bytes]) -> None:
+        """Chunks that are known without a fetch; they stay in memory for the mount's life, so they must be few."""
+        self._kept.update(chunks)
+
+    def keep_file(self, data: bytes, inode: Inode) -> Inode:
+        """Give a file content that is made up here and lies in no blob."""
         key = hashlib.sha256(data).digest()
         self._kept[key] = data
         inode.extents = (Extent(0, len(data), Chunk(key, -1, 0, 0, len(data), key)),) if data else ()

@@ -139,7 +139,7 @@ class Operations(pyfuse3.Operations):
         if not found.is_file:
             raise pyfuse3.FUSEError(errno.EINVAL)
         number = self._number()
-        self._handles[number] = self.image.open(found)
+        self._handles[number] = await self.image.open(found)
         return pyfuse3.FileInfo(fh=number, keep_cache=True)
 
     @_answers

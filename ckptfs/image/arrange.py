@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from ckptfs.engine.scan import LayerScan
 from ckptfs.errors import CkptfsError, FormatError
+from ckptfs.image.indexed import inline_index
 from ckptfs.image.inner import InodeBlob, within
 from ckptfs.image.opened import OpenImage
 from ckptfs.image.views import (
@@ -38,8 +39,13 @@ _DELETED_BYTES = 64 << 20  # a list of a million paths; the real ones have a few
 
 async def arrange(image: OpenImage) -> None:
     """Open the layers and give the tree the shape of the view; returns once a first read works."""
-    for rank, descriptor in enumerate(image.resolved.manifest.layers, start=1):
-        image.add_layer(image.source.blob(descriptor), rank)
+    manifest, limits = image.resolved.manifest, image.options.settings.limits
+    index = inline_index(manifest, image.fetcher.next_layer, limits)
+    if index is not None:
+        image.fetcher.keep(index.contents)
+    for rank, descriptor in enumerate(manifest.layers, start=1):
+        indexed = index.layers[rank - 1] if index is not None else None
+        image.add_layer(image.source.blob(descriptor), rank, indexed=indexed)
     await image.ready()
     if image.options.view != "checkpoint":
         return
@@ -92,7 +98,7 @@ async def _unnest(image: OpenImage) -> None:
         elif descriptor.media_type == CONTAINERD_CONFIG:
             spec = spec_of(await image.read(node.inode, 0, node.inode.size))
             extent_free = Inode(stat.S_IFREG | 0o600, size=len(spec), mtime_ns=node.inode.mtime_ns)
-            tree.add([Entry(b"spec.dump", image.fetcher.keep(spec, extent_free))], image.next_rank)
+            tree.add([Entry(b"spec.dump", image.fetcher.keep_file(spec, extent_free))], image.next_rank)
         elif descriptor.media_type.startswith("application/vnd.oci.image.layer.v1.tar"):
             delta = replace(node.inode, ino=0, nlink=1)
             tree.add([Entry(b"rootfs-diff.tar", delta)], image.next_rank)

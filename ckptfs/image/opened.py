@@ -7,7 +7,7 @@ of an image goes through `OpenImage`; who asks (FUSE, ls, cat, inspect) makes no
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,12 +20,14 @@ from ckptfs.engine.reader import Handle, Reader
 from ckptfs.engine.scan import LayerScan
 from ckptfs.engine.schedule import Priority
 from ckptfs.errors import CkptfsError, FormatError, IntegrityError, UnavailableError
+from ckptfs.image.indexed import ChunkTables
 from ckptfs.image.resolve import Resolved, resolve
 from ckptfs.layers import Layer, select_format
 from ckptfs.model.blob import Blob
+from ckptfs.model.index import IndexedLayer
 from ckptfs.model.oci import Descriptor
 from ckptfs.model.toc import Chunk, Entry, Inode
-from ckptfs.model.toc_document import TOC, decode_toc, encode_toc
+from ckptfs.model.toc_document import decode_toc, encode_toc
 from ckptfs.model.tree import Node, Tree, Whiteouts
 from ckptfs.prefetch.background import Background, Metadata
 from ckptfs.settings import Settings
@@ -71,6 +73,7 @@ class OpenImage:
         self.nursery = nursery
         self.fetcher = Fetcher(cache, MemoryCache(sizes.memory_cache), options.settings)
         self.reader = Reader(self.fetcher, _MAX_WAITING)
+        self.tables = ChunkTables(options.settings.limits)
         self.tree = self.new_tree()
         self.layout = ""
         self.errors: list[str] = []
@@ -100,17 +103,24 @@ class OpenImage:
         prefix: bytes = b"",
         whiteouts: Whiteouts = "merge",
         after: Callable[[], None] | None = None,
+        indexed: IndexedLayer | None = None,
     ) -> None:
         """Show a layer's entries under `prefix`; what the node remembers of it is shown at once, the rest as it comes.
 
-        `after` runs when the last entry is there, before the layer counts as complete. IntegrityError when strict and
-        the layer cannot be verified.
+        `after` runs when the last entry is there, before the layer counts as complete. `indexed` is what the image's
+        own index says of the layer. IntegrityError when strict and the layer cannot be verified.
         """
         descriptor = blob.descriptor
         index = self.fetcher.next_layer
         layer = select_format(descriptor).open(blob, index)
         key = f"toc/{descriptor.digest}"
-        toc = self._remembered(key, index, descriptor)
+        known: Sequence[Entry] | None = None
+        if indexed is not None:
+            known = indexed.entries
+            for file in indexed.files:
+                self.tables.add(file, blob, index)
+        else:
+            known = self._remembered(key, index, descriptor)
         if self.options.strict and layer.verification != "chunk":
             raise IntegrityError(
                 f"layer {descriptor.digest} ({layer.format}) cannot be verified chunk by chunk",
@@ -134,16 +144,16 @@ class OpenImage:
 
         # With the background switched off, a stream runs only as far as somebody waits for it.
         eager = self.options.background or not layer.sequential
-        scan = LayerScan(layer, self.fetcher, arrived, ended, known=toc is not None, eager=eager)
+        scan = LayerScan(layer, self.fetcher, arrived, ended, known=known is not None, eager=eager)
         self.fetcher.add_layer(blob, layer, scan if layer.sequential else None)
         self._scans[rank] = scan
         self._layers.append((descriptor, layer))
-        if toc is not None:
-            self.add_entries(tree, prefixed(toc.entries, prefix), rank, whiteouts)
+        if known is not None:
+            self.add_entries(tree, prefixed(known, prefix), rank, whiteouts)
             if after is not None:
                 after()
             self.finish(tree, rank, None)
-        if toc is None or layer.sequential:
+        if known is None or layer.sequential:
             self.nursery.start_soon(scan.run)
 
     def add_scan(self, rank: int, scan: LayerScan) -> None:
@@ -172,12 +182,12 @@ class OpenImage:
             self.arrived()
         self.notify()
 
-    def _remembered(self, key: str, index: int, descriptor: Descriptor) -> TOC | None:
+    def _remembered(self, key: str, index: int, descriptor: Descriptor) -> Sequence[Entry] | None:
         document = self.cache.get_document(key)
         if document is None:
             return None
         try:
-            return decode_toc(document, layer=index, layer_digest=str(descriptor.digest))
+            return decode_toc(document, layer=index, layer_digest=str(descriptor.digest)).entries
         except FormatError as error:
             log.warning("%s; reading the layer's own again", error)
             self.cache.delete_document(key)
@@ -234,6 +244,8 @@ class OpenImage:
             if self._broken:
                 return
             await self.progress.wait()
+        with suppress(CkptfsError):  # whoever opens the file gets the error
+            await self.tables.load_all()
         self.fetcher.fill(Background().plan(self.tree))
 
     def run_on(self) -> None:
@@ -301,11 +313,14 @@ class OpenImage:
 
     # -- bytes ---------------------------------------------------------------------------------------------------------
 
-    def open(self, inode: Inode, path: bytes = b"") -> Handle:
+    async def open(self, inode: Inode, path: bytes = b"") -> Handle:
+        """A handle to read the file with; waits where the file's chunks have to be learnt first."""
+        await self.tables.load(inode)
         return Handle(inode, path)
 
     async def read(self, inode: Inode, offset: int, size: int) -> bytes:
         """File bytes; short only at the end of the file."""
+        await self.tables.load(inode)
         data = self.reader.cached(inode, offset, size)
         return bytes(data if data is not None else await self.reader.read(inode, offset, size))
 
@@ -318,7 +333,7 @@ class OpenImage:
 
     def cached_bytes(self) -> int:
         """How many of `image_bytes` this node has; all of them only when every chunk of every file is here."""
-        complete = all(scan.complete for scan in self._scans.values() if not scan.dormant)
+        complete = not self.tables and all(scan.complete for scan in self._scans.values() if not scan.dormant)
         chunks = self.chunks() if complete else {}
         here = sum(chunk.size for chunk in chunks.values() if self._has(chunk))
         total = sum(chunk.size for chunk in chunks.values())
@@ -334,7 +349,7 @@ class OpenImage:
         return {extent.chunk.key: extent.chunk for inode in self.tree.inodes.values() for extent in inode.extents}
 
     def _has(self, chunk: Chunk) -> bool:
-        return self.cache.contains(chunk.key) or chunk.key in self.fetcher.memory
+        return self.fetcher.has(chunk)
 
     @property
     def verification(self) -> str:

@@ -1,0 +1,72 @@
+"""An image that brings its index along: opened from the manifest alone, without asking any layer.
+
+The index is covered by the manifest's digest, so its contents need no further check. The chunk tables of very large
+files stay in their layers and are loaded when such a file is first opened.
+"""
+
+import base64
+import binascii
+import logging
+
+import trio
+
+from ckptfs.errors import FormatError
+from ckptfs.model.blob import Blob
+from ckptfs.model.index import ANNOTATION_INDEX, ImageIndex, IndexedFile, decode_index, load_table
+from ckptfs.model.oci import Manifest
+from ckptfs.model.toc import Inode
+from ckptfs.settings import Limits
+
+log = logging.getLogger(__name__)
+
+
+def inline_index(manifest: Manifest, first_layer: int, limits: Limits) -> ImageIndex | None:
+    """The manifest's own index; None when it has none, or one that does not fit its layers (each has its own TOC)."""
+    text = manifest.annotations.get(ANNOTATION_INDEX)
+    if text is None:
+        return None
+    try:
+        index = decode_index(base64.b64decode(text, validate=True), first_layer=first_layer, limits=limits)
+    except (binascii.Error, FormatError) as error:
+        log.warning("the index in the manifest is not used: %s", error)
+        return None
+    if [(layer.digest, layer.size) for layer in index.layers] != [(d.digest, d.size) for d in manifest.layers]:
+        log.warning("the index in the manifest is not used: it describes other layers")
+        return None
+    return index
+
+
+class ChunkTables:
+    """Tables that have not been needed yet, by inode."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._pending: dict[Inode, tuple[IndexedFile, Blob, int]] = {}
+        self._lock = trio.Lock()
+
+    def add(self, file: IndexedFile, blob: Blob, layer: int) -> None:
+        if file.table is not None and file.entry.inode is not None:
+            self._pending[file.entry.inode] = (file, blob, layer)
+
+    def __bool__(self) -> bool:
+        return bool(self._pending)
+
+    async def load(self, inode: Inode) -> None:
+        """Give the inode its extents if they are still in the layer. A failed load can be repeated."""
+        if inode not in self._pending:
+            return
+        async with self._lock:
+            if inode not in self._pending:
+                return
+            file, blob, layer = self._pending[inode]
+            await trio.to_thread.run_sync(self._load, file, blob, layer, abandon_on_cancel=True)
+            del self._pending[inode]
+
+    async def load_all(self) -> None:
+        for inode in list(self._pending):
+            await self.load(inode)
+
+    def _load(self, file: IndexedFile, blob: Blob, layer: int) -> None:
+        if file.table is not None:
+            data = blob.read_at(file.table.offset, file.table.size)
+            load_table(file, data, layer, blob.size, self._limits)

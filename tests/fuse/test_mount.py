@@ -1,0 +1,303 @@
+"""A real mount of real images: the tree, and the life of the mount as a user sees it."""
+
+import errno
+import json
+import os
+import signal
+import stat
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support import golden
+from tests.support.command import ckptfs, mounted
+from tests.support.tools import require
+
+pytestmark = pytest.mark.fuse
+
+CORPUS = Path(__file__).parent.parent / "data" / "corpus"
+LAYOUTS = sorted(CORPUS.glob("*/*.oci"))
+DERIVED = ("rootfs-diff", "devshm-checkpoint", "volumes")
+
+
+@pytest.fixture(autouse=True)
+def _fuse() -> None:
+    require("fusermount3")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_raw_view_equals_the_eager_extraction(layout: Path, tmp_path: Path) -> None:
+    with mounted(f"oci:{layout}", tmp_path, "--view", "raw") as mount:
+        assert golden.directory_listing(mount.path) == golden.load(layout.with_suffix(".golden.json"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_checkpoint_view_adds_only_directories_beside_tars(layout: Path, tmp_path: Path) -> None:
+    expected = golden.load(layout.with_suffix(".golden.json"))
+    with mounted(f"oci:{layout}", tmp_path) as mount:
+        found = golden.directory_listing(mount.path)
+    shown = {p: e for p, e in found["entries"].items() if p.split("/")[0] not in DERIVED}
+    assert shown == {p: e for p, e in expected["entries"].items() if p.split("/")[0] not in DERIVED}
+    added = {p.split("/")[0] for p in found["entries"]} - {p.split("/")[0] for p in expected["entries"]}
+    assert added == {d for d in DERIVED if f"{d}.tar" in expected["entries"]}
+
+
+LAYOUT = CORPUS / "counter" / "k8s-zstdchunked.oci"
+
+
+def test_mount_point_is_read_only_and_typed(tmp_path: Path) -> None:
+    with mounted(f"oci:{LAYOUT}", tmp_path) as mount:
+        line = next(line for line in Path("/proc/mounts").read_text().splitlines() if str(mount.path) in line)
+        _, _, fstype, options, *_ = line.split()
+        assert fstype == "fuse.ckptfs"
+        assert {"ro", "nodev", "nosuid"} <= set(options.split(","))
+        for attempt in (
+            lambda: (mount.path / "new").touch(),
+            lambda: (mount.path / "config.dump").unlink(),
+            lambda: os.chmod(mount.path / "config.dump", 0o600),
+            lambda: os.open(mount.path / "config.dump", os.O_RDWR),
+            lambda: os.open(mount.path / "config.dump", os.O_WRONLY | os.O_TRUNC),
+            lambda: os.mkdir(mount.path / "d"),
+            lambda: os.rename(mount.path / "config.dump", mount.path / "x"),
+            lambda: os.setxattr(mount.path / "config.dump", "user.x", b"1"),
+        ):
+            with pytest.raises(OSError) as caught:
+                attempt()
+            assert caught.value.errno == errno.EROFS
+
+
+def test_absent_names_are_absent_and_known_to_the_kernel(tmp_path: Path) -> None:
+    with mounted(f"oci:{LAYOUT}", tmp_path) as mount:
+        before = None
+        for _ in range(3):
+            with pytest.raises(FileNotFoundError):
+                os.stat(mount.path / "checkpoint" / "memfd.img")
+            with pytest.raises(NotADirectoryError):
+                os.stat(mount.path / "config.dump" / "x")
+            before = before or time.monotonic()
+        with pytest.raises(OSError) as caught:
+            os.stat(mount.path / ("n" * 300))
+        assert caught.value.errno == errno.ENAMETOOLONG
+
+
+def test_rootfs_diff_is_an_overlay_lower_directory(tmp_path: Path) -> None:
+    require(root=True)
+    base = tmp_path / "base"
+    for path in ("srv/gone.txt", "srv/gonedir/x", "srv/stays", "etc/passwd"):
+        (base / path).parent.mkdir(parents=True, exist_ok=True)
+        (base / path).write_text("from the base")
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    with mounted(f"oci:{LAYOUT}", tmp_path) as mount:
+        diff = mount.path / "rootfs-diff"
+        gone = os.stat(diff / "srv" / "gone.txt")
+        assert stat.S_ISCHR(gone.st_mode) and gone.st_rdev == 0
+        options = f"lowerdir={diff}:{base}"
+        subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, str(merged)], check=True)
+        try:
+            assert sorted(os.listdir(merged / "srv")) == ["stays"]
+            assert (merged / "etc" / "passwd").read_text() != "from the base"
+            assert (merged / "opt" / "app" / "fresh").exists()
+            assert os.stat(merged / "data" / "hard1").st_nlink >= 2
+        finally:
+            subprocess.run(["umount", str(merged)], check=True)
+
+
+def test_status_has_the_fields_that_the_product_names(tmp_path: Path) -> None:
+    with mounted(f"oci:{LAYOUT}", tmp_path) as mount:
+        (mount.path / "config.dump").read_bytes()
+        status = mount.status()
+        names = "reference digest view pid ready_ms round_trips_to_ready image_bytes cached_bytes complete network reads"
+        assert set(names.split()) | {"prefetch", "verify", "errors"} <= set(status)
+        assert set(status["network"]) == {"requests", "bytes", "retries", "errors", "in_flight"}
+        reads = "count bytes memory_hits disk_hits misses wait_ms_p50 wait_ms_p99"
+        assert set(reads.split()) <= set(status["reads"])
+        assert set(status["prefetch"]) == {"bytes", "used_bytes"}
+        assert status["view"] == "checkpoint" and status["reads"]["count"] >= 1 and status["errors"] == []
+        assert str(mount.path) in ckptfs("status").out
+
+
+def test_everything_cached_is_complete_and_mounts_offline(tmp_path: Path) -> None:
+    with mounted(f"oci:{LAYOUT}", tmp_path) as mount:
+        listing = golden.directory_listing(mount.path)
+        _until(lambda: mount.status()["complete"])
+    with mounted(f"oci:{LAYOUT}", tmp_path, "--offline") as mount:
+        assert golden.directory_listing(mount.path) == listing
+
+
+def test_second_mount_of_a_busy_directory_is_refused(tmp_path: Path) -> None:
+    with mounted(f"oci:{LAYOUT}", tmp_path) as mount:
+        again = ckptfs("mount", f"oci:{LAYOUT}", mount.path, "--cache-dir", mount.cache)
+        assert again.code == 8 and "mounted already" in again.line
+        assert (mount.path / "config.dump").exists()
+
+
+def test_of_four_at_once_exactly_one_wins(tmp_path: Path) -> None:
+    target = tmp_path / "mnt"
+    target.mkdir()
+    codes: list[int] = []
+
+    def attempt() -> None:
+        codes.append(ckptfs("mount", f"oci:{LAYOUT}", target, "--cache-dir", tmp_path / "cache").code)
+
+    threads = [threading.Thread(target=attempt) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    try:
+        assert sorted(codes) == [0, 8, 8, 8]
+    finally:
+        assert ckptfs("umount", target).code == 0
+
+
+@pytest.mark.parametrize("first_mend", ["umount", "mount"])
+def test_killed_daemon_is_mended(first_mend: str, tmp_path: Path) -> None:
+    with mounted(f"oci:{LAYOUT}", tmp_path) as mount:
+        expected = (mount.path / "checkpoint" / "pages-1.img").read_bytes()
+        os.kill(mount.pid, signal.SIGKILL)
+        _until(lambda: _errno_of(mount.path / "spec.dump") == errno.ENOTCONN)
+        assert "dead" in ckptfs("status").out
+        if first_mend == "umount":
+            assert ckptfs("umount", mount.path).code == 0
+            assert not os.path.ismount(mount.path)
+        again = ckptfs("mount", f"oci:{LAYOUT}", mount.path, "--cache-dir", mount.cache)
+        assert again.code == 0, again.err
+        assert (mount.path / "checkpoint" / "pages-1.img").read_bytes() == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_the_mount_cleanly(number: int, tmp_path: Path) -> None:
+    with mounted(f"oci:{LAYOUT}", tmp_path) as mount:
+        os.kill(mount.pid, number)
+        _until(lambda: not os.path.ismount(mount.path), seconds=6)
+
+
+def test_umount_from_outside_ends_the_daemon(tmp_path: Path) -> None:
+    require(root=True)
+    with mounted(f"oci:{LAYOUT}", tmp_path) as mount:
+        subprocess.run(["umount", str(mount.path)], check=True)
+        _until(lambda: _ended(mount.pid))
+
+
+def test_foreground_stays_and_ends_with_its_mount(tmp_path: Path) -> None:
+    target = tmp_path / "mnt"
+    target.mkdir()
+    command = ["python3", "-m", "ckptfs", "mount", f"oci:{LAYOUT}", str(target), "--foreground"]
+    import sys
+
+    command[0] = sys.executable
+    stats = tmp_path / "stats.json"
+    command += ["--cache-dir", str(tmp_path / "cache"), "--stats", str(stats)]
+    with subprocess.Popen(command) as process:
+        _until(lambda: os.path.ismount(target))
+        assert (target / "config.dump").exists()
+        assert process.poll() is None
+        assert ckptfs("umount", target).code == 0
+        assert process.wait(10) == 0
+    assert json.loads(stats.read_text())["view"] == "checkpoint"
+
+
+def test_unmounting_what_is_not_ours_is_refused(tmp_path: Path) -> None:
+    assert ckptfs("umount", "/proc").code == 8
+    nothing = ckptfs("umount", tmp_path)
+    assert nothing.code == 8 and "nothing is mounted" in nothing.line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["mount", "no-registry", "{mnt}"], 2, "names no registry"),
+        (["mount", "host.example/UPPER:x", "{mnt}"], 2, "repository name"),
+        (["mount", "localhost:1/a:b@sha256:12", "{mnt}"], 2, "digest"),
+        (["mount", "oci:{tmp}/nowhere", "{mnt}"], 3, "nowhere"),
+        (["mount", "oci:{layout}:no-such-tag", "{mnt}"], 3, "no-such-tag"),
+        (["mount", "oci:{layout}", "{tmp}/missing"], 8, "mkdir"),
+        (["mount", "oci:{layout}", "{layout}"], 8, "not empty"),
+        (["mount", "oci:{layout}", "{layout}/index.json"], 8, "not a directory"),
+        (["mount", "localhost:1/a:b", "{mnt}"], 5, "localhost:1"),
+        (["mount", "oci:{layout}", "{mnt}", "--view", "odd"], 2, "--view"),
+        (["mount", "oci:{layout}"], 2, "DIR"),
+        (["mount", "oci:{layout}", "{mnt}", "--offline"], 3, "cache"),
+        (["mount", "oci:{layout}", "{mnt}", "--read-deadline", "soon"], 2, "seconds"),
+        (["cat", "oci:{layout}", "no/such/file"], 3, "no/such/file"),
+        (["ls", "oci:{layout}", "no/such/dir"], 3, "no/such/dir"),
+        (["status", "{mnt}"], 8, "nothing is mounted"),
+        (["nonsense"], 2, "nonsense"),
+    ],
+    ids=lambda value: " ".join(map(str, value))[:40] if isinstance(value, list) else None,
+)
+def test_bad_input_gets_one_line_and_its_code(arguments: list[str], code: int, words: str, tmp_path: Path) -> None:
+    mnt = tmp_path / "mnt"
+    mnt.mkdir()
+    filled = [a.format(mnt=mnt, tmp=tmp_path, layout=LAYOUT) for a in arguments]
+    if filled[0] in ("mount", "cat", "ls"):
+        filled += ["--cache-dir", str(tmp_path / "cache")]
+    result = ckptfs(*filled)
+    assert (result.code, words in result.line) == (code, True), result.err
+    assert not os.path.ismount(mnt)
+
+
+def test_strict_refuses_what_cannot_be_verified(tmp_path: Path) -> None:
+    mnt = tmp_path / "mnt"
+    mnt.mkdir()
+    plain = CORPUS / "counter" / "k8s-gzip.oci"
+    result = ckptfs("mount", f"oci:{plain}", mnt, "--verify", "strict", "--cache-dir", tmp_path / "cache")
+    assert result.code == 6 and "verified" in result.line and not os.path.ismount(mnt)
+    with mounted(f"oci:{LAYOUT}", tmp_path, "--verify", "strict") as mount:
+        assert mount.status()["verify"] == "chunk"
+
+
+def test_cache_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o755)
+    (tmp_path / "mnt").mkdir()
+    result = ckptfs("mount", f"oci:{LAYOUT}", tmp_path / "mnt", "--cache-dir", cache)
+    assert result.code == 8 and "chmod" in result.line
+
+
+def test_ls_cat_and_cp_need_no_mount(tmp_path: Path) -> None:
+    cache = ("--cache-dir", tmp_path / "cache")
+    names = [entry["name"] for entry in ckptfs("ls", f"oci:{LAYOUT}", "--json", *cache).json]
+    assert "checkpoint" in names and "rootfs-diff" in names
+    assert "checkpoint/inventory.img" in ckptfs("ls", f"oci:{LAYOUT}", "-R", *cache).out.splitlines()
+    config = ckptfs("cat", f"oci:{LAYOUT}", "config.dump", *cache)
+    assert json.loads(config.out)["name"]
+    copied = ckptfs("cp", f"oci:{LAYOUT}", "checkpoint", tmp_path / "copy", *cache)
+    assert copied.code == 0, copied.err
+    expected = golden.load(LAYOUT.with_suffix(".golden.json"))["entries"]
+    found = golden.directory_listing(tmp_path / "copy")["entries"]
+    assert found == {p.partition("/")[2]: e for p, e in expected.items() if p.startswith("checkpoint/")}
+
+
+def test_every_command_has_help_with_an_example() -> None:
+    from ckptfs.cli import COMMANDS
+
+    for command in COMMANDS:
+        result = ckptfs(command, "--help")
+        assert result.code == 0 and f"ckptfs {command} " in result.out, command
+
+
+def _errno_of(path: Path) -> int | None:
+    try:
+        path.read_bytes()
+    except OSError as error:
+        return error.errno
+    return None
+
+
+def _ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def _until(condition: object, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
