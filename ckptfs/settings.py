@@ -37,6 +37,7 @@ class Limits:
     criu_image_bytes: int = 64 * MiB  # a CRIU image that is read whole: the pagemap of 3 million separate runs
     criu_record_bytes: int = 16 * MiB  # mm of a process with 65530 mappings (vm.max_map_count) is 4 MB
     criu_records: int = 4_000_000
+    process_depth: int = 256  # generations in a process tree
     dump_bytes: int = 16 * MiB  # config.dump, spec.dump and their like
     argument_bytes: int = 256 * KiB  # of a process's command line or environment; more is shown cut
 

@@ -31,12 +31,14 @@ class Memory:
     """The memory of one task, or one shared object.
 
     pagemaps: its own, then its parents', nearest first. sizes: of the pages files, by name.
-    FormatError when a pages file cannot be told into pages (Pagemap.page_size) or is not there.
+    FormatError when a pages file cannot be told into pages (Pagemap.page_size), or it or a parent is not there.
     """
 
     def __init__(self, pagemaps: Sequence[Pagemap], sizes: Mapping[str, int]) -> None:
         self._levels = [_Level(pagemap, sizes) for pagemap in pagemaps]
         self.page_size = self._levels[0].page_size
+        if any(run.flags & PARENT and not run.flags & PRESENT for run in pagemaps[-1].runs):
+            raise FormatError(f"{pagemaps[-1].name} needs a parent checkpoint, which is not there")
 
     def find(self, vaddr: int, length: int) -> Iterator[Place]:
         """The places of [vaddr, vaddr + length), by address. What no file has was never written: it reads as zeros."""

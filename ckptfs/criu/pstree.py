@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ckptfs.criu.images import DEFAULT_LIMITS, only_record, records
-from ckptfs.errors import FormatError
+from ckptfs.errors import FormatError, LimitExceeded
 from ckptfs.settings import Limits
 
 
@@ -28,15 +28,17 @@ def parse_pstree(data: bytes, name: str = "pstree.img", limits: Limits = DEFAULT
     FormatError when a pid is there twice, when a parent is unknown or when there is no task.
     """
     tasks: list[Task] = []
-    seen: set[int] = set()
+    depth = {0: 0}
     for record in records(data, "pstree", name, limits):
         m = record.message
         task = Task(m.uint(1), m.uint(2), m.uint(3), m.uint(4), tuple(m.uints(5)))
-        if task.pid in seen:
+        if task.pid in depth:
             raise FormatError(f"{name} names process {task.pid} twice")
-        if task.ppid and task.ppid not in seen:
+        if task.ppid not in depth:
             raise FormatError(f"{name}: the parent of process {task.pid}, {task.ppid}, does not stand before it")
-        seen.add(task.pid)
+        depth[task.pid] = depth[task.ppid] + 1
+        if depth[task.pid] > limits.process_depth:
+            raise LimitExceeded(f"{name} has more than {limits.process_depth} generations of processes")
         tasks.append(task)
     if not tasks:
         raise FormatError(f"{name} names no process")

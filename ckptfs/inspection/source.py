@@ -1,0 +1,116 @@
+"""Where inspection reads from: the files of a checkpoint by path, in ranges.
+
+Owns the protocol and its simplest form, a local directory. An open image of a registry is another form; it is not here.
+"""
+
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from ckptfs.errors import FormatError, LimitExceeded, NotFoundError
+from ckptfs.settings import Limits
+
+Range = tuple[str, int, int]  # path, offset, length
+
+
+class CheckpointFiles(Protocol):
+    """A checkpoint as `--view checkpoint` shows it: checkpoint/, config.dump, ...
+
+    Paths are relative, without ".."; they may lead through the link `checkpoint/parent` of an incremental checkpoint.
+    Calls block. They raise CkptfsError; a read past the end of a file is FormatError.
+    """
+
+    def list(self, directory: str) -> Sequence[str]:
+        """Names in a directory ("" is the root), a slash after directories; empty where there is no such directory."""
+
+    def size(self, path: str) -> int | None:
+        """Bytes of a regular file; None where there is none."""
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        """Exactly [offset, offset + length)."""
+
+    def expect(self, ranges: Sequence[Range]) -> None:
+        """These will be read next: a source behind a network fetches them together. May do nothing."""
+
+
+class LocalFiles:
+    """CheckpointFiles of a directory, a mount or an unpacked archive."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root.resolve()
+
+    def list(self, directory: str) -> Sequence[str]:
+        try:
+            with os.scandir(self._inside(directory)) as entries:
+                return sorted(entry.name + ("/" if entry.is_dir(follow_symlinks=False) else "") for entry in entries)
+        except (FileNotFoundError, NotADirectoryError, NotFoundError):
+            return ()
+
+    def size(self, path: str) -> int | None:
+        try:
+            status = self._inside(path).lstat()
+        except (OSError, NotFoundError):
+            return None
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        if self.size(path) is None:
+            raise NotFoundError(f"{path} is not in the checkpoint")
+        with open(self._inside(path), "rb") as file:
+            file.seek(offset)
+            data = file.read(length)
+        if len(data) != length:
+            raise FormatError(f"{path} ends before byte {offset + length}")
+        return data
+
+    def _inside(self, path: str) -> Path:
+        """The real path; NotFoundError where a link leads out of the directory."""
+        full = (self._root / path).resolve()
+        if not full.is_relative_to(self._root):
+            raise NotFoundError(f"{path} leads out of the checkpoint")
+        return full
+
+    def expect(self, ranges: Sequence[Range]) -> None:
+        pass
+
+
+class Images:
+    """The CRIU images of one checkpoint: small files whole, by name.
+
+    files: the source; directory: where they are ("checkpoint"); limits: what is refused.
+    """
+
+    def __init__(self, files: CheckpointFiles, directory: str, limits: Limits) -> None:
+        self.files = files
+        self.directory = directory
+        self.limits = limits
+        self.names = [name for name in files.list(directory) if not name.endswith("/")]
+        self._present = set(self.names)
+
+    def path(self, name: str) -> str:
+        return f"{self.directory}/{name}" if self.directory else name
+
+    def read(self, name: str) -> bytes | None:
+        """A whole image, None where there is none."""
+        if name not in self._present:
+            return None
+        return read_whole(self.files, self.path(name), self.limits.criu_image_bytes)
+
+    def need(self, name: str) -> bytes:
+        """A whole image; FormatError where there is none."""
+        data = self.read(name)
+        if data is None:
+            raise FormatError(f"the checkpoint has no {self.path(name)}", hint="it is not a complete CRIU checkpoint")
+        return data
+
+
+def read_whole(files: CheckpointFiles, path: str, most: int) -> bytes | None:
+    """A small file; None where there is none, LimitExceeded where it is larger than `most` bytes."""
+    size = files.size(path)
+    if size is None:
+        return None
+    if size > most:
+        raise LimitExceeded(f"{path} has {size} bytes", hint=f"at most {most} are read")
+    return files.read(path, 0, size)
