@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import overload
 
-from ckptfs.model.toc import Chunk, Extent, derived_key
+from ckptfs.model.toc import Chunk, Extent, MadeExtents, derived_key
 
 KIND = "grid"
 
@@ -46,7 +46,7 @@ class Grid:
         return runs[0] if len(runs) == 1 else _Runs(runs)
 
 
-class _Made(Sequence[Extent]):
+class _Made(MadeExtents):
     """A sequence whose items are made when they are asked for."""
 
     __slots__ = ()
@@ -85,6 +85,12 @@ class _Run(_Made):
         # Python's len() has to fit ssize_t; a file of 2**62 bytes is 2**44 chunks.
         return (self._position + self._length - 1) // unit - self._position // unit + 1
 
+    def index_at(self, offset: int) -> int:
+        if offset < self._start:
+            return -1
+        unit = self._grid.unit
+        return min((self._position + offset - self._start) // unit - self._position // unit, len(self) - 1)
+
     def _at(self, index: int) -> Extent:
         grid, position = self._grid, self._position
         first = position // grid.unit
@@ -110,6 +116,16 @@ class _Runs(_Made):
     def __len__(self) -> int:
         return self._ends[-1]
 
+    def index_at(self, offset: int) -> int:
+        run = bisect_right(self._runs, offset, key=_start) - 1
+        if run < 0:
+            return -1
+        return self._runs[run].index_at(offset) + (self._ends[run - 1] if run else 0)
+
     def _at(self, index: int) -> Extent:
         run = bisect_right(self._ends, index)
         return self._runs[run]._at(index - (self._ends[run - 1] if run else 0))
+
+
+def _start(run: _Run) -> int:
+    return run._start

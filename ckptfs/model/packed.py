@@ -5,16 +5,17 @@ model/index.py; readers see an ordinary sequence of Extent.
 """
 
 from array import array
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator
 from itertools import accumulate
 from typing import overload
 
-from ckptfs.model.toc import Chunk, Extent
+from ckptfs.model.toc import Chunk, Extent, MadeExtents
 
 _DIGEST = 32
 
 
-class PackedExtents(Sequence[Extent]):
+class PackedExtents(MadeExtents):
     """Extents that are whole chunks with digests, in file order. Rows are appended, never changed."""
 
     __slots__ = ("_digests", "_lengths", "_offsets", "_sizes", "_starts", "layer")
@@ -50,6 +51,9 @@ class PackedExtents(Sequence[Extent]):
 
     def __len__(self) -> int:
         return len(self._starts)
+
+    def index_at(self, offset: int) -> int:
+        return bisect_right(self._starts, offset) - 1
 
     @overload
     def __getitem__(self, index: int) -> Extent: ...

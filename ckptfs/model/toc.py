@@ -7,6 +7,7 @@ one. Gaps between extents are holes and read as zeros.
 import bisect
 import hashlib
 import stat
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -93,10 +94,24 @@ class Entry:
     link: bytes | None = None
 
 
+class MadeExtents(Sequence[Extent]):
+    """Extents that are made when they are asked for; finding one by offset must not make others."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def index_at(self, offset: int) -> int:
+        """Number of the last extent that starts at or before `offset`; -1 when there is none."""
+
+
 def overlapping(extents: Sequence[Extent], offset: int, length: int) -> Iterator[Extent]:
     """The extents that overlap file bytes [offset, offset + length), whole."""
     end = offset + length
-    for index in range(max(bisect.bisect_right(extents, offset, key=_start) - 1, 0), len(extents)):
+    if isinstance(extents, MadeExtents):
+        first = extents.index_at(offset)
+    else:
+        first = bisect.bisect_right(extents, offset, key=_start) - 1
+    for index in range(max(first, 0), len(extents)):
         extent = extents[index]
         if extent.start >= end:
             return
