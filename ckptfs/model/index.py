@@ -152,7 +152,7 @@ def _describe(file: IndexedFile) -> dict[str, Any]:
         out["rdev"] = inode.rdev
     if inode.xattrs:
         out["xattrs"] = {_text(k): base64.b64encode(inode.xattrs[k]).decode() for k in sorted(inode.xattrs)}
-    if inode.size:
+    if inode.size and inode.is_file:
         out |= {"size": inode.size, "offset": file.offset}
         if file.table is not None:
             table = file.table
@@ -219,6 +219,9 @@ class _Reader:
             raise FormatError(f"the index has a file of type {stat.S_IFMT(inode.mode):#o} and {inode.size} bytes")
         if stat.S_ISLNK(inode.mode) != bool(inode.target):
             raise FormatError("the index has a symbolic link without a target, or a target without a link")
+        if inode.target:
+            inode.size = len(inode.target)
+            return IndexedFile(Entry(path, inode))
         offset = _integer(value, "offset", 0, end)
         rows = _integer(value, "rows", 0, limits.toc_entries)
         content, table = None, None

@@ -2,8 +2,8 @@
 
     source (directory, archive, image) -> Checkpoint -> plan of layers -> zstd:chunked layers -> blobs -> manifest
 
-Memory does not grow with the checkpoint. The work directory takes each compressed layer until it has been sent, and what
-an archive or image that is one compressed stream unpacks to. Blocks; called by the command line and by tests.
+Memory does not grow with the checkpoint. The work directory takes each compressed layer until it is sent, and what an
+archive or image that is one compressed stream unpacks to. Blocks; called by the command line and by tests.
 """
 
 import tempfile
@@ -12,25 +12,26 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ckptfs.errors import FormatError, NotFoundError
+from ckptfs.errors import FormatError, NotFoundError, UsageError
 from ckptfs.layers.zstd_chunked_writer import Member, WrittenLayer, write_layer
 from ckptfs.model.index import ANNOTATION_INDEX
 from ckptfs.model.oci import OCI_MANIFEST, Descriptor, Digest, Reference
 from ckptfs.push.archive import FileBlob
 from ckptfs.push.checkpoint_files import Checkpoint, CheckpointFile, under_checkpoint
 from ckptfs.push.directory import read_directory
-from ckptfs.push.facts import read_facts
+from ckptfs.push.facts import BASE_DIGEST, BASE_NAME, read_facts
 from ckptfs.push.image_files import LayerFiles, read_image, select_manifest
 from ckptfs.push.manifest import CONFIG_TYPE, BuiltLayer, encode_config, encode_inline_index, encode_manifest
 from ckptfs.push.pages import PagesFile, find_pages
 from ckptfs.push.plan import ANNOTATION_ROLE, PlannedLayer, plan_layers
 from ckptfs.push.publisher import Progress, Publisher
-from ckptfs.push.spool import MemoryBlob, Spool
+from ckptfs.push.rootfs import ANNOTATION_ROOTFS, BaseImage, RootfsImage
+from ckptfs.push.spool import MemoryBlob, Spool, Work
 from ckptfs.push.target import Target
 from ckptfs.settings import Settings
 from ckptfs.sources import Source
 
-__all__ = ["Progress", "PushOptions", "PushResult", "Target", "open_checkpoint", "push"]
+__all__ = ["BaseImage", "Progress", "PushOptions", "PushResult", "Target", "open_base", "open_checkpoint", "push"]
 
 OpenSource = Callable[[Reference], Source]
 
@@ -48,12 +49,13 @@ class PushOptions:
 
 @dataclass(frozen=True, slots=True)
 class PushResult:
-    """`manifest` names M. `layers` in the order of the manifest; `sent` and `present` are bytes of blobs."""
+    """`manifest` names M, `rootfs` R. `layers` as in the manifest; `sent` and `present` are bytes of blobs."""
 
     manifest: Descriptor
     layers: tuple[WrittenLayer, ...]
     sent: int
     present: int
+    rootfs: Descriptor | None = None
 
 
 @contextmanager
@@ -85,8 +87,13 @@ def push(
     tag: str,
     options: PushOptions,
     progress: Callable[[Progress], None] | None = None,
+    *,
+    base: BaseImage | None = None,
 ) -> PushResult:
-    """Publish `checkpoint` as an image under `tag`. FormatError when it is none."""
+    """Publish `checkpoint` as an image under `tag`. FormatError when it is none.
+
+    With `base` the root file system as well, under `tag`-rootfs: its manifest comes before the one that names it.
+    """
     if not any(file.name == b"inventory.img" for file in checkpoint.files):
         raise FormatError("the source holds no inventory.img, so it is no checkpoint", hint="name what criu dumped")
     limits = options.settings.limits
@@ -94,10 +101,10 @@ def push(
     pages = find_pages(checkpoint.files, limits)
     total = sum(file.inode.size for file in checkpoint.files if file.is_regular)
     with ExitStack() as stack, Publisher(target, total, progress) as publisher:
+        work = Work(options.work, stack)
         built = []
         for planned in plan_layers(checkpoint):
-            spool = Spool(options.work)
-            stack.callback(spool.close)
+            spool = work.spool()
             written = _write(planned, pages, spool, publisher, options)
             spool.complete(written.descriptor)
             publisher.add(written.descriptor, spool, done=spool.close)
@@ -106,6 +113,16 @@ def push(
         config = Descriptor(CONFIG_TYPE, Digest.of(config_raw), len(config_raw))
         publisher.add(config, MemoryBlob(config, config_raw))
         annotations = {**facts.annotations, **options.annotations}
+        rootfs = None
+        if base is not None:
+            rootfs = RootfsImage(checkpoint, base, work, options.settings)
+            rootfs.add_blobs(publisher, _origin(base, target), options.threads)
+            root = publisher.publish(rootfs.raw, OCI_MANIFEST, f"{tag}-rootfs" if tag else "")
+            annotations |= {
+                ANNOTATION_ROOTFS: str(root),
+                BASE_NAME: base.name,
+                BASE_DIGEST: str(base.manifest.digest),
+            }
         index = encode_inline_index(built, pages, limits)
         if index is not None:
             annotations[ANNOTATION_INDEX] = index
@@ -116,7 +133,26 @@ def push(
             tuple(layer.written for layer in built),
             publisher.progress.sent,
             publisher.progress.present,
+            Descriptor(OCI_MANIFEST, Digest.of(rootfs.raw), len(rootfs.raw)) if rootfs is not None else None,
         )
+
+
+def open_base(checkpoint: Checkpoint, reference: str, open_source: OpenSource, options: PushOptions) -> BaseImage:
+    """The container's base image: `reference`, or what the checkpoint says when that is "".
+
+    UsageError when it says nothing, or a name that is no reference.
+    """
+    name = reference or read_facts(checkpoint, options.name, options.settings.limits).base
+    if not name:
+        raise UsageError("the checkpoint does not say which image it ran from", hint="name it with --base REF")
+    source = open_source(Reference.parse(name))
+    return BaseImage(source, select_manifest(source, options.settings), name)
+
+
+def _origin(base: BaseImage, target: Target) -> str:
+    """The base's repository, when its blobs can be mounted from it."""
+    where = base.source.reference
+    return where.repository if where.kind == "registry" and where.host == target.reference.host else ""
 
 
 def _write(

@@ -18,21 +18,31 @@ class FileBlob:
 
     def __init__(self, path: Path, media_type: str = "") -> None:
         """Without `media_type` the first bytes tell. A compressed file is read once more: streams are checked."""
+        self._name = str(path)
         try:
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by `close`)
-            self._name = str(path)
+        except OSError as error:
+            raise NotFoundError(f"cannot read {path}: {error.strerror}") from None
+        try:
+            self._descriptor = self._describe(media_type)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _describe(self, media_type: str) -> Descriptor:
+        try:
             status = os.fstat(self._file.fileno())
             compression = sniff(os.pread(self._file.fileno(), MAGIC_BYTES, 0))
             if compression == "none":  # nothing is compared with its digest, it only names the chunks
-                digest = Digest.of(f"{path}/{status.st_size}/{status.st_mtime_ns}".encode())
+                digest = Digest.of(f"{self._name}/{status.st_size}/{status.st_mtime_ns}".encode())
             else:
                 digest = Digest("sha256", hashlib.file_digest(self._file, "sha256").hexdigest())
         except OSError as error:
-            raise NotFoundError(f"cannot read {path}: {error.strerror}") from None
+            raise NotFoundError(f"cannot read {self._name}: {error.strerror}") from None
         if not status.st_size:
-            raise FormatError(f"{path} is empty", hint="was the checkpoint written to the end?")
+            raise FormatError(f"{self._name} is empty", hint="was the checkpoint written to the end?")
         kind = media_type or (_TAR if compression == "none" else f"{_TAR}+{compression}")
-        self._descriptor = Descriptor(kind, digest, status.st_size)
+        return Descriptor(kind, digest, status.st_size)
 
     @property
     def descriptor(self) -> Descriptor:

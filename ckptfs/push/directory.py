@@ -56,7 +56,7 @@ def _file(full: bytes, path: bytes, first: bytes, status: os.stat_result) -> Che
         mode,
         status.st_uid,
         status.st_gid,
-        status.st_size if stat.S_ISREG(mode) else 0,
+        status.st_size if stat.S_ISREG(mode) or stat.S_ISLNK(mode) else 0,
         status.st_mtime_ns,
         status.st_rdev if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else 0,
         os.readlink(full) if stat.S_ISLNK(mode) else b"",

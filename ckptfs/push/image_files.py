@@ -26,13 +26,15 @@ from ckptfs.settings import MiB, Settings
 from ckptfs.sources import Source
 
 _ZEROS = bytes(MiB)
+# Files that eStargz adds to a layer: they are of the format, not of the checkpoint.
+_FURNITURE = frozenset((b"stargz.index.json", b".prefetch.landmark", b".no.prefetch.landmark"))
 
 
 class LayerFiles:
     """The files of a few layers. A context manager: unpacked streams are kept until it is closed."""
 
-    def __init__(self, blobs: Sequence[Blob], work: Path, settings: Settings) -> None:
-        """Scans all layers; streams are unpacked into `work`."""
+    def __init__(self, blobs: Sequence[Blob], work: Path, settings: Settings, *, names_only: bool = False) -> None:
+        """Scans all layers; streams are unpacked into `work`, unless only the names are asked for."""
         self.tree = Tree()
         self._stack = ExitStack()
         self._readers: list[_ChunkReader] = []
@@ -42,7 +44,7 @@ class LayerFiles:
                 layer = select_format(blob.descriptor).open(blob, number)
                 self.tree.begin(rank)
                 reader: _ChunkReader
-                if layer.sequential:
+                if layer.sequential and not names_only:
                     spool = self._stack.enter_context(tempfile.TemporaryFile(dir=work))  # noqa: SIM115 (the stack closes it)
                     reader = _Unpacked(spool)
                     self.tree.add(layer.scan(reader.keep), rank)
@@ -113,8 +115,9 @@ def read_image(source: Source, manifest: Manifest, layers: LayerFiles) -> Checkp
     """The checkpoint in an image whose layers `layers` has scanned, with the image's annotations and architecture."""
     config = parse_json(source.fetch(manifest.config), "config")
     architecture = config.get("architecture") if isinstance(config, dict) else None
+    files = [file for file in layers.files() if file.path not in _FURNITURE]
     return Checkpoint(
-        under_checkpoint(layers.files()),
+        under_checkpoint(files),
         _kept(manifest.annotations),
         architecture if isinstance(architecture, str) else "",
     )

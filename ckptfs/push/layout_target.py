@@ -15,7 +15,7 @@ from typing import Any
 
 from ckptfs.errors import CacheError, FormatError, IntegrityError
 from ckptfs.model.blob import Blob
-from ckptfs.model.oci import ANNOTATION_REF_NAME, OCI_INDEX, Descriptor, Digest, parse_json
+from ckptfs.model.oci import ANNOTATION_REF_NAME, OCI_INDEX, Descriptor, Digest, Reference, parse_json
 from ckptfs.push.target import Sent
 
 _VERSION = '{"imageLayoutVersion":"1.0.0"}'
@@ -31,6 +31,10 @@ class LayoutTarget:
             marker = directory / "oci-layout"
             if not marker.exists():
                 marker.write_text(_VERSION)
+
+    @property
+    def reference(self) -> Reference:
+        return Reference("oci", path=str(self._top))
 
     def has(self, descriptor: Descriptor) -> bool:
         try:

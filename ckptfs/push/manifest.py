@@ -96,7 +96,7 @@ def _indexed(
     for file in layer.planned.files:
         entry = Entry(file.path, None if file.link is not None else file.inode, file.link)
         at = written.get(file.path)
-        if at is None or not file.inode.size:
+        if at is None or not at.sizes:
             files.append(IndexedFile(entry, eager=eager.get(file.path)))
             continue
         content = file.read(limits.criu_image_bytes) if file.path in chosen else None

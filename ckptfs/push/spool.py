@@ -7,11 +7,15 @@ complete before its upload begins. Disk for the compressed layer, no memory. Not
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from typing import TypeVar
 
 from ckptfs.errors import CacheError, FormatError
 from ckptfs.model.oci import Descriptor
 from ckptfs.settings import MiB
+
+T = TypeVar("T")
 
 
 class Spool:
@@ -57,6 +61,22 @@ class Spool:
 
     def close(self) -> None:
         self._file.close()
+
+
+class Work:
+    """The work directory of one push: whatever is opened in it is closed, and so gone, when the push ends."""
+
+    def __init__(self, directory: Path, stack: ExitStack) -> None:
+        self.directory = directory
+        self._stack = stack
+
+    def spool(self) -> Spool:
+        spool = Spool(self.directory)
+        self._stack.callback(spool.close)
+        return spool
+
+    def enter(self, context: AbstractContextManager[T]) -> T:
+        return self._stack.enter_context(context)
 
 
 class MemoryBlob:

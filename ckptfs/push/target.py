@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ckptfs.model.blob import Blob
-from ckptfs.model.oci import Descriptor, Digest
+from ckptfs.model.oci import Descriptor, Digest, Reference
 
 # Told of bytes as they have been sent; negative when some have to be sent again.
 Sent = Callable[[int], None]
@@ -15,6 +15,10 @@ Sent = Callable[[int], None]
 
 class Target(Protocol):
     """One repository of a registry, or one layout."""
+
+    @property
+    def reference(self) -> Reference:
+        """Where it is; tag and digest do not matter."""
 
     def has(self, descriptor: Descriptor) -> bool:
         """Whether the blob is there, whole."""

@@ -1,0 +1,196 @@
+"""R, the container's root file system as an image: the base image's layers and the delta as one more layer.
+
+podman and CRI-O write the delta as a plain tar of what was added or changed, and deleted.files, a list of what is gone;
+that becomes a layer with whiteouts. containerd writes a gzip layer with whiteouts, which is taken bit for bit.
+image-spec layer.md. A path that was deleted and has something new below it is opaque: what the base has there is gone.
+"""
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import ckptfs
+from ckptfs.errors import FormatError
+from ckptfs.layers.compression import DECOMPRESS, MAGIC_BYTES, sniff
+from ckptfs.layers.paths import normalise
+from ckptfs.layers.zstd_chunked_writer import Member, write_layer
+from ckptfs.model.oci import Descriptor, Digest, Manifest, parse_json
+from ckptfs.model.toc import Inode
+from ckptfs.model.tree import OPAQUE, WHITEOUT, Tree
+from ckptfs.push.checkpoint_files import Checkpoint, CheckpointFile
+from ckptfs.push.facts import BASE_DIGEST, BASE_NAME, VERSION
+from ckptfs.push.image_files import LayerFiles
+from ckptfs.push.manifest import CONFIG_TYPE, created, encode_manifest, to_json
+from ckptfs.push.plan import ANNOTATION_ROLE
+from ckptfs.push.publisher import Publisher
+from ckptfs.push.spool import MemoryBlob, Spool, Work
+from ckptfs.settings import MiB, Settings
+from ckptfs.sources import Source
+
+ANNOTATION_ROOTFS = "dev.ckptfs.rootfs.digest"
+
+_DELTA = b"rootfs-diff.tar"
+_DELETED = b"deleted.files"
+_GZIP_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
+_TAR_LAYER = "application/vnd.oci.image.layer.v1.tar"
+# Docker's names for the same bytes: an OCI manifest has OCI's.
+_OCI_TYPES = {
+    "application/vnd.docker.image.rootfs.diff.tar": _TAR_LAYER,
+    "application/vnd.docker.image.rootfs.diff.tar.gzip": _GZIP_LAYER,
+    "application/vnd.docker.image.rootfs.diff.tar.zstd": "application/vnd.oci.image.layer.v1.tar+zstd",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BaseImage:
+    """The image that the container ran from. `name` as people know it."""
+
+    source: Source
+    manifest: Manifest
+    name: str
+
+
+class RootfsImage:
+    """Builds R: `add_blobs` hands everything but the manifest to the publisher, `raw` is the manifest then."""
+
+    def __init__(self, checkpoint: Checkpoint, base: BaseImage, work: Work, settings: Settings) -> None:
+        self._checkpoint = checkpoint
+        self._base = base
+        self._work = work
+        self._settings = settings
+        self.raw = b""
+
+    def add_blobs(self, publisher: Publisher, origin: str, threads: int) -> None:
+        """`origin`: the base's repository, where it is of the target's registry. FormatError for a senseless base."""
+        base = self._base
+        config = parse_json(base.source.fetch(base.manifest.config), "base image's config")
+        config = config if isinstance(config, dict) else {}
+        rootfs = config.get("rootfs")
+        diff_ids = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
+        if not isinstance(rootfs, dict) or not isinstance(diff_ids, list) or len(diff_ids) != len(base.manifest.layers):
+            raise FormatError(f"the config of the base image {base.name} does not fit its layers")
+        layers = []
+        for layer in base.manifest.layers:
+            media_type = _OCI_TYPES.get(layer.media_type, layer.media_type)
+            layers.append(Descriptor(media_type, layer.digest, layer.size, layer.annotations))
+            publisher.add(layer, base.source.blob(layer), origin=origin)
+        delta = self._delta(publisher, threads)
+        if delta is not None:
+            layer, diff_id = delta
+            layers.append(layer)
+            diff_ids.append(str(diff_id))
+            config["rootfs"] = {**rootfs, "diff_ids": diff_ids}
+            when = created(self._checkpoint)
+            history = config.get("history")
+            if isinstance(history, list):
+                config["history"] = [*history, {"created": when, "created_by": "ckptfs push --rootfs"}]
+            config["created"] = when
+        raw = to_json(config)
+        described = Descriptor(CONFIG_TYPE, Digest.of(raw), len(raw))
+        publisher.add(described, MemoryBlob(described, raw))
+        notes = {BASE_NAME: base.name, BASE_DIGEST: str(base.manifest.digest), VERSION: ckptfs.__version__}
+        self.raw = encode_manifest(described, layers, notes)
+
+    def _delta(self, publisher: Publisher, threads: int) -> tuple[Descriptor, Digest] | None:
+        """The layer and its diff_id; None where the container changed nothing."""
+        deleted = _deleted(self._checkpoint.find(_DELETED), self._settings)
+        file = self._checkpoint.find(_DELTA)
+        spool = self._work.spool()
+        if file is None or not file.is_regular or not file.inode.size:
+            members: Iterable[Member] = self._layer([], deleted)
+        else:
+            compression = _copy(file, spool)
+            if compression == "gzip":
+                publisher.add(spool.descriptor, spool, done=spool.close)
+                stream = DECOMPRESS["gzip"](iter(spool.stream(0, spool.size)), MiB, self._settings.limits)
+                return spool.descriptor, _digest(stream)
+            files = self._work.enter(LayerFiles([spool], self._work.directory, self._settings))
+            members = self._layer(files.files(), deleted)
+        members = list(members)
+        if not members:
+            return None
+        out = self._work.spool()
+        written = write_layer(members, out.write, annotations={ANNOTATION_ROLE: "rootfs-diff"}, threads=threads)
+        out.complete(written.descriptor)
+        publisher.add(written.descriptor, out, done=out.close)
+        return written.descriptor, written.diff_id
+
+    def _layer(self, added: list[CheckpointFile], deleted: list[bytes]) -> Iterator[Member]:
+        """Added files, whiteouts, and the directories above both as the base has them, in the order of their paths."""
+        members = {file.path: Member(file.path, file.inode, file.link, file.open) for file in added}
+        for path in deleted:
+            parent, _, name = path.rpartition(b"/")
+            below = path + b"/"
+            if any(other.startswith(below) for other in members):
+                marker = below + OPAQUE
+            elif path in members:
+                continue  # replaced: the new file hides the old one
+            else:
+                marker = (parent + b"/" if parent else b"") + WHITEOUT + name
+            members[marker] = Member(marker, Inode(stat.S_IFREG | 0o644))
+        missing = {above for path in members for above in _above(path)} - members.keys()
+        if missing:
+            tree = self._base_tree()
+            for path in missing:
+                members[path] = Member(path, _directory(tree, path))
+        return iter([members[path] for path in sorted(members)])
+
+    def _base_tree(self) -> Tree:
+        """A layer that has a file has the directories above it: without them an overlay shows them as root's, 0755."""
+        blobs = [self._base.source.blob(layer) for layer in self._base.manifest.layers]
+        with LayerFiles(blobs, self._work.directory, self._settings, names_only=True) as layers:
+            return layers.tree
+
+
+def _directory(tree: Tree, path: bytes) -> Inode:
+    node = tree.find(path)
+    if node is None or node.inode is None or not node.inode.is_dir:
+        return Inode(stat.S_IFDIR | 0o755)
+    return node.inode
+
+
+def _above(path: bytes) -> Iterator[bytes]:
+    """The directories that `path` lies in, without the root."""
+    while path := path.rpartition(b"/")[0]:
+        yield path
+
+
+def _deleted(file: CheckpointFile | None, settings: Settings) -> list[bytes]:
+    """deleted.files: a JSON list of absolute paths; none where there is no such file."""
+    if file is None or not file.inode.size:
+        return []
+    value = parse_json(file.read(settings.limits.dump_bytes), "deleted.files")
+    if not isinstance(value, list) or not all(isinstance(path, str) for path in value):
+        raise FormatError("deleted.files is not a list of paths")
+    paths = (normalise(os.fsencode(path), settings.limits) for path in value)
+    return sorted({path for path in paths if path})
+
+
+def _copy(file: CheckpointFile, spool: Spool) -> str:
+    """The delta into a file of its own, where it can be read at random; returns its compression."""
+    hasher = hashlib.sha256()
+    head = b""
+    payload = file.open() if file.open is not None else None
+    if payload is None:
+        raise FormatError("rootfs-diff.tar has no content")
+    buffer = memoryview(bytearray(MiB))
+    try:
+        while count := payload.readinto(buffer):
+            head = head or bytes(buffer[: min(count, MAGIC_BYTES)])
+            hasher.update(buffer[:count])
+            spool.write(bytes(buffer[:count]))
+    finally:
+        payload.close()
+    compression = sniff(head)
+    media_type = {"none": _TAR_LAYER, "gzip": _GZIP_LAYER}.get(compression, f"{_TAR_LAYER}+{compression}")
+    spool.complete(Descriptor(media_type, Digest("sha256", hasher.hexdigest()), file.inode.size))
+    return compression
+
+
+def _digest(pieces: Iterator[bytes]) -> Digest:
+    hasher = hashlib.sha256()
+    for piece in pieces:
+        hasher.update(piece)
+    return Digest("sha256", hasher.hexdigest())

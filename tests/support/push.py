@@ -1,0 +1,104 @@
+"""What tests of `push` need: a checkpoint in a folder, a layout as a source, the tar that a layer is."""
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import zstandard
+
+from ckptfs.model.oci import Descriptor, Index, Manifest, Reference, parse_document
+from ckptfs.push import PushOptions, PushResult, Target, open_base, open_checkpoint, push
+from ckptfs.push.layout_target import LayoutTarget
+from tests.support.blobs import BytesBlob, layout_layer
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+
+
+class LayoutSource:
+    """The image that `tag` names in an OCI layout."""
+
+    def __init__(self, reference: Reference) -> None:
+        self.reference = reference
+        self._top = Path(reference.path)
+
+    def resolve(self) -> Manifest | Index:
+        for entry in json.loads((self._top / "index.json").read_bytes())["manifests"]:
+            if entry.get("annotations", {}).get("org.opencontainers.image.ref.name") == self.reference.tag:
+                return parse_document(self._read(entry["digest"]), entry["mediaType"])
+        raise AssertionError(f"no {self.reference}")
+
+    def fetch(self, descriptor: Descriptor) -> bytes:
+        data = self._read(str(descriptor.digest))
+        descriptor.digest.check(data, "a blob of the layout")
+        return data
+
+    def blob(self, descriptor: Descriptor) -> BytesBlob:
+        return BytesBlob(self._read(str(descriptor.digest)), descriptor)
+
+    def _read(self, digest: str) -> bytes:
+        return (self._top / "blobs" / digest.replace(":", "/")).read_bytes()
+
+
+def push_to_layout(
+    source: str | Path, layout: Path, tag: str = "latest", *, base: str = "", target: Target | None = None
+) -> PushResult:
+    """`ckptfs push SOURCE oci:LAYOUT:TAG`, with --rootfs and `base` where that is given."""
+    options = PushOptions()
+    with open_checkpoint(str(source), LayoutSource, options) as checkpoint:
+        image = open_base(checkpoint, base, LayoutSource, options) if base else None
+        return push(checkpoint, target or LayoutTarget(layout), tag, options, base=image)
+
+
+def manifest_of(layout: Path, tag: str = "latest") -> Manifest:
+    document = LayoutSource(Reference.parse(f"oci:{layout}:{tag}")).resolve()
+    assert isinstance(document, Manifest)
+    return document
+
+
+def layer_blob(layout: Path, descriptor: Descriptor) -> BytesBlob:
+    return LayoutSource(Reference.parse(f"oci:{layout}")).blob(descriptor)
+
+
+def unpacked(layer: bytes) -> bytes:
+    """What `zstd -d` gives: all frames, skippable ones left out."""
+    return zstandard.ZstdDecompressor().stream_reader(layer, read_across_frames=True).read()
+
+
+def tree_images(into: Path) -> Path:
+    """CRIU's images of a process tree, as files."""
+    blob = layout_layer(DATA / "corpus/tree/k8s-gzip.oci")
+    with tarfile.open(fileobj=io.BytesIO(blob.data)) as archive:
+        for member in archive:
+            if member.isreg() and member.name.startswith("checkpoint/"):
+                into.mkdir(exist_ok=True)
+                data = archive.extractfile(member)
+                assert data is not None
+                (into / member.name.removeprefix("checkpoint/")).write_bytes(data.read())
+    return into
+
+
+def odd_tree(top: Path) -> Path:
+    """A folder with every kind of file that a tar can hold and a test may make; devices and owners only as root."""
+    folder = top / "odd"
+    (folder / "sub" / "empty").mkdir(parents=True)
+    (folder / "plain").write_bytes(b"plain\n")
+    (folder / "nothing").write_bytes(b"")
+    (folder / "big").write_bytes(os.urandom(700_001) + bytes(600_000) + b"end")
+    (folder / "zeros").write_bytes(bytes(1 << 20))
+    (folder / ("long-" * 40)).write_bytes(b"a name of 200 bytes")
+    (folder / "sub" / "é ü 漢字").write_bytes(b"not ASCII")
+    (folder / "link").symlink_to("plain")
+    (folder / "farlink").symlink_to("/" + "x" * 150)
+    os.link(folder / "plain", folder / "sub" / "hard")
+    os.mkfifo(folder / "fifo", 0o600)
+    os.setxattr(folder / "plain", "user.note", b"\0binary\xff=\n")
+    (folder / "plain").chmod(0o4751)
+    os.utime(folder / "nothing", ns=(-1_500_000_000, -1_500_000_000))
+    os.utime(folder / "zeros", ns=(1, 1_700_000_000_123_456_700))
+    if os.geteuid() == 0:
+        os.mknod(folder / "device", 0o020600, os.makedev(259, 70000))
+        os.chown(folder / "nothing", 3_000_000, 3_000_001)
+    (folder / "sub").chmod(0o2711)
+    return folder
