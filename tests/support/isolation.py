@@ -12,7 +12,7 @@ from typing import Any, Self
 from tests.support.tools import run, start
 
 _ENTER = (
-    'mkdir -p /var/lib/containers && mount --bind "$0" /var/lib/containers && mount -t tmpfs tmpfs /dev/shm && '
+    'cd / && mkdir -p /var/lib/containers && mount --bind "$0" /var/lib/containers && mount -t tmpfs tmpfs /dev/shm && '
     "mount -t tmpfs tmpfs /run && echo ready && exec sleep infinity"
 )
 
@@ -43,7 +43,7 @@ class Isolation:
 
     def run(self, *command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
         """A tool inside the namespace, run to its end; raises with its words when it fails."""
-        return run("nsenter", "-t", str(self._pid), "--mount", "--root", *command, **options)
+        return run("nsenter", "-t", str(self._pid), "--mount", "--root", "--wd", *command, **options)
 
     def path(self, inside: str | Path) -> Path:
         """A path of the namespace, as this process can open it."""
