@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -17,6 +18,7 @@ from ckptfs.errors import CkptfsError
 from ckptfs.fuse.mount import MountSession, mount_options
 from ckptfs.fuse.operations import Operations
 from ckptfs.image import ImageOptions, OpenImage, open_image
+from ckptfs.model.oci import Reference
 from ckptfs.mounting import MountRequest
 from ckptfs.sources import Source
 from ckptfs.telemetry import NetworkCounters
@@ -27,16 +29,17 @@ log = logging.getLogger(__name__)
 def run(
     request: MountRequest,
     source: Source,
+    reach: Callable[[Reference], Source],
     counters: NetworkCounters,
     mountpoint: str,
     files: MountFiles,
     writer: int | None,
 ) -> None:
-    """Serve until unmounted. The parent waits at the pipe `writer` for the first status; None in foreground."""
+    """Serve until unmounted. `reach` opens other images. The parent waits at the pipe `writer` for the first status; None in foreground."""
     size = request.settings.sizes.disk_cache
     cache = ChunkCache.ephemeral(size=size) if request.ephemeral else ChunkCache.open(request.cache_dir, size=size)
     try:
-        trio.run(_serve, request, source, counters, cache, mountpoint, files, writer)
+        trio.run(_serve, request, source, reach, counters, cache, mountpoint, files, writer)
     except BaseExceptionGroup as group:
         raise only_error(group) from None
     finally:
@@ -46,6 +49,7 @@ def run(
 async def _serve(
     request: MountRequest,
     source: Source,
+    reach: Callable[[Reference], Source],
     counters: NetworkCounters,
     cache: ChunkCache,
     mountpoint: str,
@@ -58,9 +62,10 @@ async def _serve(
         strict=request.strict,
         prefetch=request.prefetch,
         background=request.background,
+        base=request.base,
         settings=request.settings,
     )
-    async with open_image(source, cache, options, counters) as image:
+    async with open_image(source, cache, options, counters, reach) as image:
         await image.ready()
         operations = Operations(image)
         session = MountSession(operations, image, mountpoint, request.settings)

@@ -39,6 +39,7 @@ class MountRequest:
     strict: bool = False
     prefetch: bool = True
     background: bool = True
+    base: Reference | None = None
     allow_other: bool = False
     plain_http: bool = False
     record: Path | None = None
@@ -232,17 +233,21 @@ def _rebuilt(message: dict[str, Any]) -> CkptfsError:
 
 def _run(request: MountRequest, claim: _Claim, writer: int | None) -> None:
     """Serve the mount in this process. The first request runs while trio, pyfuse3 … are imported (130 ms)."""
-    from ckptfs.sources import open_source
+    from ckptfs.sources import Source, open_source
     from ckptfs.sources.early import EarlySource
     from ckptfs.telemetry import NetworkCounters
 
     counters = NetworkCounters()
-    source = open_source(request.reference, settings=request.settings, counters=counters, plain_http=request.plain_http)
+
+    def reach(reference: Reference) -> Source:
+        return open_source(reference, settings=request.settings, counters=counters, plain_http=request.plain_http)
+
+    source = reach(request.reference)
     if not request.offline and request.reference.digest is None:
         source = EarlySource(source)
     from ckptfs.daemon import run
 
     try:
-        run(request, source, counters, claim.path, claim.files, writer)
+        run(request, source, reach, counters, claim.path, claim.files, writer)
     finally:
         claim.files.remove()

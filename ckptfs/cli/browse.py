@@ -11,16 +11,27 @@ from typing import Any, TypeVar
 
 import click
 
-from ckptfs.cli.options import configure_logging, make_settings, reference_argument, registry_options
+from ckptfs.cli.options import (
+    F,
+    RegistryReference,
+    configure_logging,
+    make_settings,
+    reference_argument,
+    registry_options,
+)
 from ckptfs.model.oci import Reference
 from ckptfs.settings import default_cache_dir
 
 T = TypeVar("T")
 
-_view = click.option(
-    "--view", type=click.Choice(["checkpoint", "raw", "rootfs"]), default="checkpoint", show_default=True
-)
+_base = click.option("--base", type=RegistryReference(), help="The base image of the rootfs view.")
+_views = click.Choice(["checkpoint", "raw", "rootfs"])
+_view_only = click.option("--view", type=_views, default="checkpoint", show_default=True)
 _offline = click.option("--offline", is_flag=True, help="Send nothing; use only what the node's cache has.")
+
+
+def _view(function: F) -> F:
+    return _view_only(_base(function))
 
 
 @click.command()
@@ -127,19 +138,27 @@ def _with_image(reference: Reference, work: Callable[[Any], Awaitable[T]], **opt
     from ckptfs.daemon import only_error
     from ckptfs.engine.cache import ChunkCache
     from ckptfs.image import ImageOptions, open_image
-    from ckptfs.sources import open_source
+    from ckptfs.sources import Source, open_source
     from ckptfs.telemetry import NetworkCounters
 
     settings = make_settings(options["cache_size"], options["memory"])
     counters = NetworkCounters()
-    source = open_source(reference, settings=settings, counters=counters, plain_http=options["plain_http"])
+
+    def reach(wanted: Reference) -> Source:
+        return open_source(wanted, settings=settings, counters=counters, plain_http=options["plain_http"])
+
     cache = ChunkCache.open(options["cache_dir"] or default_cache_dir(), size=settings.sizes.disk_cache)
 
     async def run() -> T:
         wanted = ImageOptions(
-            view=options["view"], offline=options["offline"], prefetch=False, background=False, settings=settings
+            view=options["view"],
+            base=options["base"],
+            offline=options["offline"],
+            prefetch=False,
+            background=False,
+            settings=settings,
         )
-        async with open_image(source, cache, wanted, counters) as image:
+        async with open_image(reach(reference), cache, wanted, counters, reach) as image:
             await image.ready()
             return await work(image)
 

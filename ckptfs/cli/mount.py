@@ -7,7 +7,14 @@ from typing import Literal
 
 import click
 
-from ckptfs.cli.options import configure_logging, deadline, make_settings, reference_argument, registry_options
+from ckptfs.cli.options import (
+    RegistryReference,
+    configure_logging,
+    deadline,
+    make_settings,
+    reference_argument,
+    registry_options,
+)
 from ckptfs.model.oci import Reference
 from ckptfs.settings import default_cache_dir
 
@@ -23,6 +30,7 @@ from ckptfs.settings import default_cache_dir
     show_default=True,
     help="checkpoint: the same tree whatever the producer; raw: exactly the image; rootfs: the container's root.",
 )
+@click.option("--base", type=RegistryReference(), help="The base image of the rootfs view, if the image names none.")
 @click.option("--offline", is_flag=True, help="Send nothing; what the node's cache lacks is an I/O error.")
 @click.option("--ephemeral", is_flag=True, help="Keep nothing: a private cache that is removed at the end.")
 @click.option(
@@ -51,6 +59,7 @@ def mount(
     directory: str,
     foreground: bool,
     view: Literal["checkpoint", "raw", "rootfs"],
+    base: Reference | None,
     offline: bool,
     ephemeral: bool,
     verify: str,
@@ -85,6 +94,7 @@ def mount(
         mountpoint=directory,
         view=view,
         cache_dir=cache_dir or default_cache_dir(),
+        base=base,
         offline=offline,
         ephemeral=ephemeral,
         strict=verify == "strict",

@@ -51,9 +51,10 @@ class InodeBlob:
 
 def within(entry: Entry, outer: Inode, prefix: bytes) -> Entry:
     """A member of a tar that is the file `outer`, as an entry of the image; its bytes are windows into outer's."""
-    path = prefix + b"/" + entry.path if entry.path else prefix
+    head = prefix + b"/" if prefix else b""
+    path = head + entry.path if entry.path else prefix
     if entry.link is not None:
-        return Entry(path, None, prefix + b"/" + entry.link)
+        return Entry(path, None, head + entry.link)
     inode = entry.inode
     if inode is not None and inode.extents:
         inode.extents = tuple(_translate(inode.extents, outer))

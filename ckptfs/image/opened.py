@@ -25,7 +25,7 @@ from ckptfs.image.resolve import Resolved, resolve
 from ckptfs.layers import Layer, select_format
 from ckptfs.model.blob import Blob
 from ckptfs.model.index import IndexedLayer
-from ckptfs.model.oci import Descriptor
+from ckptfs.model.oci import Descriptor, Reference
 from ckptfs.model.toc import Chunk, Entry, Inode
 from ckptfs.model.toc_document import decode_toc, encode_toc
 from ckptfs.model.tree import Node, Tree, Whiteouts
@@ -49,6 +49,7 @@ class ImageOptions:
     strict: bool = False
     prefetch: bool = True
     background: bool = True
+    base: Reference | None = None
     settings: Settings = field(default_factory=Settings)
 
 
@@ -74,7 +75,8 @@ class OpenImage:
         self.fetcher = Fetcher(cache, MemoryCache(sizes.memory_cache), options.settings)
         self.reader = Reader(self.fetcher, _MAX_WAITING)
         self.tables = ChunkTables(options.settings.limits)
-        self.tree = self.new_tree()
+        self._earlier: list[Tree] = []
+        self.tree = self._new_tree()
         self.layout = ""
         self.errors: list[str] = []
         self.changed: Callable[[int, bytes], None] | None = None  # told of names whose inode was replaced
@@ -85,7 +87,13 @@ class OpenImage:
         self._broken: dict[int, CkptfsError] = {}
         self._layers: list[tuple[Descriptor, Layer]] = []
 
-    def new_tree(self) -> Tree:
+    def show_new_tree(self) -> Tree:
+        """Start the view's tree anew; what was built so far stays readable, see `find_in_checkpoint`."""
+        self._earlier.append(self.tree)
+        self.tree = self._new_tree()
+        return self.tree
+
+    def _new_tree(self) -> Tree:
         return Tree(lambda ino, name: self.changed(ino, name) if self.changed else None)
 
     # -- layers --------------------------------------------------------------------------------------------------------
@@ -101,14 +109,14 @@ class OpenImage:
         rank: int,
         *,
         prefix: bytes = b"",
+        tree: Tree | None = None,
         whiteouts: Whiteouts = "merge",
-        after: Callable[[], None] | None = None,
         indexed: IndexedLayer | None = None,
     ) -> None:
         """Show a layer's entries under `prefix`; what the node remembers of it is shown at once, the rest as it comes.
 
-        `after` runs when the last entry is there, before the layer counts as complete. `indexed` is what the image's
-        own index says of the layer. IntegrityError when strict and the layer cannot be verified.
+        `indexed` is what the image's own index says of the layer. IntegrityError when strict and the layer cannot be
+        verified.
         """
         descriptor = blob.descriptor
         index = self.fetcher.next_layer
@@ -126,7 +134,7 @@ class OpenImage:
                 f"layer {descriptor.digest} ({layer.format}) cannot be verified chunk by chunk",
                 hint="mount with --verify auto, or push the image with `ckptfs push`",
             )
-        tree = self.tree
+        tree = self.tree if tree is None else tree
         tree.begin(rank, prefix)
         entries: list[Entry] = []
 
@@ -137,8 +145,6 @@ class OpenImage:
         def ended(error: CkptfsError | None) -> None:
             if error is None:
                 self._remember(key, list(entries), layer, descriptor)
-                if after is not None:
-                    after()
             entries.clear()
             self.finish(tree, rank, error)
 
@@ -150,8 +156,6 @@ class OpenImage:
         self._layers.append((descriptor, layer))
         if known is not None:
             self.add_entries(tree, prefixed(known, prefix), rank, whiteouts)
-            if after is not None:
-                after()
             self.finish(tree, rank, None)
         if known is None or layer.sequential:
             self.nursery.start_soon(scan.run)
@@ -301,6 +305,14 @@ class OpenImage:
             node = child
         return node
 
+    async def find_in_checkpoint(self, path: bytes) -> Node | None:
+        """A file of the checkpoint itself, whatever the view shows."""
+        for tree in reversed(self._earlier):
+            node = tree.find(path)
+            if node is not None:
+                return node
+        return await self.find(path)
+
     async def _advance(self, path: bytes) -> None:
         """Wait until more is known of `path`; start what has to run for that."""
         for prefix in [p for p in self.dormant if path == p or path.startswith(p + b"/")]:
@@ -369,9 +381,16 @@ def prefixed(entries: Sequence[Entry], prefix: bytes) -> Sequence[Entry]:
 
 @asynccontextmanager
 async def open_image(
-    source: Source, cache: ChunkCache, options: ImageOptions, counters: NetworkCounters
+    source: Source,
+    cache: ChunkCache,
+    options: ImageOptions,
+    counters: NetworkCounters,
+    open_source: Callable[[Reference], Source] | None = None,
 ) -> AsyncIterator[OpenImage]:
-    """Resolve, open, arrange the view; inside the block names and bytes can be asked for."""
+    """Resolve, open, arrange the view; inside the block names and bytes can be asked for.
+
+    `open_source` reaches other images (the base of a root file system view).
+    """
     from ckptfs.image.arrange import arrange
 
     began = time.monotonic()
@@ -383,7 +402,7 @@ async def open_image(
         image = OpenImage(source, resolved, cache, options, counters, nursery)
         nursery.start_soon(image.fetcher.run)
         try:
-            await arrange(image)
+            await arrange(image, open_source, options.base)
             image.start_fetching()
             yield image
         finally:

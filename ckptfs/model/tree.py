@@ -288,9 +288,12 @@ class Tree:
             self.delete(parent_path + b"/" + name[len(WHITEOUT) :] if parent_path else name[len(WHITEOUT) :], rank)
 
     def delete(self, path: bytes, rank: int) -> None:
-        """Show overlayfs's mark of a deleted file at `path`, unless the layer has something there itself."""
-        if self._find_at(path, rank) is None and self.find(path) is None:
+        """Show overlayfs's mark of a deleted file at `path`; a directory that was made again becomes opaque."""
+        node = self.find(path)
+        if node is None:
             self._place(path, Inode(stat.S_IFCHR), rank)
+        elif node.inode is not None and node.inode.is_dir:
+            self._opaque.setdefault(rank, []).append(path)
 
     def _hide_below(self, node: Node, rank: int, *, own: bool = False) -> None:
         """Forget under `node` all that is of ranks below `rank` (and of `rank` too with `own`)."""

@@ -1,0 +1,143 @@
+"""The file system delta of a checkpoint as what it is, a layer: out of the tar (and deleted.files) that engines write.
+
+Shown in two ways: beside the tar as an overlay lower directory, and in the root file system view as the top layer. The
+tar is not copied: its members' bytes are windows into the image's chunks. One name, three encodings: podman and CRI-O
+write a plain tar of what was added or changed and a JSON list of what was deleted; containerd writes a gzip layer with
+whiteouts under the same name.
+"""
+
+import json
+import stat
+
+from ckptfs.engine.scan import LayerScan
+from ckptfs.errors import CkptfsError, FormatError
+from ckptfs.image.inner import InodeBlob, within
+from ckptfs.image.opened import OpenImage
+from ckptfs.image.views import Layout, inner_tars
+from ckptfs.layers.tar import TarFormat
+from ckptfs.model.oci import parse_json
+from ckptfs.model.toc import Entry, Inode
+from ckptfs.model.tree import WHITEOUT, Tree, Whiteouts
+
+_TAR = "application/vnd.oci.image.layer.v1.tar"
+_GZIP = b"\x1f\x8b"
+_ZSTD = b"\x28\xb5\x2f\xfd"
+_DELETED_BYTES = 64 << 20  # a list of a million paths; the real ones have a few hundred
+
+
+class DerivedTars:
+    """Directories beside the tars of a checkpoint; each is filled when somebody first looks into it."""
+
+    def __init__(self, image: OpenImage) -> None:
+        self._image = image
+        self._seen: set[bytes] = set()
+
+    def look(self) -> None:
+        """Give the tars that have become visible their directories."""
+        image = self._image
+        if image.layout == Layout.NONE:
+            return
+        for path, inode in list(inner_tars(image.tree)):
+            directory = path.removesuffix(b".tar")
+            if path in self._seen:
+                continue
+            self._seen.add(path)
+            if image.tree.find(directory) is None:
+                deleted = None
+                if directory.rpartition(b"/")[2] == b"rootfs-diff":
+                    deleted = directory.removesuffix(b"rootfs-diff") + b"deleted.files"
+                Unpacked(image, image.tree, directory, inode, "overlay", deleted).later()
+
+
+class Unpacked:
+    """The members of a tar that is a file of the image, shown under `directory` of `tree` (b"": its root)."""
+
+    def __init__(
+        self,
+        image: OpenImage,
+        tree: Tree,
+        directory: bytes,
+        inode: Inode,
+        whiteouts: Whiteouts,
+        deleted: bytes | None = None,
+    ) -> None:
+        """`deleted`: the path of the list of deleted files in the image's tree, if the tar can have one."""
+        self._image = image
+        self._tree = tree
+        self._directory = directory
+        self._inode = inode
+        self._whiteouts = whiteouts
+        self._deleted = deleted
+        self._rank = image.next_rank
+        if directory:
+            tree.add([Entry(directory, Inode(stat.S_IFDIR | 0o755, mtime_ns=inode.mtime_ns))], self._rank)
+        tree.begin(self._rank, directory)
+        layer = TarFormat().open(InodeBlob(image.reader, inode, _TAR), image.fetcher.next_layer)
+        self._scan = LayerScan(layer, image.fetcher, self._arrived, self._ended)
+        image.add_scan(self._rank, self._scan)
+
+    def later(self) -> None:
+        """Read the tar when somebody looks into the directory."""
+        self._scan.dormant = True
+        self._image.dormant[self._directory] = self.now
+
+    def now(self) -> None:
+        """Read the tar."""
+        self._scan.dormant = False
+        self._image.nursery.start_soon(self._read)
+
+    async def _read(self) -> None:
+        image, rank = self._image, self._rank
+        try:
+            magic = await image.read(self._inode, 0, 4)
+            if magic[:2] != _GZIP and magic != _ZSTD:
+                await self._scan.run()
+                return
+            blob = InodeBlob(image.reader, self._inode, f"{_TAR}+{'gzip' if magic[:2] == _GZIP else 'zstd'}")
+            image.add_layer(blob, rank, tree=self._tree, prefix=self._directory, whiteouts=self._whiteouts)
+        except CkptfsError as error:
+            image.finish(self._tree, rank, error)
+
+    def _arrived(self, batch: list[Entry]) -> None:
+        members = [within(entry, self._inode, self._directory) for entry in batch]
+        self._image.add_entries(self._tree, members, self._rank, self._whiteouts)
+
+    def _ended(self, error: CkptfsError | None) -> None:
+        if error is None and self._deleted is not None:
+            self._image.nursery.start_soon(self._delete, self._deleted)
+        else:
+            self._image.finish(self._tree, self._rank, error)
+
+    async def _delete(self, name: bytes) -> None:
+        """The list of deleted files becomes whiteouts; what the tar has again wins."""
+        failure: CkptfsError | None = None
+        try:
+            for path in await self._deleted_paths(name):
+                path = self._directory + b"/" + path if self._directory else path
+                if self._whiteouts == "overlay":
+                    self._tree.delete(path, self._rank)
+                else:
+                    head, slash, last = path.rpartition(b"/")
+                    mark = Entry(head + slash + WHITEOUT + last, Inode(stat.S_IFREG))
+                    self._tree.add([mark], self._rank, whiteouts="merge")
+        except CkptfsError as error:
+            failure = error
+        self._image.finish(self._tree, self._rank, failure)
+
+    async def _deleted_paths(self, name: bytes) -> list[bytes]:
+        node = await self._image.find_in_checkpoint(name)
+        if node is None or node.inode is None or not node.inode.is_file:
+            return []
+        size = node.inode.size
+        if size > _DELETED_BYTES:
+            raise FormatError(f"deleted.files has {size} bytes")
+        listed = parse_json(await self._image.read(node.inode, 0, size), "deleted.files")
+        if not isinstance(listed, list) or not all(isinstance(path, str) for path in listed):
+            raise FormatError("deleted.files is not a list of paths")
+        found = []
+        for path in listed:
+            parts = [p for p in path.encode("utf-8", "surrogateescape").split(b"/") if p not in (b"", b".")]
+            if not parts or b".." in parts:
+                raise FormatError(f"deleted.files names {json.dumps(path)[:200]}")
+            found.append(b"/".join(parts))
+        return found

@@ -1,0 +1,84 @@
+"""`--view rootfs`: the container's whole root file system, the base image's layers with the delta on top.
+
+The base is, in this order: what the user named; the root file system image that the checkpoint image names (one more
+manifest in the same repository, the delta is already a layer of it); the base image that its annotations or config.dump
+name, in whatever registry that is.
+"""
+
+import logging
+from collections.abc import Callable
+
+import trio
+
+from ckptfs.errors import CkptfsError, NotFoundError, UsageError
+from ckptfs.image.delta import Unpacked
+from ckptfs.image.opened import OpenImage
+from ckptfs.image.resolve import Resolved, resolve
+from ckptfs.model.annotations import BASE_DIGEST, BASE_NAME, ROOTFS_DIGEST
+from ckptfs.model.oci import Digest, Reference, parse_json
+from ckptfs.sources import Source
+
+log = logging.getLogger(__name__)
+
+OpenSource = Callable[[Reference], Source]
+
+_NAMES = ("rootfsImageName", "rootfsImage", "RawImageName", "rawImageName", "rootfsImageRef")
+
+
+async def show_rootfs(image: OpenImage, open_source: OpenSource | None, base: Reference | None) -> None:
+    """Replace the checkpoint's tree, which must be arranged, by the tree of the root file system."""
+    if open_source is None:
+        raise UsageError("the root file system view needs to know how to reach the base image")
+    annotations = image.resolved.manifest.annotations
+    own = image.source.reference
+    if base is None and ROOTFS_DIGEST in annotations:
+        whole = Reference(own.kind, own.host, own.repository, own.path, digest=Digest.parse(annotations[ROOTFS_DIGEST]))
+        source, resolved = await _open(image, open_source, whole)
+        delta = None
+    else:
+        base = base or await _base_of(image)
+        source, resolved = await _open(image, open_source, base)
+        delta = await image.find_in_checkpoint(b"rootfs-diff.tar")
+    tree = image.show_new_tree()
+    first = image.next_rank
+    for rank, descriptor in enumerate(resolved.manifest.layers, start=first):
+        image.add_layer(source.blob(descriptor), rank)
+    if delta is not None and delta.inode is not None:
+        Unpacked(image, tree, b"", delta.inode, "merge", b"deleted.files").now()
+    await image.ready()
+
+
+async def _open(image: OpenImage, open_source: OpenSource, reference: Reference) -> tuple[Source, Resolved]:
+    source = open_source(reference)
+    options = image.options
+    try:
+        resolved = await trio.to_thread.run_sync(
+            lambda: resolve(source, image.cache, options.settings.limits, offline=options.offline),
+            abandon_on_cancel=True,
+        )
+    except CkptfsError as error:
+        error.hint = error.hint or "name the base image with --base REF"
+        log.error("the base image %s cannot be opened", reference)
+        raise
+    return source, resolved
+
+
+async def _base_of(image: OpenImage) -> Reference:
+    """The base image by annotation or by config.dump; NotFoundError when neither names one that can be reached."""
+    annotations = image.resolved.manifest.annotations
+    names = [annotations.get(BASE_NAME, "")]
+    digest = annotations.get(BASE_DIGEST, "")
+    node = await image.find_in_checkpoint(b"config.dump")
+    if node is not None and node.inode is not None and node.inode.size <= image.options.settings.limits.config_bytes:
+        config = parse_json(await image.read(node.inode, 0, node.inode.size), "config.dump")
+        if isinstance(config, dict):
+            names += [config[key] for key in _NAMES if isinstance(config.get(key), str)]
+    for name in names:
+        try:
+            reference = Reference.parse(name)
+        except UsageError:
+            continue  # an image ID, or a short name that only the engine can resolve
+        if reference.kind == "registry" and reference.host != "localhost":  # podman's name for "made here"
+            return reference.pinned(Digest.parse(digest)) if digest and reference.digest is None else reference
+    told = ", ".join(name for name in names if name) or "none"
+    raise NotFoundError(f"no registry is known for the base image ({told})", hint="name it with --base REF")
