@@ -35,7 +35,10 @@ def run(
     files: MountFiles,
     writer: int | None,
 ) -> None:
-    """Serve until unmounted. `reach` opens other images. The parent waits at the pipe `writer` for the first status; None in foreground."""
+    """Serve until unmounted. `reach` opens other images.
+
+    The parent waits at the pipe `writer` for the first status; None in foreground.
+    """
     size = request.settings.sizes.disk_cache
     cache = ChunkCache.ephemeral(size=size) if request.ephemeral else ChunkCache.open(request.cache_dir, size=size)
     try:
