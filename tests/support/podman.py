@@ -45,7 +45,10 @@ class Podman:
     def __call__(self, *words: str | Path) -> str:
         """`podman WORDS…`; returns what it printed."""
         options = ("--runtime=runc", "--cgroup-manager=cgroupfs", "--events-backend=file", "--log-level=error")
-        return self.isolation.run("podman", *options, *words).stdout.strip()
+        try:
+            return self.isolation.run("podman", *options, *words).stdout.strip()
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}\n{self._criu_errors()}") from None
 
     def build_base(self) -> None:
         """BASE: a program, and files for the container to change and delete."""
@@ -103,6 +106,12 @@ class Podman:
         self.isolation.forget_blobs()
         self("push", "--quiet", "--tls-verify=false", image, f"docker://{reference}")
         return reference
+
+    def _criu_errors(self) -> str:
+        """What criu complained about, which podman only says the place of."""
+        logs = self.isolation.path("/var/lib/containers/storage").glob("overlay-containers/*/userdata/*.log")
+        lines = [line for log in logs for line in log.read_text(errors="replace").splitlines() if "Error" in line]
+        return "\n".join(lines[-10:])
 
     def _root(self, name: str) -> Path:
         """The container's root file system, as this process can open it."""
