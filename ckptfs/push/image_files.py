@@ -59,8 +59,8 @@ class LayerFiles:
             raise
 
     def files(self) -> list[CheckpointFile]:
-        """All files in the order of their paths, parents first. The root only where a layer describes it."""
-        nodes = [(node.path, node.inode) for node in self.tree.walk() if node.path or node.rank]
+        """All files that a layer describes, in the order of their paths, parents first; implied directories are not."""
+        nodes = [(node.path, node.inode) for node in self.tree.walk() if node.rank]
         first: dict[int, bytes] = {}
         out = []
         for path, inode in sorted(nodes, key=lambda pair: pair[0]):
