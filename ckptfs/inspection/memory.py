@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptfs.criu.memory import Memory, Place
-from ckptfs.criu.pagemap import Pagemap, parse_pagemap
+from ckptfs.criu.pagemap import PRESENT, Pagemap, parse_pagemap
 from ckptfs.errors import NotFoundError, UsageError
 from ckptfs.inspection.source import Images, Range, read_whole
 from ckptfs.settings import KiB, MiB
@@ -35,14 +35,14 @@ class ProcessMemory:
         for pagemap in pagemaps:
             if (size := images.files.size(images.path(pagemap.file))) is not None:
                 sizes[pagemap.file] = size
-        self.runs = pagemaps[0].runs
+        self._runs = pagemaps[0].runs
         self._memory = Memory(pagemaps, sizes)
         self.page_size = self._memory.page_size
 
     @property
     def size(self) -> int:
         """Bytes that were dumped, here or in a parent."""
-        return sum(run.pages for run in self.runs) * self.page_size
+        return sum(length for _, length in self.areas())
 
     def places(self, vaddr: int, length: int) -> Iterator[Place]:
         """Where the bytes of [vaddr, vaddr + length) are, ascending; gaps are zeros."""
@@ -66,14 +66,22 @@ class ProcessMemory:
     def areas(self) -> Iterator[tuple[int, int]]:
         """(vaddr, length) of everything that was dumped, touching runs as one, ascending."""
         start = end = 0
-        for run in self.runs:
-            if run.vaddr != end:
+        for vaddr, length in self._dumped():
+            if vaddr != end:
                 if end > start:
                     yield start, end - start
-                start = run.vaddr
-            end = run.vaddr + run.pages * self.page_size
+                start = vaddr
+            end = vaddr + length
         if end > start:
             yield start, end - start
+
+    def _dumped(self) -> Iterator[tuple[int, int]]:
+        """Run by run; what a run promises of a parent counts where the parent has it."""
+        for vaddr, pages, flags in self._runs:
+            if flags & PRESENT:
+                yield vaddr, pages * self.page_size
+            else:
+                yield from ((place.vaddr, place.length) for place in self.places(vaddr, pages * self.page_size))
 
     def windows(self, overlap: int = 0) -> Iterator[tuple[int, bytes, bool]]:
         """(vaddr, bytes, whether its area ends here) of all dumped memory, in pieces.
