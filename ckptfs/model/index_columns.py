@@ -28,7 +28,7 @@ class ColumnWriter:
     def __init__(self) -> None:
         self._lengths = array("I")
         self._sizes = array("I")
-        self._digests: list[bytes] = []
+        self._digests = bytearray()
 
     def add(self, rows: Iterable[Row], *, digests: bool = True) -> None:
         """The rows of one file. Without `digests` they come with the file's content and can be computed."""
@@ -36,10 +36,10 @@ class ColumnWriter:
             self._lengths.append(length if digest else length | _ZEROS)
             self._sizes.append(size)
             if digests:
-                self._digests.append(digest)
+                self._digests += digest
 
     def encode(self) -> bytes:
-        return _bytes(self._lengths) + _bytes(self._sizes) + b"".join(self._digests)
+        return _bytes(self._lengths) + _bytes(self._sizes) + self._digests
 
 
 class ColumnReader:

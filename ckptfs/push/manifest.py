@@ -24,6 +24,7 @@ CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
 
 _SMALL = 256 * KiB  # a metadata file up to here has its content in the index, as long as all of it fits
 _CONTENTS = 8 * MiB  # of content before compression, in all
+_DIGEST = 32
 _INLINE = INLINE_BYTES // 4 * 3  # bytes that base64 makes INLINE_BYTES of
 
 
@@ -64,7 +65,10 @@ def encode_inline_index(layers: Sequence[BuiltLayer], pages: Mapping[bytes, Page
     Left out are, in this order: the chunks of very large files, which their layers have too, and contents.
     """
     eager = {path: file.eager() for path, file in pages.items()}
+    rows = sum(len(file.lengths) for layer in layers for file in layer.written.files)
     for tables, contents in ((False, _CONTENTS), (True, _CONTENTS), (True, 512 * KiB), (True, 0)):
+        if not tables and rows * _DIGEST > _INLINE:
+            continue  # digests do not compress
         document = encode_index(_indexed(layer, eager, tables, contents, limits) for layer in layers)
         if len(document) <= _INLINE:
             return base64.b64encode(document).decode()
