@@ -104,8 +104,8 @@ class _Parser:
             mtime_ns=self._time(modtime) if modtime is not None else 0,
         )
         xattrs = item.get("xattrs")
-        if xattrs:
-            inode.xattrs = self._xattrs(xattrs)
+        if xattrs is not None and (found := self._xattrs(xattrs)):
+            inode.xattrs = found
         if file_type == stat.S_IFREG:
             self._begin_file(item, name, inode)
         elif file_type == stat.S_IFLNK:

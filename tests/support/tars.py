@@ -90,13 +90,11 @@ def gnu_sparse(name: bytes, size: int, pieces: list[tuple[int, int]], payload: b
     block[345:] = bytes(BLOCK - 345)
     block[483:495] = _number(size, 12)
     block[386:482] = _pairs(pieces[:4]).ljust(96, b"\0")
-    rest = pieces[4:]
-    block[482] = bool(rest)
+    block[482] = len(pieces) > 4
     blocks = [with_checksum(block)]
-    while rest:
-        extension = bytearray(_pairs(rest[:21]).ljust(BLOCK, b"\0"))
-        rest = rest[21:]
-        extension[504] = bool(rest)
+    for at in range(4, len(pieces), 21):
+        extension = bytearray(_pairs(pieces[at : at + 21]).ljust(BLOCK, b"\0"))
+        extension[504] = len(pieces) > at + 21
         blocks.append(bytes(extension))
     return b"".join(blocks) + padded(payload)
 

@@ -1,0 +1,539 @@
+"""Tables of contents that nobody should write, one test for each sin: refused, or harmless."""
+
+import gzip
+import json
+import random
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import zstandard
+
+from ckptfs.errors import FormatError, IntegrityError, LimitExceeded
+from ckptfs.layers.estargz import EStargzFormat
+from ckptfs.layers.zstd_chunked import ZstdChunkedFormat
+from ckptfs.settings import GiB, KiB, Limits, MiB, Settings
+from tests.support.blobs import BytesBlob, ScannedLayer
+from tests.support.memory import peak_memory
+from tests.support.tars import END, header, member
+from tests.support.tocs import (
+    OLD,
+    PAYLOAD,
+    STARGZ,
+    STORAGE,
+    entry,
+    estargz,
+    estargz_footer,
+    frame,
+    gzip_bomb,
+    sha256,
+    table,
+    xattr,
+    zstd_chunked,
+)
+
+LIMITS = Limits()
+END_OF_FRAME = len(frame())
+
+
+def with_limits(**limits: int) -> Settings:
+    return replace(Settings(), limits=replace(LIMITS, **limits))
+
+
+def refused(toc: bytes, match: str = ".") -> None:
+    """Refused in both dialects."""
+    for blob in (zstd_chunked(toc), estargz(toc)):
+        with pytest.raises(FormatError, match=match) as caught:
+            ScannedLayer.of(blob)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_the_tables_of_these_tests_are_good_as_they_are() -> None:
+    for blob in (zstd_chunked(table([entry()])), estargz(table([entry(endOffset=None)]))):
+        scanned = ScannedLayer.of(blob)
+        inode = scanned.entries[0].inode
+        assert inode is not None and scanned.read(inode) == PAYLOAD
+    scanned = ScannedLayer.of(zstd_chunked(table([entry()]), prefix=OLD))
+    assert [found.path for found in scanned.entries] == [b"file"]
+
+
+# M1: paths
+
+
+@pytest.mark.row("M1")
+@pytest.mark.parametrize("name", ["../x", "a/../../b", "..", "a\0b", "n" * 256, "d/" * 256 + "x", "\ud800", ""])
+def test_a_name_that_is_no_path(name: str) -> None:
+    refused(table([entry(name=name)]))
+    refused(table([{"type": "hardlink", "name": "x", "linkName": name or 7}]))
+
+
+@pytest.mark.row("M1")
+def test_a_root_that_is_not_a_directory() -> None:
+    refused(table([entry(name="./")]), "root")
+    (root,) = ScannedLayer.of(zstd_chunked(table([{"type": "dir", "name": "./"}]))).entries
+    assert root.path == b""
+
+
+def test_a_name_that_is_not_utf8() -> None:
+    (found,) = ScannedLayer.of(zstd_chunked(table([{"type": "dir", "name": "latin-\udce9"}]))).entries
+    assert found.path == b"latin-\xe9"
+
+
+# M4: bombs
+
+
+@pytest.mark.row("M4")
+@pytest.mark.parametrize("kind", ["zstd", "zstd without size", "gzip"])
+def test_a_chunk_that_decompresses_to_far_more_than_it_says(kind: str) -> None:
+    if kind == "gzip":
+        bomb = gzip_bomb(256 * MiB)
+        blob = estargz(table([entry(endOffset=None)]), bomb)
+    else:
+        parameters = zstandard.ZstdCompressionParameters.from_level(3, write_content_size=kind == "zstd")
+        compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj(size=1 * GiB)
+        bomb = b"".join(compressor.compress(bytes(MiB)) for _ in range(1024)) + compressor.flush()
+        blob = zstd_chunked(table([entry(endOffset=len(bomb))]), bomb)
+    scanned = ScannedLayer.of(blob)
+    inode = scanned.entries[0].inode
+    assert inode is not None
+    (extent,) = inode.extents
+    data = blob.data[extent.chunk.offset : extent.chunk.offset + extent.chunk.size]
+    with peak_memory() as peak, pytest.raises(IntegrityError):
+        scanned.layer.decode(extent.chunk, memoryview(data))
+    assert peak.grown < 16 * MiB
+
+
+@pytest.mark.row("M4")
+def test_a_table_that_decompresses_to_a_gigabyte() -> None:
+    bomb = zstandard.compress(bytes(1 * GiB))
+    position = f"8:{len(bomb)}:{{}}:1"
+    for claimed, error in ((1000, FormatError), (LIMITS.toc_bytes + 1, LimitExceeded)):
+        blob = zstd_chunked(b"", bomb, manifest_checksum=sha256(bomb), manifest_position=position.format(claimed))
+        blob.data = b"\x50\x2a\x4d\x18" + len(bomb).to_bytes(4, "little") + bomb
+        with peak_memory() as peak, pytest.raises(error):
+            ScannedLayer.of(blob)
+        assert peak.grown < 16 * MiB
+    settings = with_limits(toc_bytes=1 * MiB)
+    toc = table([])
+    blob = estargz(toc, index=header(b"stargz.index.json", 512 * MiB) + bytes(2 * MiB))
+    blob.descriptor = replace(blob.descriptor, annotations={STARGZ: sha256(toc)})
+    with peak_memory() as peak, pytest.raises(LimitExceeded):
+        ScannedLayer.of(blob, EStargzFormat(settings))
+    assert peak.grown < 16 * MiB
+
+
+# M7: the document
+
+
+@pytest.mark.row("M7")
+@pytest.mark.parametrize(
+    "toc",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b"{}",
+        b"\xff\xfe",
+        b'{"version":1}',
+        b'{"entries":[]}',
+        b'{"version":2,"entries":[]}',
+        b'{"version":"1","entries":[]}',
+        b'{"version":NaN,"entries":[]}',
+        b'{"version":1,"entries":{}}',
+        b'{"version":1,"entries":null}',
+        b'{"version":1,"entries":[]',
+        b'{"version":1,"entries":[',
+        b'{"version":1,"entries":[1]}',
+        b'{"version":1,"entries":[{}]}',
+        b'{"version":1,"entries":[[]]}',
+        b'{"version":1,"entries":[],"entries":[]}',
+        b'{"version":1,"version":1,"entries":[]}',
+        b'{"version":1,"entries":[{"type":"dir","name":"x"},]}',
+        b'{"version":1,"entries":[{"type":"dir","name":"x"} {"type":"dir","name":"y"}]}',
+        b'{"version":1,"entries":[{"type":"dir","name":"x","mode":NaN}]}',
+        b'{"version":1,"entries":[{"type":"dir","name":"x","mode":Infinity}]}',
+        b'{"version":1,"entries":[{"type":"dir","name":"x","mode":' + b"9" * 5000 + b"}]}",
+        b'{"version":1,"x":' + b"[" * 100_000 + b"]" * 100_000 + b',"entries":[]}',
+        b'{"version":1,"entries":[' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"]}",
+        b'{1:1,"version":1,"entries":[]}',
+    ],
+    ids=range(27),
+)
+def test_a_document_that_is_not_a_table(toc: bytes) -> None:
+    refused(toc)
+
+
+@pytest.mark.row("M7")
+def test_what_no_reader_knows_is_passed_over() -> None:
+    toc = (
+        b' { "x" : [ { "type" : "reg" } ] ,\n "version" : 1 , "entries" : [ { "type":"dir","name":"d","y":[1] } ] }\n '
+    )
+    assert [found.path for found in ScannedLayer.of(zstd_chunked(toc)).entries] == [b"d"]
+
+
+@pytest.mark.row("M7")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"type": "socket"},
+        {"type": None},
+        {"type": 5},
+        {"type": ["reg"]},
+        {"name": None},
+        {"name": 5},
+        {"mode": -1},
+        {"mode": 1.5},
+        {"mode": "0644"},
+        {"mode": True},
+        {"mode": 1 << 63},
+        {"uid": 1 << 32},
+        {"gid": -1},
+        {"size": -1},
+        {"size": (1 << 62) + 1},
+        {"size": len(PAYLOAD) + 1, "chunkSize": len(PAYLOAD)},
+        {"size": len(PAYLOAD) - 1, "chunkSize": len(PAYLOAD)},
+        {"chunkSize": -1},
+        {"chunkOffset": 1},
+        {"chunkOffset": -1},
+        {"innerOffset": -1},
+        {"innerOffset": LIMITS.chunk_bytes + 1},
+        {"offset": -1},
+        {"offset": 1 << 40},
+        {"offset": END_OF_FRAME + 1000},
+        {"modtime": "yesterday"},
+        {"modtime": 5},
+        {"modtime": "2026-13-01T00:00:00Z"},
+        {"modtime": "2026-01-01T00:00:00"},
+        {"modtime": "0000-01-01T00:00:00Z"},
+        {"modtime": "2026-01-01T00:00:00+99:99"},
+        {"digest": None},
+        {"digest": "sha256:zz"},
+        {"digest": "sha256:" + "zz" * 32},
+        {"digest": "sha256:" + " " * 64},
+        {"digest": "md5:" + "00" * 16},
+        {"digest": 5},
+        {"xattrs": []},
+        {"xattrs": {"user.x": 5}},
+        {"xattrs": {"user.x": "*"}},
+        {"xattrs": {"user.x": "\u00e9"}},
+        {"xattrs": {"": xattr(b"x")}},
+        {"xattrs": {"user.\0": xattr(b"x")}},
+        {"xattrs": {"user.x": xattr(bytes(LIMITS.xattr_bytes + 1))}},
+        {"xattrs": {"u" * 256: xattr(b"x")}},
+        {"type": "symlink"},
+        {"type": "symlink", "linkName": ""},
+        {"type": "symlink", "linkName": "a\0"},
+        {"type": "symlink", "linkName": "a" * 4096},
+        {"type": "hardlink"},
+        {"type": "char", "devMajor": -1},
+        {"type": "block", "devMinor": 1 << 32},
+    ],
+    ids=str,
+)
+def test_an_entry_with_an_impossible_field(fields: dict[str, Any]) -> None:
+    refused(table([entry(**fields)]))
+
+
+@pytest.mark.row("M7")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"endOffset": 0, "offset": END_OF_FRAME + 8},
+        {"endOffset": END_OF_FRAME + 1000},
+        {"endOffset": -1},
+        {"endOffset": 5, "offset": 5},
+        {"endOffset": 5, "offset": 6},
+    ],
+    ids=str,
+)
+def test_a_file_that_lies_where_no_payload_is(fields: dict[str, Any]) -> None:
+    with pytest.raises(FormatError):
+        ScannedLayer.of(zstd_chunked(table([entry(**fields)])))
+
+
+def chunks(*pieces: tuple[int, int, int], size: int = 300, end: int = END_OF_FRAME, **more: Any) -> bytes:
+    """A table with one file of chunks (offset in the blob, offset in the file, size)."""
+    digest = sha256(PAYLOAD)
+    rows = [
+        {"type": "chunk", "name": "file", "offset": o, "chunkOffset": c, "chunkSize": s, "chunkDigest": digest, **more}
+        for o, c, s in pieces
+    ]
+    rows[0] |= {"type": "reg", "size": size, "endOffset": end, "digest": digest}
+    return table(rows)
+
+
+@pytest.mark.row("M7")
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [(0, 0, 100), (10, 200, 100)],
+        [(0, 0, 100), (10, 50, 250)],
+        [(0, 0, 100), (10, 100, 100)],
+        [(0, 0, 100), (10, 100, 300)],
+        [(0, 0, 300), (10, 300, 0)],
+        [(0, 0, 300), (10, 300, 1)],
+        [(0, 100, 200), (10, 0, 100)],
+        [(0, 0, 100), (10, 100, -200)],
+    ],
+    ids=str,
+)
+def test_chunks_with_holes_overlaps_or_another_sum(pieces: list[tuple[int, int, int]]) -> None:
+    refused(chunks(*pieces), "chunk")
+
+
+@pytest.mark.row("M7")
+@pytest.mark.parametrize(
+    "pieces", [[(10, 0, 100), (5, 100, 200)], [(10, 0, 100), (10, 100, 200)], [(0, 0, 1), (10_000, 1, 299)]], ids=str
+)
+def test_chunks_that_lie_out_of_order_or_outside(pieces: list[tuple[int, int, int]]) -> None:
+    with pytest.raises(FormatError):
+        ScannedLayer.of(zstd_chunked(chunks(*pieces)))
+
+
+@pytest.mark.row("M7")
+def test_chunks_that_are_nobodys() -> None:
+    chunk = {"type": "chunk", "name": "file", "offset": 0, "chunkSize": 1, "chunkDigest": sha256(b"")}
+    for before in ([], [entry(name="other", chunkSize=1)], [{"type": "dir", "name": "file"}], [entry(size=0)]):
+        refused(table([*before, chunk]), "chunk")
+
+
+@pytest.mark.row("M7")
+def test_a_chunk_at_the_limit_and_one_past_it() -> None:
+    toc = table([entry()])
+    for limit, good in ((len(PAYLOAD), True), (len(PAYLOAD) - 1, False)):
+        settings = with_limits(chunk_bytes=limit)
+        for blob, layer_format in (
+            (zstd_chunked(toc), ZstdChunkedFormat(settings)),
+            (estargz(toc), EStargzFormat(settings)),
+        ):
+            if good:
+                assert ScannedLayer.of(blob, layer_format).entries
+                continue
+            with pytest.raises(LimitExceeded, match="chunk"):
+                ScannedLayer.of(blob, layer_format)
+
+
+@pytest.mark.row("M7")
+def test_entries_at_the_limit_and_one_past_it() -> None:
+    settings = with_limits(toc_entries=3)
+    rows = [{"type": "dir", "name": str(i)} for i in range(4)]
+    assert len(ScannedLayer.of(zstd_chunked(table(rows[:3])), ZstdChunkedFormat(settings)).entries) == 3
+    with pytest.raises(LimitExceeded):
+        ScannedLayer.of(zstd_chunked(table(rows)), ZstdChunkedFormat(settings))
+
+
+@pytest.mark.row("M7")
+@pytest.mark.parametrize("limit", ["toc_bytes", "toc_compressed_bytes"])
+def test_a_table_at_the_limit_and_one_past_it(limit: str) -> None:
+    toc = table([{"type": "dir", "name": "x" * 100, "noise": random.Random(1).randbytes(5000).hex()}])
+    size = len(toc) if limit == "toc_bytes" else len(zstandard.ZstdCompressor().compress(toc))
+    assert ScannedLayer.of(zstd_chunked(toc), ZstdChunkedFormat(with_limits(**{limit: size}))).entries
+    with pytest.raises(LimitExceeded):
+        ScannedLayer.of(zstd_chunked(toc), ZstdChunkedFormat(with_limits(**{limit: size - 1})))
+    member_size = len(gzip.compress(member(b"stargz.index.json", toc) + END))
+    size = len(member(b"stargz.index.json", toc) + END) if limit == "toc_bytes" else member_size
+    assert ScannedLayer.of(estargz(toc), EStargzFormat(with_limits(**{limit: size}))).entries
+    with pytest.raises(LimitExceeded):
+        ScannedLayer.of(estargz(toc), EStargzFormat(with_limits(**{limit: size - 1})))
+
+
+@pytest.mark.row("M7")
+def test_a_hundred_megabytes_of_entries_are_read_without_holding_them() -> None:
+    row = b'{"type":"dir","name":"d","comment":"' + b"x" * 900 + b'"},'
+    toc = b'{"version":1,"entries":[' + row * 60_000 + b'{"type":"dir","name":"d"}]}'
+    blob = zstd_chunked(toc)
+    started = time.monotonic()
+    with peak_memory() as peak:
+        assert len(ScannedLayer.of(blob).entries) == 60_001
+    assert time.monotonic() - started < 5
+    assert peak.grown < 3 * len(toc)
+
+
+@pytest.mark.row("M5")
+def test_duplicates_are_kept_in_order() -> None:
+    rows = [entry(), {"type": "dir", "name": "file/"}, {"type": "symlink", "name": "./file", "linkName": "x"}]
+    assert [found.path for found in ScannedLayer.of(zstd_chunked(table(rows))).entries] == [b"file"] * 3
+
+
+# M8: whose table it is
+
+
+@pytest.mark.row("M8")
+def test_a_layer_that_is_both_estargz_and_zstd_chunked() -> None:
+    toc = table([entry()])
+    blob = zstd_chunked(toc)
+    blob.descriptor = replace(blob.descriptor, annotations={**blob.descriptor.annotations, STARGZ: sha256(toc)})
+    with pytest.raises(FormatError, match="at once"):
+        ScannedLayer.of(blob)
+    allowed = zstd_chunked(toc, prefix=OLD)  # the stargz snapshotter's own dialect has both
+    allowed.descriptor = replace(
+        allowed.descriptor, annotations={**allowed.descriptor.annotations, STARGZ: sha256(toc)}
+    )
+    assert ScannedLayer.of(allowed).entries
+
+
+@pytest.mark.row("M8")
+@pytest.mark.parametrize("prefix", [STORAGE, OLD])
+@pytest.mark.parametrize(
+    "annotations",
+    [
+        {"manifest_checksum": ""},
+        {"manifest_position": ""},
+        {"manifest_checksum": "sha256:xyz"},
+        {"manifest_position": "1:2:3"},
+        {"manifest_position": "1:2:3:4:5"},
+        {"manifest_position": "a:b:c:d"},
+        {"manifest_position": "-1:2:3:1"},
+        {"manifest_position": "0:10:10:2"},
+        {"manifest_position": "0:0:10:1"},
+        {"manifest_position": "100000:10:10:1"},
+        {"manifest_position": f"0:{1 << 62}:10:1"},
+        {"manifest_position": f"0:10:{1 << 62}:1"},
+        {"manifest_position": "\u0661:10:10:1"},
+        {"manifest_position": "9" * 30 + ":10:10:1"},
+    ],
+    ids=str,
+)
+def test_annotations_that_name_no_table(annotations: dict[str, str], prefix: str) -> None:
+    with pytest.raises(FormatError):
+        ScannedLayer.of(zstd_chunked(table([entry()]), prefix=prefix, **annotations))
+
+
+@pytest.mark.row("M8")
+def test_a_table_with_another_digest() -> None:
+    toc, other = table([entry()]), sha256(b"other")
+    with pytest.raises(IntegrityError, match="table of contents"):
+        ScannedLayer.of(zstd_chunked(toc, manifest_checksum=other))
+    for blob in (estargz(toc), zstd_chunked(toc, prefix=OLD)):
+        blob.descriptor = replace(blob.descriptor, annotations={**blob.descriptor.annotations, STARGZ: other})
+        with pytest.raises(IntegrityError, match="table of contents"):
+            ScannedLayer.of(blob)
+
+
+@pytest.mark.row("M8")
+def test_an_estargz_digest_that_is_no_digest() -> None:
+    blob = estargz(table([]))
+    blob.descriptor = replace(blob.descriptor, annotations={STARGZ: "sha256:x"})
+    with pytest.raises(FormatError, match="digest"):
+        ScannedLayer.of(blob)
+
+
+# eStargz footers
+
+
+@pytest.mark.row("M7")
+@pytest.mark.parametrize(
+    "footer",
+    [
+        b"",
+        b"x" * 51,
+        estargz_footer(0),
+        estargz_footer(1 << 40),
+        estargz_footer(3),
+        estargz_footer(0, b"SG\x16\x00" + b"-" + b"0" * 15 + b"STARGZ"),
+        estargz_footer(0, b"SG\x16\x00" + b" " * 16 + b"STARGZ"),
+        estargz_footer(0, b"SG\x16\x00%016xSTARGX"),
+    ],
+    ids=range(8),
+)
+def test_a_footer_that_names_no_table(footer: bytes) -> None:
+    with pytest.raises((FormatError, IntegrityError)):
+        ScannedLayer.of(estargz(table([]), footer=footer))
+
+
+def test_a_blob_shorter_than_a_footer() -> None:
+    for size in (0, 1, 46, 50):
+        blob = estargz(table([]))
+        short = BytesBlob(blob.data[:size], replace(blob.descriptor, size=size))
+        with pytest.raises(FormatError, match="footer"):
+            ScannedLayer.of(short)
+
+
+def test_a_footer_of_the_old_kind_and_one_for_a_table_elsewhere() -> None:
+    toc = table([entry(endOffset=None)])
+    payload = gzip.compress(PAYLOAD)
+    old = estargz(toc, footer=estargz_footer(len(payload), b"%016xSTARGZ"))
+    assert [found.path for found in ScannedLayer.of(old).entries] == [b"file", b"stargz.index.json"]
+    external = estargz(toc, footer=estargz_footer(0, b"SG\x11\x00STARGZEXTERNALTOC"))
+    with pytest.raises(FormatError, match="image of its own"):
+        ScannedLayer.of(external)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        END,
+        member(b"other.json", b"{}"),
+        member(b"stargz.index.json", b"{}") * 2,
+        header(b"stargz.index.json", flag=b"5") + END,
+        header(b"stargz.index.json", flag=b"1", link=b"x") + END,
+        header(b"stargz.index.json", 1 << 40),
+        b"x" * 1024,
+    ],
+    ids=range(7),
+)
+def test_an_index_member_that_holds_something_else(index: bytes) -> None:
+    blob = estargz(b"{}", index=index)
+    with pytest.raises(FormatError):
+        ScannedLayer.of(blob)
+
+
+def test_a_table_larger_than_the_first_read() -> None:
+    settings = replace(Settings(), sizes=replace(Settings().sizes, toc_guess=64 * KiB, sequential_extent=100 * KiB))
+    noise = random.Random(1).randbytes(300_000).hex()
+    toc = table([entry(endOffset=None), {"type": "dir", "name": "d", "noise": noise}])
+    blob = estargz(toc)
+    scanned = ScannedLayer.of(blob, EStargzFormat(settings))
+    assert len(blob.ranges) == 2 and blob.ranges[0][1] == 64 * KiB
+    assert blob.ranges[1][0] + blob.ranges[1][1] == blob.ranges[0][0], "no byte is read twice"
+    index = scanned.entries[-1].inode
+    assert index is not None and len(index.extents) == -(-len(toc) // (100 * KiB))
+    assert scanned.read(index) == toc
+
+
+def test_files_that_share_a_gzip_member() -> None:
+    """`--estargz-min-chunk-size`: one offset, several inner offsets."""
+    files = {f"f{i}": bytes((i,)) * (100 * i) for i in range(1, 6)}
+    payload, inner, rows = b"", 0, []
+    for name, data in files.items():
+        rows.append(entry(name=name, size=len(data), digest=sha256(data), innerOffset=inner or None, endOffset=None))
+        payload += data + bytes(512)
+        inner = len(payload)
+    more = gzip.compress(b"next")
+    shared = gzip.compress(payload)
+    rows.append(entry(name="next", size=4, digest=sha256(b"next"), offset=len(shared), endOffset=None))
+    scanned = ScannedLayer.of(estargz(table(rows), shared + more))
+    for found in scanned.entries[:-2]:
+        assert found.inode is not None and scanned.read(found.inode) == files[found.path.decode()]
+        assert found.inode.extents[0].chunk.size <= len(shared)
+
+
+def test_zeros_are_holes_and_frames_may_be_several() -> None:
+    first, last = b"a" * 1000, b"b" * 500
+    packed = frame(first[:400]) + frame(first[400:]), frame(last)
+    payload = b"".join(packed)
+    rows = [
+        {"type": "reg", "name": "f", "size": 101_500, "offset": 0, "endOffset": len(payload), "chunkSize": 1000}
+        | {"chunkDigest": sha256(first)},
+        {"type": "chunk", "name": "f", "chunkOffset": 1000, "chunkSize": 100_000, "offset": len(packed[0])}
+        | {"chunkType": "zeros", "chunkDigest": sha256(bytes(100_000))},
+        {"type": "chunk", "name": "f", "chunkOffset": 101_000, "offset": len(packed[0]), "chunkDigest": sha256(last)},
+    ]
+    scanned = ScannedLayer.of(zstd_chunked(table(rows), payload))
+    inode = scanned.entries[0].inode
+    assert inode is not None and [extent.start for extent in inode.extents] == [0, 101_000]
+    assert scanned.read(inode) == first + bytes(100_000) + last
+
+
+def test_json_is_read_as_written_by_go() -> None:
+    """`encoding/json` with indent, absent and null fields, and times with fractions and zones."""
+    rows = [
+        {"type": "dir", "name": "d/", "modtime": "2026-01-01T00:00:00.5+01:00", "uid": None, "xattrs": None},
+        {"type": "dir", "name": "e/", "modtime": "1969-12-31T23:59:59.123456789Z", "linkName": ""},
+        {"type": "dir", "name": "f/", "modtime": None},
+        {"type": "dir", "name": "g/", "modtime": "0001-01-01T00:00:00Z"},
+    ]
+    toc = json.dumps({"version": 1, "entries": rows}, indent="\t").encode()
+    times = [found.inode.mtime_ns for found in ScannedLayer.of(zstd_chunked(toc)).entries if found.inode]
+    assert times == [1_767_222_000_500_000_000, -876_543_211, 0, -62_135_596_800_000_000_000]

@@ -1,0 +1,68 @@
+"""The grid: chunks by position, extents made when they are asked for."""
+
+import pytest
+
+from ckptfs.layers.grid import Grid
+from ckptfs.layers.tar_scanner import TarScanner
+from ckptfs.model.toc import derived_key, slice_extents
+from ckptfs.settings import Limits
+from tests.support.tars import header
+
+
+def test_extents_cover_a_file_chunk_by_chunk() -> None:
+    extents = Grid("d", 2, 100).extents([(0, 250, 90)])
+    assert [(e.start, e.length, e.skip, e.chunk.offset) for e in extents] == [
+        (0, 10, 90, 0),
+        (10, 100, 0, 100),
+        (110, 100, 0, 200),
+        (210, 40, 0, 300),
+    ]
+    chunk = extents[1].chunk
+    assert (chunk.key, chunk.layer, chunk.size, chunk.length, chunk.digest) == (
+        derived_key("d", 100, kind="grid"),
+        2,
+        100,
+        100,
+        None,
+    )
+
+
+def test_files_share_their_chunks() -> None:
+    grid = Grid("d", 0, 100)
+    first, second = grid.extents([(0, 10, 0)]), grid.extents([(0, 10, 50)])
+    assert first[0].chunk is second[0].chunk is grid.chunk(0)
+
+
+def test_the_last_chunk_ends_with_the_blob() -> None:
+    grid = Grid("d", 0, 100, end=250)
+    assert [(grid.chunk(i).size, grid.chunk(i).length) for i in range(3)] == [(100, 100), (100, 100), (50, 50)]
+
+
+def test_holes_lie_between_runs() -> None:
+    extents = Grid("d", 0, 100).extents([(10, 20, 90), (500, 5, 110), (700, 100, 115)])
+    assert [(e.start, e.length, e.skip) for e in extents] == [
+        (10, 10, 90),
+        (20, 10, 0),
+        (500, 5, 10),
+        (700, 85, 15),
+        (785, 15, 0),
+    ]
+    assert [e.start for e in extents[1:4]] == [20, 500, 700] and extents[-1].start == 785
+    assert [(e.start, e.length) for e in slice_extents(extents, 25, 480)] == [(0, 5), (475, 5)]
+    for index in (5, -6):
+        with pytest.raises(IndexError):
+            extents[index]
+
+
+def test_a_file_without_bytes_has_no_extents() -> None:
+    assert len(Grid("d", 0, 100).extents([])) == 0
+
+
+def test_what_is_wanted_cannot_be_skipped() -> None:
+    scanner = TarScanner(Grid("d", 0, 100), Limits())
+    scanner.feed(header(b"x", 1000))
+    assert (scanner.at, scanner.wanted) == (512, 512 + 1024)
+    scanner.skip_to(1000)
+    for position in (999, 1537):
+        with pytest.raises(ValueError, match="wanted"):
+            scanner.skip_to(position)
