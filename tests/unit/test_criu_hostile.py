@@ -1,7 +1,8 @@
 """Whatever bytes stand in the place of CRIU's images: FormatError and its kin, and nothing else, and soon."""
 
+import json
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,8 @@ from ckptfs.criu.images import parse_name, records
 from ckptfs.criu.restore_plan import plan_restore
 from ckptfs.criu.wire import Message
 from ckptfs.errors import FormatError
+from ckptfs.inspection.overview import inspect
+from ckptfs.inspection.source import Range
 from tests.support.criu_images import image, magic, record, unpack_counter, unpack_tree
 
 PARSERS: dict[str, Callable[[bytes, str], Any]] = {
@@ -35,6 +38,7 @@ PARSERS: dict[str, Callable[[bytes, str], Any]] = {
     "utsns": namespaces.parse_uts,
     "memfd": namespaces.parse_memfds,
 }
+ONLY_OF_COUNTER = {"core-1.img", "mm-1.img", "pagemap-1.img", "ids-1.img", "fs-1.img"}  # process 1 is not in the tree
 
 
 @cache
@@ -115,6 +119,42 @@ def test_plans_of_damaged_checkpoints(data: st.DataObject, lazy: bool) -> None:
     per_task = sorted((run.task, run.file, run.offset, run.offset + run.length) for run in plan.runs())
     for before, after in pairwise(per_task):
         assert before[:2] != after[:2] or before[3] <= after[2]
+
+
+class InMemory:
+    """CheckpointFiles of a dictionary."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.files = files
+
+    def list(self, directory: str) -> Sequence[str]:
+        return ["checkpoint/"] if not directory else [path.partition("/")[2] for path in self.files]
+
+    def size(self, path: str) -> int | None:
+        return len(self.files[path]) if path in self.files else None
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        assert offset + length <= len(self.files[path])
+        return self.files[path][offset : offset + length]
+
+    def expect(self, ranges: Sequence[Range]) -> None:
+        pass
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=200)
+def test_inspection_of_damaged_checkpoints(data: st.DataObject) -> None:
+    """An overview that is JSON, or FormatError; and nothing is read past the end of a file."""
+    files = {f"checkpoint/{name}": raw for name, raw in real_images().items() if name not in ONLY_OF_COUNTER}
+    path = data.draw(st.sampled_from(sorted(path for path in files if "pages" not in path)))
+    raw = bytearray(files[path])
+    for _ in range(data.draw(st.integers(1, 3))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        found = inspect(InMemory({**files, path: bytes(raw)}))
+    except FormatError:
+        return
+    json.dumps(found.to_json())
 
 
 @given(st.binary(max_size=400))
