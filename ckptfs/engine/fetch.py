@@ -9,7 +9,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from itertools import islice
 from typing import Protocol
 
@@ -17,6 +17,7 @@ import trio
 
 from ckptfs.engine.link import LinkEstimate
 from ckptfs.engine.memory import MemoryCache
+from ckptfs.engine.regions import RegionClaims
 from ckptfs.engine.schedule import Job, Priority, Scheduler
 from ckptfs.errors import CkptfsError, FormatError, IntegrityError, UnavailableError
 from ckptfs.layers import Layer
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 Data = bytes | bytearray | memoryview
 
 _LOW_WATER = 256  # chunks of the background plan that are queued at least: several extents' worth
+_POLL = 0.003  # seconds between two looks at what another process of the node is fetching
 _BATCH = 1 * MiB  # decoded bytes that are written to the disk cache with one call
 
 
@@ -82,6 +84,7 @@ class Fetcher:
         self._kept: dict[bytes, bytes] = {}
         self._plan: Iterator[Chunk] | None = None
         self._wake = trio.Event()
+        self._regions = RegionClaims(cache)
         self._token: trio.lowlevel.TrioToken | None = None
         self._threads = trio.CapacityLimiter(4 * settings.sizes.jobs)
 
@@ -282,60 +285,35 @@ class Fetcher:
 
     def _fetch(self, job: Job) -> dict[bytes, CkptfsError]:
         """One extent; returns what could not be had. Chunks that another process of the node fetches are awaited."""
-        with ExitStack() as stack:
-            keys = [chunk.key for chunk in job.chunks]
-            mine = self.cache.try_claim(keys)
-            stack.callback(self.cache.release, mine)
-            self.cache.refresh()
-            failures: dict[bytes, CkptfsError] = {}
-            missing = []
-            for chunk in job.chunks:
-                if chunk.key not in mine:
-                    continue
-                data = self.cache.get(chunk.key)
-                if data is None:
-                    missing.append(chunk)
-                else:
-                    self._publish([(chunk.key, data)])
-            if missing:
-                failures.update(self._receive(job, missing))
-        elsewhere = [chunk for chunk in job.chunks if chunk.key not in mine]
-        if elsewhere:
-            failures.update(self._await_others(job, elsewhere))
-        return failures
-
-    def _await_others(self, job: Job, chunks: list[Chunk]) -> dict[bytes, CkptfsError]:
-        """Poll the cache for what another process is fetching; fetch what it gave up."""
+        blob, _ = self._layers[job.layer]
+        name = blob.descriptor.digest.raw
         deadline = time.monotonic() + self.settings.timeouts.read_deadline
-        waiting = {chunk.key: chunk for chunk in chunks}
-        while waiting and time.monotonic() < deadline:
+        failures: dict[bytes, CkptfsError] = {}
+        waiting = job.chunks
+        while True:
+            mine, waiting, regions = self._regions.take(name, waiting)
+            try:
+                self.cache.refresh()
+                missing = [chunk for chunk in mine if not self._found(chunk)]
+                if missing:
+                    failures.update(self._receive(job, missing))
+            finally:
+                self._regions.release(regions)
+            if not waiting:
+                return failures
+            if time.monotonic() > deadline:
+                error = UnavailableError("another process of this node did not finish the fetch")
+                return failures | {chunk.key: error for chunk in waiting}
+            time.sleep(_POLL)
             self.cache.refresh()
-            for key in list(waiting):
-                data = self.cache.get(key)
-                if data is not None:
-                    self._publish([(key, data)])
-                    del waiting[key]
-            freed = self.cache.try_claim(waiting)
-            if freed:
-                try:
-                    self.cache.refresh()
-                    lost = [waiting.pop(key) for key in list(waiting) if key in freed]
-                    lost.sort(key=lambda c: (c.offset, c.inner))
-                    again = []
-                    for chunk in lost:
-                        data = self.cache.get(chunk.key)
-                        if data is not None:
-                            self._publish([(chunk.key, data)])
-                        else:
-                            again.append(chunk)
-                    failures = self._receive(job, again) if again else {}
-                finally:
-                    self.cache.release(freed)
-                if failures:
-                    return failures
-            elif waiting:
-                time.sleep(0.003)
-        return {key: UnavailableError("another process of this node did not finish the fetch") for key in waiting}
+            waiting = [chunk for chunk in waiting if not self._found(chunk)]
+
+    def _found(self, chunk: Chunk) -> bool:
+        """Publish the chunk if another process, or another image, has put it into the node's cache."""
+        data = self.cache.get(chunk.key)
+        if data is not None:
+            self._publish([(chunk.key, data)])
+        return data is not None
 
     def _receive(self, job: Job, chunks: list[Chunk]) -> dict[bytes, CkptfsError]:
         """GET the range that holds `chunks` (sorted by offset), publish each one as it becomes whole."""
