@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Literal
 
 import trio
@@ -30,6 +31,7 @@ from ckptfs.model.toc import Chunk, Entry, Inode
 from ckptfs.model.toc_document import decode_toc, encode_toc
 from ckptfs.model.tree import Node, Tree, Whiteouts
 from ckptfs.prefetch.background import Background, Metadata
+from ckptfs.prefetch.restore_order import RestoreOrder
 from ckptfs.settings import Settings
 from ckptfs.sources import Source
 from ckptfs.telemetry import NetworkCounters
@@ -233,11 +235,21 @@ class OpenImage:
             raise UnavailableError(f"the image could not be opened within {deadline:g} s")
 
     def start_fetching(self) -> None:
-        """Once the tree is arranged: small files first, everything later, as the options say."""
+        """Once the tree is arranged: what a restore reads first, everything later, as the options say."""
         if self.options.prefetch:
             self.fetcher.want(Metadata().plan(self.tree), Priority.PREFETCH)
+            self.nursery.start_soon(self._prefetch_pages)
         if self.options.background:
             self.nursery.start_soon(self._background)
+
+    async def _prefetch_pages(self) -> None:
+        """The pages that a restore needs at once, also with lazy pages; known when CRIU's metadata is here."""
+        with suppress(CkptfsError):  # who reads the file gets the error
+            for chunk in Metadata().plan(self.tree):
+                await self.fetcher.get(chunk, Priority.PREFETCH)
+            await self.tables.load_all()
+        eager = RestoreOrder(self._read_now, eager_only=True)
+        self.fetcher.want(eager.plan(self.tree), Priority.PREFETCH)
 
     async def _background(self) -> None:
         """Fetch all the rest, a little later or as soon as somebody reads pages from front to back."""
@@ -248,9 +260,14 @@ class OpenImage:
             if self._broken:
                 return
             await self.progress.wait()
-        with suppress(CkptfsError):  # whoever opens the file gets the error
+        with suppress(CkptfsError):
             await self.tables.load_all()
-        self.fetcher.fill(Background().plan(self.tree))
+        pages = RestoreOrder(self._read_now, eager_only=False)
+        self.fetcher.fill(chain(pages.plan(self.tree), Background().plan(self.tree)))
+
+    def _read_now(self, inode: Inode) -> bytes | None:
+        data = self.reader.cached(inode, 0, inode.size)
+        return bytes(data) if data is not None else None
 
     def run_on(self) -> None:
         """Let the streams run to their ends."""
