@@ -9,7 +9,7 @@ archive or image that is one compressed stream unpacks to. Blocks; called by the
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ckptfs.errors import FormatError, NotFoundError, UsageError
@@ -18,6 +18,7 @@ from ckptfs.model.index import ANNOTATION_INDEX
 from ckptfs.model.oci import OCI_MANIFEST, Descriptor, Digest, Reference
 from ckptfs.push.archive import FileBlob
 from ckptfs.push.checkpoint_files import Checkpoint, CheckpointFile, under_checkpoint
+from ckptfs.push.containerd import nested, raw_index
 from ckptfs.push.directory import read_directory
 from ckptfs.push.facts import BASE_DIGEST, BASE_NAME, read_facts
 from ckptfs.push.image_files import LayerFiles, read_image, select_manifest
@@ -66,19 +67,33 @@ def open_checkpoint(source: str, open_source: OpenSource, options: PushOptions) 
         yield read_directory(path)
         return
     with ExitStack() as stack:
+        work = Work(options.work, stack)
         if path.is_file():
             blob = FileBlob(path)
             stack.callback(blob.close)
-            layers = stack.enter_context(LayerFiles([blob], options.work, options.settings))
-            yield Checkpoint(under_checkpoint(layers.files()))
+            layers = work.enter(LayerFiles([blob], options.work, options.settings))
+            yield _arranged(Checkpoint(layers.files()), work, options)
             return
         if source.startswith(("/", ".", "archive:")) and not path.is_dir():
             raise NotFoundError(f"there is no {path}", hint="name a directory, an archive, or an image")
         image = open_source(Reference.parse(f"oci:{path}" if path.is_dir() else source))
+        raw = raw_index(image, work, options.settings)
+        if raw is not None:
+            yield Checkpoint(*raw)
+            return
         manifest = select_manifest(image, options.settings)
         blobs = [image.blob(layer) for layer in manifest.layers]
-        layers = stack.enter_context(LayerFiles(blobs, options.work, options.settings))
-        yield read_image(image, manifest, layers)
+        layers = work.enter(LayerFiles(blobs, options.work, options.settings))
+        yield _arranged(read_image(image, manifest, layers), work, options)
+
+
+def _arranged(checkpoint: Checkpoint, work: Work, options: PushOptions) -> Checkpoint:
+    """In the flat layout, whatever the layout of the source."""
+    found = nested(checkpoint.files, work, options.settings)
+    if found is not None:
+        files, annotations = found
+        return replace(checkpoint, files=under_checkpoint(files), annotations={**annotations, **checkpoint.annotations})
+    return replace(checkpoint, files=under_checkpoint(checkpoint.files))
 
 
 def push(

@@ -3,6 +3,8 @@
 Owns the nouns that the sources (directory.py, image_files.py) share with the planner. Reads nothing by itself.
 """
 
+import posixpath
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -70,24 +72,47 @@ class Checkpoint:
 
 
 def under_checkpoint(files: Sequence[CheckpointFile]) -> list[CheckpointFile]:
-    """The flat layout: a plain directory of CRIU images (criu, runc, crun, docker) is what lies in `checkpoint/`."""
-    if not any(file.path == b"inventory.img" for file in files):
+    """The flat layout: a directory of CRIU images (criu, runc, crun, docker, LXC) is what lies in `checkpoint/`.
+
+    Where no directory is called so already, the one that holds inventory.img is; a pre-dump's (`parent` leads to it)
+    keeps its name. With several the files stay as they are.
+    """
+    tops = {file.directory for file in files if file.name == b"inventory.img"}
+    if any(top == b"checkpoint" or top.endswith(b"/checkpoint") for top in tops):
         return list(files)
-    moved = [
-        CheckpointFile(
-            b"checkpoint/" + file.path if file.path else b"checkpoint",
-            file.inode,
-            b"checkpoint/" + file.link if file.link is not None else None,
-            file.open,
-        )
-        for file in files
-    ]
+    tops -= set(parent_directories(files))
+    if len(tops) != 1:
+        return list(files)
+    (top,) = tops
+    moved = [_moved(file, top) for file in files]
     if not any(file.path == b"checkpoint" for file in moved):
-        moved.insert(0, CheckpointFile(b"checkpoint", _like(files)))
-    return moved
+        moved.append(CheckpointFile(b"checkpoint", _like(files)))
+    return sorted(moved, key=lambda file: file.path)
+
+
+def parent_directories(files: Sequence[CheckpointFile]) -> list[bytes]:
+    """Directories that the `parent` symlink of an increment leads to (criu/image.c: open_parent), deepest first."""
+    known = {file.path for file in files if file.inode.is_dir}
+    found = set()
+    for file in files:
+        if file.name == b"parent" and stat.S_ISLNK(file.inode.mode):
+            target = posixpath.normpath(posixpath.join(file.directory, file.inode.target))
+            if target in known:
+                found.add(target)
+    return sorted(found, key=lambda path: (-path.count(b"/"), path))
+
+
+def _moved(file: CheckpointFile, top: bytes) -> CheckpointFile:
+    def under(path: bytes) -> bytes:
+        if not top:
+            return b"checkpoint/" + path if path else b"checkpoint"
+        inside = path == top or path.startswith(top + b"/")
+        return b"checkpoint" + path[len(top) :] if inside else path
+
+    return CheckpointFile(under(file.path), file.inode, None if file.link is None else under(file.link), file.open)
 
 
 def _like(files: Sequence[CheckpointFile]) -> Inode:
     """A directory for images that came without one: private, like CRIU's, as old as the dump."""
-    inventory = next(file for file in files if file.path == b"inventory.img").inode
-    return Inode(0o040700, inventory.uid, inventory.gid, mtime_ns=inventory.mtime_ns)
+    inventory = next(file for file in files if file.name == b"inventory.img").inode
+    return Inode(stat.S_IFDIR | 0o700, inventory.uid, inventory.gid, mtime_ns=inventory.mtime_ns)

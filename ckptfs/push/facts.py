@@ -22,6 +22,7 @@ BASE_NAME = "org.opencontainers.image.base.name"
 BASE_DIGEST = "org.opencontainers.image.base.digest"
 VERSION = "dev.ckptfs.version"
 
+_NAMES = (CRIU + "container.name", CRIO_NAME, PODMAN + "name")
 _MANAGERS = {"libpod": "Podman", "cri-o": "CRI-O"}  # io.container.manager, as checkpointctl tells the engine
 
 
@@ -46,15 +47,17 @@ def read_facts(checkpoint: Checkpoint, name: str, limits: Limits) -> Facts:
     image_ref = _string(config, "rootfsImageRef")
     base = _string(config, "rootfsImageName") or _string(config, "rootfsImage")
     runtime = _string(config, "runtime")
+    given = next((checkpoint.annotations[key] for key in _NAMES if checkpoint.annotations.get(key)), name)
+    name = _string(config, "name") or given
     found = {
         CRIU + "engine.name": engine,
-        CRIU + "container.name": _string(config, "name") or name,
+        CRIU + "container.name": name,
         CRIU + "rootfsImageUserRequested": _string(config, "rootfsImage"),
         CRIU + "rootfsImageName": _string(config, "rootfsImageName"),
         CRIU + "rootfsImageID": image_ref or _string(config, "rootfsImageID"),
         CRIU + "rawImageName": _raw_name(config),
         CRIU + "runtime.name": runtime,
-        CRIO_NAME: _string(config, "name") or name,
+        CRIO_NAME: name,
         PODMAN + "runtime.name": runtime,
         BASE_NAME: base if base != "scratch" else "",
         BASE_DIGEST: _digest_in(image_ref),
@@ -63,7 +66,7 @@ def read_facts(checkpoint: Checkpoint, name: str, limits: Limits) -> Facts:
     found |= _pod(engine, notes)
     if engine == "Podman":
         found |= {
-            PODMAN + "name": _string(config, "name") or name,
+            PODMAN + "name": name,
             PODMAN + "rawImageName": _raw_name(config),
             PODMAN + "rootfsImageID": _string(config, "rootfsImageID"),
             PODMAN + "rootfsImageName": _string(config, "rootfsImageName"),

@@ -21,7 +21,8 @@ from ckptfs.model.blob import Blob
 from ckptfs.model.oci import Manifest, parse_document, parse_json
 from ckptfs.model.toc import Chunk, Extent, Inode
 from ckptfs.model.tree import Tree
-from ckptfs.push.checkpoint_files import Checkpoint, CheckpointFile, under_checkpoint
+from ckptfs.push.checkpoint_files import Checkpoint, CheckpointFile
+from ckptfs.push.spool import PiecesPayload
 from ckptfs.settings import MiB, Settings
 from ckptfs.sources import Source
 
@@ -72,7 +73,7 @@ class LayerFiles:
 
     def open(self, inode: Inode) -> Payload:
         """The bytes of a file, front to back."""
-        return _Pieces(self._pieces(inode))
+        return PiecesPayload(self._pieces(inode))
 
     def close(self) -> None:
         self._stack.close()
@@ -117,13 +118,13 @@ def read_image(source: Source, manifest: Manifest, layers: LayerFiles) -> Checkp
     architecture = config.get("architecture") if isinstance(config, dict) else None
     files = [file for file in layers.files() if file.path not in _FURNITURE]
     return Checkpoint(
-        under_checkpoint(files),
-        _kept(manifest.annotations),
+        files,
+        kept_annotations(manifest.annotations),
         architecture if isinstance(architecture, str) else "",
     )
 
 
-def _kept(annotations: Mapping[str, str]) -> dict[str, str]:
+def kept_annotations(annotations: Mapping[str, str]) -> dict[str, str]:
     """The source's own annotations; buildah writes empty base names, which say nothing, and ours are made anew."""
     return {key: value for key, value in annotations.items() if value and not key.startswith("dev.ckptfs.")}
 
@@ -218,22 +219,3 @@ def _hole(length: int) -> Iterator[bytes | memoryview]:
         piece = memoryview(_ZEROS)[: min(length, len(_ZEROS))]
         yield piece
         length -= len(piece)
-
-
-class _Pieces:
-    """An iterator of pieces as a Payload."""
-
-    def __init__(self, pieces: Iterator[bytes | memoryview]) -> None:
-        self._pieces = pieces
-        self._rest = memoryview(b"")
-
-    def readinto(self, buffer: memoryview, /) -> int:
-        if not self._rest:
-            self._rest = memoryview(next(self._pieces, b""))
-        count = min(len(buffer), len(self._rest))
-        buffer[:count] = self._rest[:count]
-        self._rest = self._rest[count:]
-        return count
-
-    def close(self) -> None:
-        self._rest = memoryview(b"")

@@ -5,14 +5,12 @@ mode. The images of a pre-dump parent have layers of their own: the next increme
 only; opens nothing. The same files give the same plan.
 """
 
-import posixpath
-import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from ckptfs.criu.images import parse_name
-from ckptfs.push.checkpoint_files import Checkpoint, CheckpointFile
+from ckptfs.push.checkpoint_files import Checkpoint, CheckpointFile, parent_directories
 from ckptfs.settings import MiB
 
 Role = Literal["meta", "data", "pages", "rootfs-diff"]
@@ -57,7 +55,7 @@ def plan_layers(checkpoint: Checkpoint) -> list[PlannedLayer]:
     """The layers of M, in the order of the manifest."""
     every = {file.path: file for file in checkpoint.files}
     directories = {path: file for path, file in every.items() if file.inode.is_dir}
-    parents = _parents(checkpoint.files)
+    parents = parent_directories(checkpoint.files)
     roles = {file.path: role_of(file) for file in checkpoint.files if not file.inode.is_dir}
     alone = _large_pages(file for file in checkpoint.files if roles.get(file.path) == "pages" and file.is_regular)
     groups: dict[tuple[bytes, int, bytes], list[CheckpointFile]] = {}
@@ -101,15 +99,3 @@ def _above(path: bytes) -> Iterable[bytes]:
 def _large_pages(files: Iterable[CheckpointFile]) -> set[bytes]:
     large = sorted((f for f in files if f.inode.size >= _LARGE), key=lambda f: (-f.inode.size, f.path))
     return {file.path for file in large[:_MOST_LARGE]}
-
-
-def _parents(files: Sequence[CheckpointFile]) -> list[bytes]:
-    """Directories that the `parent` symlink of an increment leads to (criu/image.c: open_parent), deepest first."""
-    known = {file.path for file in files if file.inode.is_dir}
-    found = set()
-    for file in files:
-        if file.name == b"parent" and stat.S_ISLNK(file.inode.mode):
-            target = posixpath.normpath(posixpath.join(file.directory, file.inode.target))
-            if target in known:
-                found.add(target)
-    return sorted(found, key=lambda path: (-path.count(b"/"), path))

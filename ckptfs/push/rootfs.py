@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import ckptfs
 from ckptfs.errors import FormatError
-from ckptfs.layers.compression import DECOMPRESS, MAGIC_BYTES, sniff
+from ckptfs.layers.compression import DECOMPRESS
 from ckptfs.layers.paths import normalise
 from ckptfs.layers.zstd_chunked_writer import Member, write_layer
 from ckptfs.model.oci import Descriptor, Digest, Manifest, parse_json
@@ -25,7 +25,7 @@ from ckptfs.push.image_files import LayerFiles
 from ckptfs.push.manifest import CONFIG_TYPE, created, encode_manifest, to_json
 from ckptfs.push.plan import ANNOTATION_ROLE
 from ckptfs.push.publisher import Publisher
-from ckptfs.push.spool import MemoryBlob, Spool, Work
+from ckptfs.push.spool import MemoryBlob, Work, keep
 from ckptfs.settings import MiB, Settings
 from ckptfs.sources import Source
 
@@ -101,11 +101,12 @@ class RootfsImage:
         if file is None or not file.is_regular or not file.inode.size:
             members: Iterable[Member] = self._layer([], deleted)
         else:
-            compression = _copy(file, spool)
+            compression = keep(file, spool)
             if compression == "gzip":
+                stream = DECOMPRESS["gzip"](spool.stream(0, spool.size), MiB, self._settings.limits)
+                diff_id = _digest(stream)
                 publisher.add(spool.descriptor, spool, done=spool.close)
-                stream = DECOMPRESS["gzip"](iter(spool.stream(0, spool.size)), MiB, self._settings.limits)
-                return spool.descriptor, _digest(stream)
+                return spool.descriptor, diff_id
             files = self._work.enter(LayerFiles([spool], self._work.directory, self._settings))
             members = self._layer(files.files(), deleted)
         members = list(members)
@@ -166,27 +167,6 @@ def _deleted(file: CheckpointFile | None, settings: Settings) -> list[bytes]:
         raise FormatError("deleted.files is not a list of paths")
     paths = (normalise(os.fsencode(path), settings.limits) for path in value)
     return sorted({path for path in paths if path})
-
-
-def _copy(file: CheckpointFile, spool: Spool) -> str:
-    """The delta into a file of its own, where it can be read at random; returns its compression."""
-    hasher = hashlib.sha256()
-    head = b""
-    payload = file.open() if file.open is not None else None
-    if payload is None:
-        raise FormatError("rootfs-diff.tar has no content")
-    buffer = memoryview(bytearray(MiB))
-    try:
-        while count := payload.readinto(buffer):
-            head = head or bytes(buffer[: min(count, MAGIC_BYTES)])
-            hasher.update(buffer[:count])
-            spool.write(bytes(buffer[:count]))
-    finally:
-        payload.close()
-    compression = sniff(head)
-    media_type = {"none": _TAR_LAYER, "gzip": _GZIP_LAYER}.get(compression, f"{_TAR_LAYER}+{compression}")
-    spool.complete(Descriptor(media_type, Digest("sha256", hasher.hexdigest()), file.inode.size))
-    return compression
 
 
 def _digest(pieces: Iterator[bytes]) -> Digest:

@@ -4,6 +4,7 @@ A registry wants a blob's digest with the blob, and a blob that is there already
 complete before its upload begins. Disk for the compressed layer, no memory. Nothing is left behind, whatever happens.
 """
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -12,10 +13,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from ckptfs.errors import CacheError, FormatError
-from ckptfs.model.oci import Descriptor
+from ckptfs.layers.compression import MAGIC_BYTES, sniff
+from ckptfs.model.oci import Descriptor, Digest
+from ckptfs.push.checkpoint_files import CheckpointFile
 from ckptfs.settings import MiB
 
 T = TypeVar("T")
+
+_TAR = "application/vnd.oci.image.layer.v1.tar"
 
 
 class Spool:
@@ -77,6 +82,49 @@ class Work:
 
     def enter(self, context: AbstractContextManager[T]) -> T:
         return self._stack.enter_context(context)
+
+
+def keep(file: CheckpointFile, spool: Spool, media_type: str = "") -> str:
+    """A file of the source into a spool, where it can be read at random; returns its compression.
+
+    Without `media_type` the spool is a layer of whatever the bytes say.
+    """
+    if file.open is None:
+        raise FormatError(f"{file.path.decode('utf-8', 'replace')!r} has no content")
+    hasher = hashlib.sha256()
+    head = b""
+    payload = file.open()
+    buffer = memoryview(bytearray(MiB))
+    try:
+        while count := payload.readinto(buffer):
+            head = head or bytes(buffer[: min(count, MAGIC_BYTES)])
+            hasher.update(buffer[:count])
+            spool.write(bytes(buffer[:count]))
+    finally:
+        payload.close()
+    compression = sniff(head) if not media_type else "none"
+    kind = media_type or (_TAR if compression == "none" else f"{_TAR}+{compression}")
+    spool.complete(Descriptor(kind, Digest("sha256", hasher.hexdigest()), file.inode.size))
+    return compression
+
+
+class PiecesPayload:
+    """Bytes that come in pieces, as the content of a file."""
+
+    def __init__(self, pieces: Iterator[bytes | memoryview]) -> None:
+        self._pieces = pieces
+        self._rest = memoryview(b"")
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        if not self._rest:
+            self._rest = memoryview(next(self._pieces, b""))
+        count = min(len(buffer), len(self._rest))
+        buffer[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        return count
+
+    def close(self) -> None:
+        self._rest = memoryview(b"")
 
 
 class MemoryBlob:
