@@ -220,6 +220,7 @@ def _await_daemon(reader: int, child: int, request: MountRequest, files: MountFi
     message = json.loads(line)
     if "error" in message:
         os.waitpid(child, 0)
+        files.log.unlink(missing_ok=True)  # all that it says is said here
         raise _rebuilt(message)
     return dict(message)
 

@@ -1,6 +1,7 @@
 """Options that several commands take, and what they mean as values: one spelling, one meaning everywhere."""
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -39,7 +40,11 @@ class RegistryReference(click.ParamType["Reference | str"]):
     name = "ref"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Reference:
-        return value if isinstance(value, Reference) else Reference.parse(str(value))
+        if isinstance(value, Reference):
+            return value
+        reference = Reference.parse(str(value))
+        # The daemon of a mount works in /.
+        return replace(reference, path=os.path.abspath(reference.path)) if reference.path else reference
 
 
 def reference_argument(function: F) -> F:

@@ -7,6 +7,8 @@ from typing import Protocol
 
 from ckptfs.model.blob import Blob
 from ckptfs.model.oci import Descriptor, Index, Manifest, Reference
+from ckptfs.settings import Settings
+from ckptfs.telemetry import NetworkCounters
 
 
 class Source(Protocol):
@@ -23,3 +25,16 @@ class Source(Protocol):
 
     def blob(self, descriptor: Descriptor) -> Blob:
         """A layer to be read in ranges. No I/O until it is read."""
+
+
+def open_source(
+    reference: Reference, *, settings: Settings, counters: NetworkCounters, plain_http: bool = False
+) -> Source:
+    """The source of a reference; nothing is asked yet. Only what it needs is imported."""
+    if reference.kind == "oci":
+        from ckptfs.sources.layout import LayoutSource
+
+        return LayoutSource(reference, settings.limits)
+    from ckptfs.sources.registry import RegistrySource
+
+    return RegistrySource(reference, settings, counters, plain_http=plain_http)
