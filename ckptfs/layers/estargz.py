@@ -7,7 +7,6 @@ tools that know nothing of eStargz shows them too.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from ckptfs.errors import FormatError, LimitExceeded
 from ckptfs.layers.compression import Bytes, gunzip_chunk, gunzipped
@@ -27,10 +26,11 @@ _EXTERNAL = (46, b"STARGZEXTERNALTOC")
 _EXTRA = 10  # where the extra field begins
 
 
-@dataclass(frozen=True)
 class EStargzFormat:
-    settings: Settings = field(default_factory=Settings)
-    name: str = "estargz"
+    name = "estargz"
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
 
     def matches(self, descriptor: Descriptor) -> bool:
         return compression_of(descriptor.media_type) == "gzip" and ANNOTATION_TOC_DIGEST in descriptor.annotations

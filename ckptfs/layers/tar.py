@@ -4,7 +4,6 @@ Owns the walk from header to header over the blob. Nothing vouches for a piece o
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 from ckptfs.errors import FormatError
 from ckptfs.layers.compression import sniff
@@ -18,10 +17,11 @@ from ckptfs.model.toc import Chunk, Entry
 from ckptfs.settings import Settings
 
 
-@dataclass(frozen=True)
 class TarFormat:
-    settings: Settings = field(default_factory=Settings)
-    name: str = "tar"
+    name = "tar"
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
 
     def matches(self, descriptor: Descriptor) -> bool:
         return compression_of(descriptor.media_type) == "none"

@@ -6,11 +6,10 @@ what comes before or after a block; tar_scanner.py does. Everything that is not 
 
 import base64
 import binascii
-import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from urllib.parse import unquote_to_bytes
+from functools import lru_cache
 
 from ckptfs.errors import FormatError, LimitExceeded
 from ckptfs.layers.paths import show
@@ -20,7 +19,6 @@ BLOCK = 512
 _HEADER = struct.Struct("100s8s8s8s12s12s8s1s100s8s32s32s8s8s155s12s")
 _USTAR = b"ustar\x0000"
 _GNU = b"ustar  \0"
-_DECIMAL = re.compile(rb"(-?)(\d{1,19})(?:\.(\d*))?\Z")
 
 # mtime is kept in nanoseconds; 2**40 seconds is the year 36812. Real files stay below, hostile ones would overflow
 # the 64-bit time_t of whoever reads them.
@@ -91,6 +89,7 @@ def _check_sum(block: bytes, field: bytes) -> None:
         raise FormatError("a tar header has a wrong checksum", hint="the layer is damaged or is not a tar archive")
 
 
+@lru_cache(maxsize=4096)  # owners, modes and most times are the same again and again
 def number(field: bytes) -> int:
     """Octal digits padded with spaces or NULs, or GNU's base-256 (two's complement below the top bit)."""
     if field[0] & 0x80:
@@ -129,12 +128,12 @@ def decimal(text: bytes, what: str) -> int:
 
 def pax_time(text: bytes) -> int:
     """A PAX time in nanoseconds: decimal seconds, perhaps negative, perhaps with a fraction."""
-    match = _DECIMAL.match(text)
-    if match is None:
+    negative = text.startswith(b"-")
+    whole, _, fraction = text[negative:].partition(b".")
+    if not whole.isdigit() or len(whole) > 19 or not (fraction + b"0").isdigit():
         raise FormatError(f"a PAX header has the time {show(text)}")
-    sign, seconds, fraction = match.groups()
-    value = nanoseconds(int(seconds), int(((fraction or b"") + b"000000000")[:9]))
-    return -value if sign else value
+    value = nanoseconds(int(whole), int((fraction + b"000000000")[:9]))
+    return -value if negative else value
 
 
 def pax_records(data: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -158,6 +157,8 @@ def pax_xattrs(records: Sequence[tuple[bytes, bytes]], limits: Limits) -> dict[b
     found: dict[bytes, bytes] = {}
     for keyword, value in records:
         if keyword.startswith(b"LIBARCHIVE.xattr."):
+            from urllib.parse import unquote_to_bytes  # rare, and 3 ms of every mount otherwise
+
             try:
                 raw = base64.b64decode(value + b"=" * (-len(value) % 4), validate=True)
             except binascii.Error:

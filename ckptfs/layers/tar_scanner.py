@@ -42,6 +42,7 @@ _FILE_FLAGS = {
 # As in GNU tar and Go, a size in these headers counts no payload.
 _NO_PAYLOAD = frozenset((b"1", b"2", b"3", b"4", b"5", b"6"))
 _GLOBAL_KEYS = frozenset((b"uid", b"gid", b"mtime"))
+_NOTHING: Mapping[bytes, bytes] = {}
 _FIXED_KEYS = frozenset((b"path", b"linkpath", b"size"))
 
 Records = Sequence[tuple[bytes, bytes]]
@@ -159,17 +160,9 @@ class TarScanner:
 
     def _entry(self, header: Header, globals_: Mapping[bytes, bytes], records: Records) -> Generator[int, bytes, None]:
         self._counted(1)
-        pax = {**globals_, **dict(records)}
-        header.name = pax.get(b"path") or header.name
-        header.linkname = pax.get(b"linkpath") or header.linkname
-        if text := pax.get(b"uid"):
-            header.uid = owner(decimal(text, "uid"))
-        if text := pax.get(b"gid"):
-            header.gid = owner(decimal(text, "gid"))
-        if text := pax.get(b"mtime"):
-            header.mtime_ns = pax_time(text)
-        if text := pax.get(b"size"):
-            header.payload = decimal(text, "size")
+        pax = {**globals_, **dict(records)} if records or globals_ else _NOTHING
+        if pax:
+            _apply(pax, header)
         if header.payload < 0 or header.payload > self._limits.file_bytes:
             raise FormatError(f"the tar entry {show(header.name)} has the size {header.payload}")
         payload = 0 if header.flag in _NO_PAYLOAD else header.payload
@@ -211,7 +204,7 @@ class TarScanner:
         if header.flag == b"S":
             size, sparse = yield from self._gnu_sparse(header.block)
         else:
-            sparse = pax_sparse_map(records)
+            sparse = pax_sparse_map(records) if records else None
             if sparse is not None or b"GNU.sparse.major" in pax:
                 size = decimal(pax.get(b"GNU.sparse.realsize") or pax.get(b"GNU.sparse.size", b""), "GNU.sparse.size")
             if b"GNU.sparse.major" in pax and sparse is None:
@@ -276,6 +269,20 @@ class TarScanner:
         self._count += more
         if self._count > self._limits.toc_entries:
             raise LimitExceeded(f"the tar archive has more than {self._limits.toc_entries} entries")
+
+
+def _apply(pax: Mapping[bytes, bytes], header: Header) -> None:
+    """The header as its extended headers change it; an empty value takes a keyword back."""
+    header.name = pax.get(b"path") or header.name
+    header.linkname = pax.get(b"linkpath") or header.linkname
+    if text := pax.get(b"uid"):
+        header.uid = owner(decimal(text, "uid"))
+    if text := pax.get(b"gid"):
+        header.gid = owner(decimal(text, "gid"))
+    if text := pax.get(b"mtime"):
+        header.mtime_ns = pax_time(text)
+    if text := pax.get(b"size"):
+        header.payload = decimal(text, "size")
 
 
 def _global_records(data: bytes) -> dict[bytes, bytes]:

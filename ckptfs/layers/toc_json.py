@@ -31,7 +31,6 @@ _KINDS = {
     "block": stat.S_IFBLK,
     "fifo": stat.S_IFIFO,
 }
-_SPACE = re.compile(r"[ \t\r\n]*")
 _TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9})\d*)?(Z|[+-]\d\d:\d\d)\Z")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MAX_INT = (1 << 63) - 1
@@ -329,8 +328,9 @@ def _separated(text: str, at: int, closing: str) -> tuple[bool, int]:
 
 
 def _behind_space(text: str, at: int) -> int:
-    match = _SPACE.match(text, at)
-    return match.end() if match else at
+    while text[at] in " \t\r\n":
+        at += 1
+    return at
 
 
 def _refuse(constant: str) -> NoReturn:

@@ -1,7 +1,5 @@
 """zstd layers without an index of their own (podman and buildah write one frame): streamed."""
 
-from dataclasses import dataclass, field
-
 from ckptfs.layers.media_types import compression_of
 from ckptfs.layers.stream import StreamLayer
 from ckptfs.model.blob import Blob
@@ -9,10 +7,11 @@ from ckptfs.model.oci import Descriptor
 from ckptfs.settings import Settings
 
 
-@dataclass(frozen=True)
 class ZstdFormat:
-    settings: Settings = field(default_factory=Settings)
-    name: str = "zstd"
+    name = "zstd"
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
 
     def matches(self, descriptor: Descriptor) -> bool:
         return compression_of(descriptor.media_type) == "zstd"

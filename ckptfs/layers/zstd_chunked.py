@@ -7,7 +7,7 @@ same again, is covered by nothing, and is not read.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ckptfs.errors import FormatError, IntegrityError, LimitExceeded
 from ckptfs.layers.compression import Bytes, unzstd_chunk
@@ -25,10 +25,11 @@ _POSITION = "manifest-position"
 _CRFS = 1  # the only type of table that is defined
 
 
-@dataclass(frozen=True)
 class ZstdChunkedFormat:
-    settings: Settings = field(default_factory=Settings)
-    name: str = "zstd:chunked"
+    name = "zstd:chunked"
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
 
     def matches(self, descriptor: Descriptor) -> bool:
         return compression_of(descriptor.media_type) == "zstd" and _prefix(descriptor.annotations) is not None
@@ -37,8 +38,7 @@ class ZstdChunkedFormat:
         return ZstdChunkedLayer(blob, layer, self.settings)
 
 
-@dataclass(frozen=True, slots=True)
-class TablePosition:
+class TablePosition(NamedTuple):
     """`offset:length:decoded length:type` of the compressed table in the blob."""
 
     offset: int

@@ -1,10 +1,8 @@
 """Every layer format shows what an eager extraction shows: entries, metadata and bytes."""
 
 import gzip
-import itertools
 import os
 import random
-import stat
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,11 +15,12 @@ from ckptfs.layers import FORMATS, select_format
 from ckptfs.model.oci import Descriptor, Digest
 from ckptfs.model.toc import Chunk, Entry
 from ckptfs.model.toc_document import decode_toc, encode_toc
-from ckptfs.settings import KiB, MiB, Settings
+from ckptfs.settings import KiB, MiB
 from tests.support import golden
 from tests.support.blobs import TAR, BytesBlob, ScannedLayer, blob_of, layout_layer
 from tests.support.tars import END, member
-from tests.support.tools import require
+from tests.support.tools import require, run
+from tests.support.trees import layout_of, make_tree, tar_listing, without_what_go_drops
 
 CORPUS = Path(__file__).parents[1] / "data" / "corpus"
 ZSTD = zstandard.ZstdCompressor()
@@ -123,8 +122,7 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
 @pytest.mark.parametrize("packing", PACKED)
 def test_a_tree_packed_by_gnu_tar(packing: str, trees: dict[bool, Path], tmp_path: Path) -> None:
     old = packing in ("ustar", "v7")
-    archive, extracted = tmp_path / "tree.tar", tmp_path / "extracted"
-    extracted.mkdir()
+    archive = tmp_path / "tree.tar"
     # Old formats cannot hold every name and type: tar says so, exits with 2 and leaves them out.
     tar = subprocess.run(
         ["tar", *PACKED[packing], "--numeric-owner", "-cf", archive, "-C", trees[old], "."],
@@ -132,9 +130,7 @@ def test_a_tree_packed_by_gnu_tar(packing: str, trees: dict[bool, Path], tmp_pat
         check=False,
     )
     assert tar.returncode == 0 or old, tar.stderr
-    unpack = ["tar", "-xpf", archive, "-C", extracted, "--numeric-owner", "--xattrs", "--xattrs-include=*"]
-    subprocess.run(unpack, check=True)
-    expected = golden.directory_listing(extracted)
+    expected = tar_listing(archive, tmp_path / "extracted")
     assert len(expected["entries"]) > 75
     data = archive.read_bytes()
     for suffix, compress in COMPRESSIONS.items():
@@ -142,63 +138,16 @@ def test_a_tree_packed_by_gnu_tar(packing: str, trees: dict[bool, Path], tmp_pat
         assert golden.listing(scanned.entries, scanned.read, exact=True) == expected
 
 
-def make_tree(root: Path, rng: random.Random, modest: bool) -> None:
-    """Names, types, owners, times, xattrs, links and holes; the same for the same seed."""
-    most, high = (1, 65_000) if modest else (9, 3_000_000)
-    directories = [root]
-    for depth in range(12):
-        path = directories[-1 if depth < 6 else rng.randrange(len(directories))] / f"dir {depth} {'d' * (depth * most)}"
-        path.mkdir()
-        directories.append(path)
-    files: list[Path] = []
-    for index, length in enumerate(itertools.chain(range(1, 120, 7), (99, 100, 101, 155, 156, 200, 240, 255))):
-        path = rng.choice(directories) / (f"{index:03}" + "n" * length)[:255]
-        path.write_bytes(rng.randbytes(rng.choice((0, 1, 511, 512, 513, 5000, 300_000))))
-        files.append(path)
-    for name in ("ünïcode 漢字 🧊", "new\nline", "back\\slash", "tab\there", " space ", "-dash", "quote'\""):
-        path = rng.choice(directories) / name
-        path.write_bytes(name.encode())
-        files.append(path)
-    latin = os.path.join(os.fsencode(root), b"latin-\xe9\xff")
-    Path(os.fsdecode(latin)).write_bytes(b"not UTF-8")
-    for index in range(40):
-        path = rng.choice(directories) / f"small-{index}"
-        path.write_bytes(rng.randbytes(rng.randrange(40)))
-        files.append(path)
-    for index, target in enumerate(
-        ("nowhere", "/etc/passwd", "../" * 30 + "x", "t" * 99, "t" * 100, "t" * 101, "t" * 900)
-    ):
-        (rng.choice(directories) / f"link-{index}").symlink_to(target)
-    for index in range(6):
-        os.link(rng.choice(files), rng.choice(directories) / f"hard-{index}{'h' * (index * 30)}")
-    sparse = {
-        "hole-front": [(1 * MiB, b"end")],
-        "hole-back": [(0, b"begin"), (3 * MiB - 1, b"\0")],
-        "all-hole": [],
-        "many-holes": [(i * 16 * KiB, bytes((i + 1,)) * 4096) for i in range(60)],
-    }
-    for name, pieces in sparse.items():
-        path = root / name
-        with path.open("wb") as file:
-            for offset, data in pieces:
-                os.pwrite(file.fileno(), data, offset)
-            file.truncate(3 * MiB)
-        files.append(path)
-    os.mkfifo(root / "fifo")
-    os.mknod(root / "char", stat.S_IFCHR | 0o620, os.makedev(5, 259))
-    os.mknod(root / "block", stat.S_IFBLK | 0o660, os.makedev(259, 70_000))
-    os.mknod(root / ".wh.gone", stat.S_IFREG | 0o644)
-    for index, path in enumerate(files):
-        os.chown(path, rng.choice((0, 1000, 65534, high)), rng.choice((0, 5, high)))
-        path.chmod(rng.choice((0o644, 0o4755, 0o2755, 0o1600, 0o000, 0o777)))
-        if index % 5 == 0:
-            os.setxattr(path, "user.note", rng.randbytes(index))
-            os.setxattr(path, "user.emp=ty\n", b"")
-    os.setxattr(root / "many-holes", "security.capability", bytes.fromhex("0100000200040000000000000000000000000000"))
-    times = (0, 1, *(() if modest else (-1, -86_400)), 1_000_000_000, 1_795_497_053, 4_000_000_000)
-    for path in [*files, *reversed(directories[1:])]:
-        nanoseconds = rng.choice(times) * 1_000_000_000 + rng.choice((0, 500_000_000, 123_456_789))
-        os.utime(path, ns=(nanoseconds, nanoseconds))
+def test_a_tree_pushed_by_skopeo_as_zstd_chunked(trees: dict[bool, Path], tmp_path: Path) -> None:
+    require("skopeo")
+    archive = tmp_path / "tree.tar"
+    run("tar", *PACKED["pax"], "--numeric-owner", "-cf", archive, "-C", trees[False], ".")
+    expected = without_what_go_drops(tar_listing(archive, tmp_path / "extracted"))
+    source, target = layout_of(archive.read_bytes(), tmp_path / "source"), tmp_path / "target"
+    run("skopeo", "copy", "--dest-compress-format", "zstd:chunked", f"oci:{source}:latest", f"oci:{target}:latest")
+    scanned = ScannedLayer.of(layout_layer(target))
+    assert scanned.layer.format == "zstd:chunked"
+    assert golden.listing(scanned.entries, scanned.read, exact=True) == expected
 
 
 # How the bytes come.
@@ -357,8 +306,3 @@ def test_other_layers_are_refused_by_name(media_type: str, message: str) -> None
     with pytest.raises(FormatError, match=message) as caught:
         select_format(Descriptor(media_type, Digest.of(b""), 0))
     assert caught.value.hint
-
-
-def test_settings_are_those_of_the_format() -> None:
-    for layer_format in FORMATS:
-        assert type(layer_format)(settings=Settings()) == layer_format
