@@ -1,44 +1,19 @@
 """What tests of `push` need: a checkpoint in a folder, a layout as a source, the tar that a layer is."""
 
 import io
-import json
 import os
 import tarfile
 from pathlib import Path
 
 import zstandard
 
-from ckptfs.model.oci import Descriptor, Index, Manifest, Reference, parse_document
+from ckptfs.model.oci import Descriptor, Manifest, Reference
 from ckptfs.push import PushOptions, PushResult, Target, open_base, open_checkpoint, push
 from ckptfs.push.layout_target import LayoutTarget
+from ckptfs.sources.layout import LayoutSource
 from tests.support.blobs import BytesBlob, layout_layer
 
 DATA = Path(__file__).resolve().parents[1] / "data"
-
-
-class LayoutSource:
-    """The image that `tag` names in an OCI layout."""
-
-    def __init__(self, reference: Reference) -> None:
-        self.reference = reference
-        self._top = Path(reference.path)
-
-    def resolve(self) -> Manifest | Index:
-        for entry in json.loads((self._top / "index.json").read_bytes())["manifests"]:
-            if entry.get("annotations", {}).get("org.opencontainers.image.ref.name") == self.reference.tag:
-                return parse_document(self._read(entry["digest"]), entry["mediaType"])
-        raise AssertionError(f"no {self.reference}")
-
-    def fetch(self, descriptor: Descriptor) -> bytes:
-        data = self._read(str(descriptor.digest))
-        descriptor.digest.check(data, "a blob of the layout")
-        return data
-
-    def blob(self, descriptor: Descriptor) -> BytesBlob:
-        return BytesBlob(self._read(str(descriptor.digest)), descriptor)
-
-    def _read(self, digest: str) -> bytes:
-        return (self._top / "blobs" / digest.replace(":", "/")).read_bytes()
 
 
 def push_to_layout(
@@ -58,7 +33,7 @@ def manifest_of(layout: Path, tag: str = "latest") -> Manifest:
 
 
 def layer_blob(layout: Path, descriptor: Descriptor) -> BytesBlob:
-    return LayoutSource(Reference.parse(f"oci:{layout}")).blob(descriptor)
+    return BytesBlob((layout / "blobs" / str(descriptor.digest).replace(":", "/")).read_bytes(), descriptor)
 
 
 def unpacked(layer: bytes) -> bytes:

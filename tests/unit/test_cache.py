@@ -1,7 +1,10 @@
 """The parts of the node's cache: files and records, two processes' views of them, rotation, permissions."""
 
+import errno
+import fcntl
 import os
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,11 +12,12 @@ import pytest
 
 from ckptfs.engine.cache import ChunkCache
 from ckptfs.engine.disk import RETRY_WRITES, DiskOps, Handle, WriteGate, read_all, write_all
+from ckptfs.engine.seal import Seal
 from ckptfs.engine.segments import RECORD, SEAL, checksum
-from ckptfs.errors import CacheError
+from ckptfs.errors import CacheError, UsageError
 from ckptfs.settings import Limits
 from tests.support.cache_load import chunk, item, key
-from tests.support.disk_faults import FakeClock
+from tests.support.disk_faults import FakeClock, Refusing
 
 KiB, MiB = 1024, 1024 * 1024
 SIZE = 16 * MiB  # segments of 2 MiB
@@ -129,13 +133,22 @@ def test_more_segments_than_open_files(path: Path) -> None:
         assert len(os.listdir("/proc/self/fd")) - before <= 140
 
 
+class Frugal(DiskOps):
+    """Refuses to read more at once than a chunk or a piece of an index may have."""
+
+    @staticmethod
+    def pread(fd: int, length: int, offset: int) -> bytes:
+        assert length <= 64 * MiB
+        return os.pread(fd, length, offset)
+
+
 def test_a_record_that_claims_too_much_is_not_read(path: Path) -> None:
     with ChunkCache.open(path, size=SIZE) as cache:
         cache.put_many([item(1, 1000)])
     with segment_files(path, ".idx")[0].open("ab") as index:
         index.write(RECORD.pack(key(2), 0, 0xFFFF_FFFF, 0) + RECORD.pack(key(3), 0xFFFF_FFFF, 10, 0))
         index.write(RECORD.pack(key(4), 0, 0, checksum(key(4), b"")) + bytes(RECORD.size))
-    with ChunkCache.open(path, size=SIZE) as cache:
+    with ChunkCache.open(path, size=SIZE, ops=Frugal()) as cache:
         assert [cache.get(key(n)) for n in (2, 3, 4)] == [None] * 3
         assert cache.get(bytes(32)) is None and cache.get(key(1)) == chunk(1, 1000)
 
@@ -159,12 +172,67 @@ def test_a_record_of_another_chunk_is_not_believed(path: Path) -> None:
 
 
 def test_bytes_that_change_before_the_first_read_are_noticed(path: Path, one: ChunkCache) -> None:
-    one.put_many([item(1, 1000), item(2, 1000), item(3, 1000)])
+    one.put_many([item(n, 1000) for n in range(1, 5)])
     with segment_files(path)[0].open("r+b") as data:
-        data.write(b"\0" * 1500)
+        data.write(b"\0" * 2500)
     assert one.get(key(1)) is None
     assert not one.read_into(key(2), 600, memoryview(bytearray(100)))
-    assert one.read_into(key(3), 0, memoryview(bytearray(1000)))
+    assert not one.read_into(key(3), 0, memoryview(bytearray(1000)))
+    assert one.read_into(key(4), 0, memoryview(bytearray(1000)))
+
+
+def test_a_document_under_a_wrong_name_is_not_believed(path: Path, one: ChunkCache) -> None:
+    one.put_document("a", b"of a")
+    file_of_a = next((path / "v1/documents").iterdir())
+    one.put_document("b", b"of b")
+    file_of_b = next(file for file in (path / "v1/documents").iterdir() if file != file_of_a)
+    file_of_a.replace(file_of_b)
+    assert one.get_document("b") is None and not file_of_b.exists()
+
+
+def test_when_everything_was_used_the_oldest_half_goes(path: Path, one: ChunkCache) -> None:
+    numbers = range(150)
+    one.put_many([item(n, 100 * KiB) for n in numbers])
+    assert all(one.get(key(n)) for n in numbers if one.contains(key(n)))
+    one.put_many([item(n, 100 * KiB) for n in range(150, 250)])
+    assert all(one.get(key(n)) == chunk(n, 100 * KiB) for n in range(200, 250))
+    assert one.stats().bytes <= SIZE
+    assert max(file.stat().st_size for file in segment_files(path)) <= SIZE // 8
+
+
+def test_bytes_that_a_record_may_name_are_never_written_again(path: Path, one: ChunkCache) -> None:
+    """The write of a record fails after it took effect; another process has read and checked the chunk since."""
+
+    class Liar(DiskOps):
+        lie = False
+
+        def pwritev(self, fd: int, buffers: list[memoryview], offset: int) -> int:  # type: ignore[override]
+            count = os.pwritev(fd, buffers, offset)
+            if self.lie and count == RECORD.size:
+                raise OSError(errno.EIO, "Input/output error")
+            return count
+
+    liar, clock = Liar(), FakeClock()
+    with ChunkCache.open(path, size=SIZE, ops=liar, clock=clock) as cache:
+        cache.put_many([item(1, 1000)])
+        liar.lie = True
+        cache.put_many([item(2, 1000)])
+        liar.lie = False
+        one.refresh()
+        assert one.get(key(2)) == chunk(2, 1000)
+        clock.advance(31)
+        cache.put_many([item(3, 1000)])
+        assert one.get(key(2)) == chunk(2, 1000)
+        assert cache.get(key(2)) == chunk(2, 1000) and cache.get(key(3)) == chunk(3, 1000)
+
+
+def test_data_written_in_part_is_given_back(path: Path) -> None:
+    disk = Refusing("pwritev")
+    with ChunkCache.open(path, size=SIZE, ops=disk) as cache:
+        cache.put_many([item(1, 1000)])
+        disk.code = errno.EIO
+        cache.put_many([item(2, 1000)])
+    assert [file.stat().st_size for file in segment_files(path)] == [1000]
 
 
 def test_verify_drops_what_is_damaged(path: Path) -> None:
@@ -197,6 +265,17 @@ def test_what_one_appends_the_other_finds(one: ChunkCache, other: ChunkCache) ->
         one.refresh()
         assert one.contains(key(number + 1))
     assert one.stats().chunks == other.stats().chunks == 100
+
+
+def test_a_directory_that_changes_within_a_tick_of_the_clock(path: Path, one: ChunkCache, other: ChunkCache) -> None:
+    segments = path / "v1/segments"
+    later = time.time() + 1000
+    os.utime(segments, (later, later))
+    one.refresh()
+    other.put_many([item(1, 100)])
+    os.utime(segments, (later, later))
+    one.refresh()
+    assert one.contains(key(1))
 
 
 def test_misses_look_for_news_but_not_each(path: Path, one: ChunkCache) -> None:
@@ -294,6 +373,32 @@ def test_leftovers_of_the_dead_are_removed(path: Path, one: ChunkCache) -> None:
     assert len(list(segments.iterdir())) == 2 and list(documents.iterdir()) == []
 
 
+def test_a_stopped_process_that_evicts_does_not_stop_others(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with ChunkCache.open(path, size=SIZE) as cache, (path / "v1/locks/room").open("r+") as room:
+        fcntl.flock(room, fcntl.LOCK_EX)
+        for number in range(20):
+            cache.put_many([item(number, 1000)])
+        assert cache.stats().read_only and cache.stats().chunks == 0
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_segments_that_vanish_are_misses(path: Path) -> None:
+    with ChunkCache.open(path, size=SIZE, segment=100 * KiB) as cache:
+        cache.put_many([item(n, 40 * KiB) for n in range(10)])
+    clock = FakeClock()
+    with ChunkCache.open(path, size=SIZE, clock=clock) as cache:
+        first, second, *_ = segment_files(path)
+        assert cache.get(key(0)) is not None
+        first.unlink()
+        assert cache.get(key(0)) is not None  # held open
+        clock.advance(6)
+        cache.get(key(0))  # noted as used: it is not there any more
+        assert cache.get(key(0)) is None and not cache.contains(key(1))
+        second.unlink()
+        assert cache.get(key(2)) is None and not cache.contains(key(3))
+        assert cache.get(key(4)) == chunk(4, 40 * KiB)
+
+
 # -- disk --------------------------------------------------------------------------------------------------------------
 
 
@@ -337,6 +442,8 @@ def test_the_gate_shuts_and_opens(caplog: pytest.LogCaptureFixture) -> None:
     assert gate.shut and not gate.may_write()
     clock.advance(RETRY_WRITES)
     assert gate.may_write() and gate.shut
+    clock.advance(-1e8)  # the clock was set
+    assert gate.may_write()
     gate.succeeded()
     assert gate.may_write() and not gate.shut
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
@@ -360,9 +467,66 @@ def test_nothing_is_kept_with_size_zero(tmp_path: Path) -> None:
         assert cache.stats().bytes == 0
 
 
-def test_an_ephemeral_cache_has_no_names(tmp_path: Path) -> None:
-    with ChunkCache.ephemeral(tmp_path, size=SIZE) as cache:
+class NoTmpfile(DiskOps):
+    """A file system without O_TMPFILE."""
+
+    @staticmethod
+    def open(path: str, flags: int, mode: int) -> int:  # type: ignore[override]
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        return os.open(path, flags, mode)
+
+
+@pytest.mark.parametrize("ops", [DiskOps(), NoTmpfile()])
+def test_an_ephemeral_cache_has_no_names(tmp_path: Path, ops: DiskOps) -> None:
+    with ChunkCache.ephemeral(tmp_path, size=SIZE, ops=ops) as cache:
         cache.put_many([item(n, 100 * KiB) for n in range(100)])
         cache.put_document("d", b"x")
         assert cache.get(key(99)) == chunk(99, 100 * KiB) and cache.stats().segments > 3
         assert list(tmp_path.iterdir()) == []
+
+
+# -- encryption --------------------------------------------------------------------------------------------------------
+
+
+def test_only_ciphertext_is_on_disk(path: Path) -> None:
+    canary = b"the password is swordfish"
+    with ChunkCache.open(path, size=SIZE, secret=b"a" * 16) as cache:
+        cache.put_many([(key(n), canary * 1000) for n in range(10)])
+        cache.put_document("manifest/host/repo:tag", canary)
+        assert cache.get(key(1)) == canary * 1000 and cache.get_document("manifest/host/repo:tag") == canary
+    on_disk = b"".join(file.read_bytes() for file in path.rglob("*") if file.is_file())
+    assert len(on_disk) > len(canary) * 10_000
+    for secret in (canary, b"repo:tag", key(1), b"a" * 16):
+        assert secret not in on_disk
+
+
+def test_another_secret_sees_nothing_and_breaks_nothing(path: Path) -> None:
+    with (
+        ChunkCache.open(path, size=SIZE, secret=b"a" * 16) as first,
+        ChunkCache.open(path, size=SIZE, secret=b"b" * 16) as second,
+        ChunkCache.open(path, size=SIZE) as plain,
+    ):
+        first.put_many([item(1, 1000)])
+        first.put_document("d", b"x")
+        for other in (second, plain):
+            other.refresh()
+            assert other.get(key(1)) is None and other.get_document("d") is None
+            other.put_many([item(1, 2000)])
+            assert other.get(key(1)) == chunk(1, 2000)
+        first.refresh()
+        assert first.get(key(1)) == chunk(1, 1000) and first.get_document("d") == b"x"
+
+
+def test_a_secret_that_is_too_short(path: Path) -> None:
+    with pytest.raises(UsageError, match="15 bytes"):
+        ChunkCache.open(path, size=SIZE, secret=b"a" * 15)
+
+
+def test_ciphertext_under_another_name_or_changed_is_nothing() -> None:
+    seal = Seal(b"a" * 16)
+    sealed = seal.encrypt(b"n" * 32, b"data")
+    assert seal.decrypt(b"n" * 32, sealed) == b"data"
+    assert seal.decrypt(b"m" * 32, sealed) is None
+    assert seal.decrypt(b"n" * 32, sealed[:-1] + bytes([sealed[-1] ^ 1])) is None
+    assert seal.decrypt(b"n" * 32, b"short") is None

@@ -18,9 +18,10 @@ from ckptfs.model.oci import Descriptor
 from ckptfs.push import Progress, PushOptions, open_checkpoint, push
 from ckptfs.push.layout_target import LayoutTarget
 from ckptfs.push.target import Sent
+from ckptfs.sources.layout import LayoutSource
 from tests.support.blobs import ScannedLayer
 from tests.support.golden import Listing, directory_listing
-from tests.support.push import DATA, LayoutSource, layer_blob, manifest_of, push_to_layout, tree_images, unpacked
+from tests.support.push import DATA, layer_blob, manifest_of, push_to_layout, tree_images, unpacked
 from tests.support.tools import require, run
 
 CONFIG = {

@@ -221,7 +221,7 @@ def _manifests(layout: Path) -> list[dict[str, Any]]:
 
 def test_a_checkpoint_without_a_base_says_so(tmp_path: Path) -> None:
     from ckptfs.push import PushOptions, open_base, open_checkpoint
-    from tests.support.push import LayoutSource
+    from ckptfs.sources.layout import LayoutSource
 
     options = PushOptions()
     with (
