@@ -1,12 +1,13 @@
 """The node's cache on disk: decoded chunks and small documents, shared by all mounts, kept across them.
 
 Puts the parts together: directory.py (layout, permissions), chunk_index.py and chunk_log.py (chunks in segments),
-documents.py, claims.py (who fetches what), disk.py (what happens when the disk refuses). Blocking calls, safe from
-several threads; other processes may use the same directory at the same time. A cache never fails a reader: what it
-cannot read is a miss, what it cannot write is not kept. Knows no layers, no network and no trio. Called by fetch.py
-(chunks), image/ (documents), the cache command and the mount.
+documents.py, claims.py (who fetches what), seal.py (encryption), disk.py (what happens when the disk refuses).
+Blocking calls, safe from several threads; other processes may use the same directory at the same time. A cache never
+fails a reader: what it cannot read is a miss, what it cannot write is not kept. Knows no layers, no network and no
+trio. Called by fetch.py (chunks), image/ (documents), the cache command and the mount. docs/adr/0002-cache-segments.md
 """
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ from ckptfs.engine.claims import Claims
 from ckptfs.engine.directory import CacheDirectory
 from ckptfs.engine.disk import Buffer, DiskOps, WriteGate
 from ckptfs.engine.documents import Documents, MemoryDocuments
+from ckptfs.engine.seal import Seal
 from ckptfs.engine.segment_files import AnonymousSegments, SegmentFiles
 from ckptfs.errors import CacheError
 from ckptfs.settings import Limits, Sizes
@@ -61,8 +63,10 @@ class ChunkCache:
         limits: Limits,
         ops: DiskOps,
         clock: Clock,
+        seal: Seal | None = None,
     ) -> None:
         self.name = name
+        self._seal = seal
         self._directory = directory
         self._documents = documents
         self._claims = claims
@@ -81,11 +85,14 @@ class ChunkCache:
         limits: Limits | None = None,
         ops: DiskOps | None = None,
         clock: Clock = time.monotonic,
+        secret: bytes | None = None,
     ) -> "ChunkCache":
         """The cache in directory `path`, made if missing, bounded by `size` bytes in segments of `segment`.
 
-        CacheError: the directory is not safe to keep process memory in, or cannot be used.
+        With a `secret` everything is encrypted on disk, and what was kept with another secret is not seen.
+        CacheError: the directory is not safe to keep process memory in, or cannot be used. UsageError: a bad secret.
         """
+        seal = Seal(secret) if secret is not None else None
         ops = ops or DiskOps()
         directory = CacheDirectory(path, ops)
         cache = cls(
@@ -99,6 +106,7 @@ class ChunkCache:
             limits=limits or Limits(),
             ops=ops,
             clock=clock,
+            seal=seal,
         )
         # Neither is needed: leftovers take up room, and are counted and evicted like the rest.
         with suppress(OSError):
@@ -126,14 +134,16 @@ class ChunkCache:
     ) -> "ChunkCache":
         """A cache that nobody else sees and that is gone with the process, even when that is killed.
 
-        Its files lie in `parent` (the directory for temporary files by default) and have no names; documents are kept
+        Its files lie in `parent` (/var/tmp by default, for /tmp is often memory) and have no names; documents are kept
         in memory. Size 0 keeps nothing at all.
         """
+        if parent is None:
+            parent = Path("/var/tmp" if os.access("/var/tmp", os.W_OK) else tempfile.gettempdir())
         ops = ops or DiskOps()
         return cls(
             "(ephemeral)",
             None,
-            AnonymousSegments((parent or Path(tempfile.gettempdir())).resolve(), ops),
+            AnonymousSegments(parent.resolve(), ops),
             MemoryDocuments(size // _DOCUMENTS),
             Claims(None, ops),
             size=size,
@@ -161,11 +171,13 @@ class ChunkCache:
 
     def contains(self, key: bytes) -> bool:
         """Whether the chunk seems to be here; only reading it tells."""
-        return self._index.contains(key)
+        return self._index.contains(self._name(key))
 
     def get(self, key: bytes) -> bytes | None:
         """The chunk's bytes, verified; None when it is not here."""
-        data = self._index.get(key)
+        data = self._index.get(self._name(key))
+        if self._seal:
+            data = self._seal.decrypt(self._name(key), data)
         self._count(data is not None)
         return data
 
@@ -174,17 +186,26 @@ class ChunkCache:
 
         False when the chunk is not here or shorter; the buffer's content means nothing then.
         """
+        if self._seal:
+            data = self.get(key)
+            if data is None or offset < 0 or offset + len(buffer) > len(data):
+                return False
+            buffer[:] = data[offset : offset + len(buffer)]
+            return True
         hit = self._index.read_into(key, offset, buffer)
         self._count(hit)
         return hit
 
     def put_many(self, items: Sequence[tuple[bytes, Buffer]]) -> None:
         """Keep (key, decoded bytes), key being 32 bytes. Never fails: a disk that refuses is logged and tried later."""
+        if self._seal:
+            names = [self._seal.name(key) for key, _ in items]
+            items = [(name, self._seal.encrypt(name, data)) for name, (_, data) in zip(names, items, strict=True)]
         self._write(lambda: self._log.append(items))
 
     def drop(self, key: bytes) -> None:
         """Forget a chunk that turned out to be wrong, for all processes that open the cache from now on."""
-        self._index.drop(key)
+        self._index.drop(self._name(key))
 
     def refresh(self) -> None:
         """Learn at once what other processes added and evicted. Misses do this too, every few milliseconds.
@@ -213,7 +234,7 @@ class ChunkCache:
         while True:
             free = self._claims.is_free(key)  # before looking: the holder puts, then releases
             self.refresh()
-            if self._index.contains(key):
+            if self.contains(key):
                 return True
             if free or time.monotonic() >= deadline:
                 return False
@@ -223,14 +244,21 @@ class ChunkCache:
 
     def get_document(self, key: str) -> bytes | None:
         """The document that was put last under this name, None when it is not here."""
+        if self._seal:
+            name = self._seal.name(key.encode())
+            return self._seal.decrypt(name, self._documents.get(name.hex()))
         return self._documents.get(key)
 
     def put_document(self, key: str, data: bytes) -> None:
         """Keep a document instead of what there was. Never fails, like `put_many`."""
+        if self._seal:
+            name = self._seal.name(key.encode())
+            key, data = name.hex(), self._seal.encrypt(name, data)
         self._write(lambda: self._documents.put(key, data))
 
     def delete_document(self, key: str) -> None:
-        self._write(lambda: self._documents.delete(key))
+        name = self._seal.name(key.encode()).hex() if self._seal else key
+        self._write(lambda: self._documents.delete(name))
 
     # -- housekeeping --------------------------------------------------------------------------------------------------
 
@@ -294,12 +322,13 @@ class ChunkCache:
             return
         try:
             action()
-        except BlockingIOError:
-            pass  # another process has been evicting for a second; the next chunk is kept
         except OSError as error:
             self._gate.failed(error)
         else:
             self._gate.succeeded()
+
+    def _name(self, key: bytes) -> bytes:
+        return self._seal.name(key) if self._seal else key
 
     def _count(self, hit: bool) -> None:
         if hit:

@@ -75,15 +75,21 @@ class ChunkLog:
             room -= len(chunks[count][1])
             count += 1
         try:
-            records = writer.append(chunks[:count])
+            self._append(writer, chunks[:count])
         except OSError as error:
-            self._close_writer(seal=False)
             if error.errno not in FULL:
                 raise
-            writer, count = self._rotate(len(chunks[0][1]), full=error), 1
-            records = writer.append(chunks[:count])
-        self._index.take(writer.segment, records)
+            count = 1
+            self._append(self._rotate(len(chunks[0][1]), full=error), chunks[:count])
         return count
+
+    def _append(self, writer: SegmentWriter, chunks: Sequence[_Chunk]) -> None:
+        try:
+            records = writer.append(chunks)
+        except OSError:
+            self._close_writer(seal=False)
+            raise
+        self._index.take(writer.segment, records)
 
     def _close_writer(self, *, seal: bool) -> None:
         writer, self._writer = self._writer, None
@@ -126,9 +132,6 @@ class ChunkLog:
         for segment, hot in evicted:
             self._move(segment, hot, writer)
             self._index.forget(segment)
-        if writer.broken:
-            self._close_writer(seal=False)
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
         return writer
 
     def _plan(self, total: int, full: OSError | None) -> int:
@@ -210,15 +213,14 @@ class ChunkLog:
     def _move(self, segment: Segment, hot: Sequence[_Record], writer: SegmentWriter) -> None:
         """Append chunks of an evicted segment again. Checksums go along unchecked: the next read checks."""
         source = segment.handle
+        if source is None:
+            return
         for at in range(0, len(hot), _MOVE):
-            if source is None or writer.broken:
-                return
-            with suppress(OSError):  # these are lost, nothing else is
-                chunks = [
-                    (key, self._ops.pread(source.fd, length, offset), total)
-                    for key, offset, length, total in hot[at : at + _MOVE]
-                ]
-                self._index.take(writer.segment, writer.append(chunks))
+            chunks = [
+                (key, self._ops.pread(source.fd, length, offset), total)
+                for key, offset, length, total in hot[at : at + _MOVE]
+            ]
+            self._append(writer, chunks)
 
     def prune(self, target: int, *, live: bool = False) -> None:
         """Evict until the segments take up at most `target` bytes; `live`: also those being written."""

@@ -29,7 +29,7 @@ from ckptfs.errors import CacheError
 VERSION = "v1"
 FILE_SUFFIXES = (".seg", ".idx", ".doc", ".tmp")
 _LOCKS = ("users", "room", "claims")
-_LOCK_PATIENCE = 1.0  # seconds; the holder of `room` is done in milliseconds unless it was stopped
+_LOCK_PATIENCE = 2.0  # seconds; the holder of `room` is done in milliseconds unless it was stopped
 
 
 class CacheDirectory:
@@ -77,14 +77,14 @@ class CacheDirectory:
     def room(self) -> Iterator[None]:
         """The right to evict and to begin segments; one holder on the node.
 
-        BlockingIOError after a second: a holder that was stopped must not stop us. Not for two threads at once.
+        OSError after _LOCK_PATIENCE: a holder that was stopped must not stop us. Not for two threads at once.
         """
         if self._room is None:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         give_up = time.monotonic() + _LOCK_PATIENCE
         while not self._try_lock(self._room, fcntl.LOCK_EX):
             if time.monotonic() > give_up:
-                raise BlockingIOError(errno.EAGAIN, "another process is evicting")
+                raise OSError(errno.EBUSY, "another process holds the lock on evicting")
             time.sleep(0.002)
         try:
             yield

@@ -105,7 +105,7 @@ class SegmentWriter:
     """The one appender of a segment. Holds the lock on the data file that says so.
 
     Bytes that a record may refer to are never written again, not even after a failure: a reader who checked them
-    once trusts them.
+    once trusts them. So an OSError is the end of a writer; the segment can be continued behind what it holds.
     """
 
     def __init__(self, ops: DiskOps, segment: Segment, data: Handle, index: Handle | None, size: int) -> None:
@@ -113,7 +113,6 @@ class SegmentWriter:
         self.segment = segment
         self.data = data
         self.size = size
-        self.broken = False  # a record may have been written in part: the segment takes no more
         self._index = index
         self._index_size = len(segment) * RECORD.size
 
@@ -134,19 +133,14 @@ class SegmentWriter:
 
     def seal(self) -> None:
         """Tell everybody that no more is coming."""
-        if not self.broken and not self.segment.sealed:
+        if not self.segment.sealed:
             self._append_records(SEAL)
             self.segment.sealed = True
 
     def _append_records(self, records: Buffer) -> None:
-        if self._index is None:
-            return
-        try:
+        if self._index is not None:
             write_all(self._ops, self._index.fd, [records], self._index_size)
-        except OSError:
-            self.broken = True
-            raise
-        self._index_size += len(records)
+            self._index_size += len(records)
 
     def _give_back(self) -> None:
         """The room of data that was written in part; no record refers to it."""

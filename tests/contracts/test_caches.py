@@ -33,6 +33,7 @@ class InMemory:
 AnyCache = ChunkCache | InMemory
 CACHES: dict[str, Callable[[Path], AnyCache]] = {
     "disk": lambda path: ChunkCache.open(path / "cache", size=SIZE),
+    "encrypted": lambda path: ChunkCache.open(path / "cache", size=SIZE, secret=b"0123456789abcdef"),
     "ephemeral": lambda path: ChunkCache.ephemeral(path, size=SIZE),
     "memory": lambda path: InMemory(),
 }
@@ -44,7 +45,7 @@ def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[AnyCache]:
         yield cache
 
 
-@pytest.fixture(params=["disk", "ephemeral"])
+@pytest.fixture(params=["disk", "encrypted", "ephemeral"])
 def chunk_cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ChunkCache]:
     with closing(CACHES[request.param](tmp_path)) as cache:
         assert isinstance(cache, ChunkCache)

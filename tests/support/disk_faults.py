@@ -1,6 +1,5 @@
 """Disks and clocks that misbehave on request."""
 
-import errno
 import os
 import threading
 from collections.abc import Callable
@@ -59,7 +58,7 @@ class Refusing(FaultyDisk):
         whole = self.pwritev
 
         def half(fd: int, buffers: list[memoryview], offset: int) -> int:
-            if self.code in (errno.ENOSPC, errno.EDQUOT):
+            if self.code is not None and "pwritev" in self.names:
                 piece = bytes(buffers[0][: len(buffers[0]) // 2])
                 DiskOps.pwritev(fd, [piece], offset)
             return whole(fd, buffers, offset)
