@@ -64,9 +64,12 @@ def canonical(path: str | Path) -> str:
 
 
 def is_dead(path: str) -> bool:
-    """Whether the daemon of the mount at `path` is gone: the kernel says ENOTCONN without asking anybody."""
+    """Whether the daemon of the mount at `path` is gone.
+
+    statfs(2) is never answered from the kernel's cache, as stat(2) of the root would be: ENOTCONN means dead.
+    """
     try:
-        os.stat(path)
+        os.statvfs(path)
     except OSError as error:
         return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     return False

@@ -295,7 +295,7 @@ class OpenImage:
     async def lookup(self, parent: Node, name: bytes) -> Node | None:
         """The visible child; None only when the image truly has none. Waits while layers that could have it arrive."""
         node = parent.children.get(name)
-        if not self.tree.complete():
+        if not self.tree.closed:
             path = parent.path
             path = path + b"/" + name if path else name
             while not self.tree.settled(path, node):

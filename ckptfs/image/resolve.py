@@ -48,7 +48,7 @@ def resolve(source: Source, documents: DocumentStore, limits: Limits, *, offline
         chosen = document.select()
         raw = documents.get_document(_manifest_key(chosen.digest))
         if raw is None:
-            if offline:
+            if offline and reference.kind == "registry":
                 raise _not_here(reference)
             raw = source.fetch(chosen)
             documents.put_document(_manifest_key(chosen.digest), raw)
@@ -61,6 +61,8 @@ def resolve(source: Source, documents: DocumentStore, limits: Limits, *, offline
 def _top(source: Source, documents: DocumentStore, offline: bool) -> tuple[Manifest | Index, bool]:
     reference = source.reference
     digest = reference.digest
+    if reference.kind != "registry":
+        return source.resolve(), False
     if digest is None and offline:
         digest = _remembered(reference, documents)
         if digest is None:
@@ -81,7 +83,7 @@ def _top(source: Source, documents: DocumentStore, offline: bool) -> tuple[Manif
         log.warning("%s; going on with %s as it was seen last", error.message, digest)
         return cached, True
     documents.put_document(_manifest_key(document.digest), document.raw)
-    if reference.kind == "registry" and reference.digest is None:
+    if reference.digest is None:
         documents.put_document(_reference_key(reference), str(document.digest).encode())
     return document, False
 

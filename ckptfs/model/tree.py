@@ -133,6 +133,11 @@ class Tree:
                 return False
         return True
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing arrives any more."""
+        return not self._open
+
     def complete(self, path: bytes = b"") -> bool:
         """Whether all names in the directory `path` are known."""
         return not self.open_ranks(path)

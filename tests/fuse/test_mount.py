@@ -229,7 +229,7 @@ def test_unmounting_what_is_not_ours_is_refused(tmp_path: Path) -> None:
         (["mount", "localhost:1/a:b", "{mnt}"], 5, "localhost:1"),
         (["mount", "oci:{layout}", "{mnt}", "--view", "odd"], 2, "--view"),
         (["mount", "oci:{layout}"], 2, "DIR"),
-        (["mount", "oci:{layout}", "{mnt}", "--offline"], 3, "cache"),
+        (["mount", "localhost:1/a:b", "{mnt}", "--offline"], 3, "cache"),
         (["mount", "oci:{layout}", "{mnt}", "--read-deadline", "soon"], 2, "seconds"),
         (["cat", "oci:{layout}", "no/such/file"], 3, "no/such/file"),
         (["ls", "oci:{layout}", "no/such/dir"], 3, "no/such/dir"),
@@ -252,7 +252,7 @@ def test_bad_input_gets_one_line_and_its_code(arguments: list[str], code: int, w
 def test_strict_refuses_what_cannot_be_verified(tmp_path: Path) -> None:
     mnt = tmp_path / "mnt"
     mnt.mkdir()
-    plain = CORPUS / "counter" / "k8s-gzip.oci"
+    plain = CORPUS / "counter" / "k8s-zstd.oci"
     result = ckptfs("mount", f"oci:{plain}", mnt, "--verify", "strict", "--cache-dir", tmp_path / "cache")
     assert result.code == 6 and "verified" in result.line and not os.path.ismount(mnt)
     with mounted(f"oci:{LAYOUT}", tmp_path, "--verify", "strict") as mount:
