@@ -8,9 +8,11 @@ under a claim and appending the numbers fetched to LOG.
 import hashlib
 import os
 import random
+import stat
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from ckptfs.engine.cache import ChunkCache
@@ -30,6 +32,31 @@ def chunk(number: int, length: int) -> bytes:
 
 def item(number: int, length: int) -> tuple[bytes, bytes]:
     return key(number), chunk(number, length)
+
+
+def right(cache: ChunkCache, numbers: range, length: int) -> list[int]:
+    """The numbers of the chunks that are there; fails if one has wrong bytes."""
+    found = []
+    for number in numbers:
+        data = cache.get(key(number))
+        if data is not None:
+            assert data == chunk(number, length), f"wrong bytes in chunk {number}"
+            found.append(number)
+    return found
+
+
+def used(path: Path) -> int:
+    """Bytes that the files under `path` take up on disk; evicted ones may vanish meanwhile."""
+    total = 0
+    for file in path.rglob("*"):
+        with suppress(FileNotFoundError):
+            status = file.lstat()
+            total += status.st_blocks * 512 if stat.S_ISREG(status.st_mode) else 0
+    return total
+
+
+def segment_files(path: Path, suffix: str = ".seg") -> list[Path]:
+    return sorted((path / "v1" / "segments").glob(f"*{suffix}"))
 
 
 def start(*args: object) -> subprocess.Popen[bytes]:

@@ -1,0 +1,181 @@
+"""Two processes on one cache: what each sees of the other."""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ckptfs.engine.cache import ChunkCache
+from ckptfs.errors import CacheError
+from tests.support.cache_load import chunk, item, key, segment_files
+from tests.support.disk_faults import FakeClock
+
+KiB, MiB = 1024, 1024 * 1024
+SIZE = 16 * MiB  # segments of 2 MiB
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def one(path: Path) -> Iterator[ChunkCache]:
+    with ChunkCache.open(path, size=SIZE) as cache:
+        yield cache
+
+
+@pytest.fixture
+def other(path: Path, one: ChunkCache) -> Iterator[ChunkCache]:
+    """A second cache on the same directory: its locks conflict with the first one's as another process's would."""
+    with ChunkCache.open(path, size=SIZE) as cache:
+        yield cache
+
+
+# -- two processes -----------------------------------------------------------------------------------------------------
+
+
+def test_what_one_appends_the_other_finds(one: ChunkCache, other: ChunkCache) -> None:
+    for number in range(0, 100, 2):
+        one.put_many([item(number, 100 * KiB)])
+        other.put_many([item(number + 1, 100 * KiB)])
+        other.refresh()
+        assert other.get(key(number)) == chunk(number, 100 * KiB)
+        one.refresh()
+        assert one.contains(key(number + 1))
+    assert one.stats().chunks == other.stats().chunks == 100
+
+
+def test_a_directory_that_changes_within_a_tick_of_the_clock(path: Path, one: ChunkCache, other: ChunkCache) -> None:
+    segments = path / "v1/segments"
+    later = time.time() + 1000
+    os.utime(segments, (later, later))
+    one.refresh()
+    other.put_many([item(1, 100)])
+    os.utime(segments, (later, later))
+    one.refresh()
+    assert one.contains(key(1))
+
+
+def test_misses_look_for_news_but_not_each(path: Path, one: ChunkCache) -> None:
+    clock = FakeClock()
+    with ChunkCache.open(path, size=SIZE, clock=clock) as other:
+        one.put_many([item(1, 100)])
+        assert not other.contains(key(1))
+        clock.advance(0.01)
+        assert other.contains(key(1))
+        one.put_many([item(2, 100)])
+        assert other.get(key(2)) is None
+        clock.advance(0.01)
+        assert other.get(key(2)) == chunk(2, 100)
+
+
+def test_each_process_has_its_own_segment(path: Path, one: ChunkCache, other: ChunkCache) -> None:
+    one.put_many([item(1, 100)])
+    other.put_many([item(2, 100)])
+    one.put_many([item(3, 100)])
+    assert [file.stat().st_size for file in segment_files(path)] == [200, 100]
+
+
+def test_what_one_evicts_the_other_lets_go(path: Path, one: ChunkCache, other: ChunkCache) -> None:
+    one.put_many([item(n, 100 * KiB) for n in range(50)])
+    other.refresh()
+    assert all(other.get(key(n)) for n in range(50))
+    one.prune(0)
+    assert other.get(key(0)) == chunk(0, 100 * KiB)  # open readers survive
+    other.refresh()
+    assert other.get(key(0)) is None and other.stats().chunks == 0
+
+
+def test_use_by_any_process_keeps_a_segment(path: Path, one: ChunkCache) -> None:
+    for start in range(0, 160, 20):
+        one.put_many([item(n, 100 * KiB) for n in range(start, start + 20)])
+    for age, file in enumerate(reversed(segment_files(path))):
+        os.utime(file, (1_000_000 - age, 1_000_000 - age))
+        os.utime(file.with_suffix(".idx"), (1_000_000 - age, 1_000_000 - age))
+    with ChunkCache.open(path, size=SIZE) as other:
+        assert other.get(key(0)) is not None
+    one.put_many([item(n, 100 * KiB) for n in range(160, 180)])
+    one.refresh()
+    assert one.contains(key(0)) and not one.contains(key(20))
+
+
+def test_a_live_segment_of_another_is_never_evicted(path: Path, one: ChunkCache, other: ChunkCache) -> None:
+    other.put_many([item(1000, 1000)])
+    for number in range(400):
+        one.put_many([item(number, 100 * KiB)])
+    one.prune(0)
+    other.put_many([item(1001, 1000)])
+    assert other.get(key(1000)) == chunk(1000, 1000) and other.get(key(1001)) == chunk(1001, 1000)
+    assert one.get(key(1000)) == chunk(1000, 1000)
+
+
+def test_clear_wants_to_be_alone(path: Path, one: ChunkCache, other: ChunkCache) -> None:
+    other.put_many([item(1, 1000)])
+    with pytest.raises(CacheError, match="in use") as caught:
+        one.clear()
+    assert caught.value.exit_code == 8 and "unmount" in caught.value.hint
+    assert other.get(key(1)) is not None
+    one.clear(force=True)
+    assert segment_files(path) == []
+    other.put_many([item(2, 1000)])  # it notices that its segment has no name any more
+    assert len(segment_files(path)) == 1
+    one.refresh()
+    assert one.get(key(2)) == chunk(2, 1000) and one.get(key(1)) is None
+    other.close()
+    one.clear()
+
+
+def test_claims_between_processes(one: ChunkCache, other: ChunkCache) -> None:
+    assert one.try_claim([key(1), key(2)]) == {key(1), key(2)}
+    assert other.try_claim([key(1), key(3)]) == {key(3)}
+    assert not other.wait_for(key(1), 0.02)
+    one.put_many([item(1, 100)])
+    assert other.wait_for(key(1), 1)
+    one.release([key(2)])
+    assert other.try_claim([key(2)]) == {key(2)}
+    one.close()
+    assert other.try_claim([key(1)]) == {key(1)}
+
+
+def test_leftovers_of_the_dead_are_removed(path: Path, one: ChunkCache) -> None:
+    one.put_many([item(1, 100)])
+    segments, documents = path / "v1/segments", path / "v1/documents"
+    for leftover in (
+        segments / "00000009-0badcafe.seg",
+        segments / "00000010-0badcafe.idx",
+        documents / "0123456789abcdef.tmp",
+    ):
+        leftover.touch(0o600)
+    with ChunkCache.open(path, size=SIZE) as other:
+        assert other.get(key(1)) == chunk(1, 100)
+    assert len(list(segments.iterdir())) == 2 and list(documents.iterdir()) == []
+
+
+def test_a_stopped_process_that_evicts_does_not_stop_others(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with ChunkCache.open(path, size=SIZE) as cache, (path / "v1/locks/room").open("r+") as room:
+        fcntl.flock(room, fcntl.LOCK_EX)
+        for number in range(20):
+            cache.put_many([item(number, 1000)])
+        assert cache.stats().read_only and cache.stats().chunks == 0
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_segments_that_vanish_are_misses(path: Path) -> None:
+    with ChunkCache.open(path, size=SIZE, segment=100 * KiB) as cache:
+        cache.put_many([item(n, 40 * KiB) for n in range(10)])
+    clock = FakeClock()
+    with ChunkCache.open(path, size=SIZE, clock=clock) as cache:
+        first, second, *_ = segment_files(path)
+        assert cache.get(key(0)) is not None
+        first.unlink()
+        assert cache.get(key(0)) is not None  # held open
+        clock.advance(6)
+        cache.get(key(0))  # noted as used: it is not there any more
+        assert cache.get(key(0)) is None and not cache.contains(key(1))
+        second.unlink()
+        assert cache.get(key(2)) is None and not cache.contains(key(3))
+        assert cache.get(key(4)) == chunk(4, 40 * KiB)
