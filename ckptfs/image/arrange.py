@@ -36,6 +36,8 @@ async def arrange(image: OpenImage, open_source: OpenSource | None, base: Refere
     index = inline_index(manifest, image.fetcher.next_layer, limits)
     if index is not None:
         image.fetcher.keep(index.contents)
+    if image.resolved.loose_blobs:
+        _lay_out(image)
     for rank, descriptor in enumerate(manifest.layers, start=1):
         indexed = index.layers[rank - 1] if index is not None else None
         image.add_layer(image.source.blob(descriptor), rank, indexed=indexed)
@@ -60,6 +62,19 @@ async def arrange(image: OpenImage, open_source: OpenSource | None, base: Refere
     derived = DerivedTars(image)
     image.arrived = derived.look
     derived.look()
+
+
+def _lay_out(image: OpenImage) -> None:
+    """An index of blobs that are no images (`ctr container checkpoint`), shown as the OCI layout that it is part of."""
+    layout: list[Entry] = []
+    document = image.resolved.manifest.raw
+    for name, data in ((b"index.json", document), (b"oci-layout", b'{"imageLayoutVersion":"1.0.0"}')):
+        inode = Inode(stat.S_IFREG | 0o644, size=len(data))
+        layout.append(Entry(name, image.fetcher.keep_file(data, inode)))
+    for descriptor in image.resolved.loose_blobs:
+        path = f"blobs/{descriptor.digest.algorithm}/{descriptor.digest.hex}".encode()
+        layout.append(Entry(path, image.raw_file(image.source.blob(descriptor))))
+    image.tree.add(layout, image.next_rank)
 
 
 async def _unnest(image: OpenImage) -> None:

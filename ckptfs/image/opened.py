@@ -5,11 +5,11 @@ of an image goes through `OpenImage`; who asks (FUSE, ls, cat, inspect) makes no
 """
 
 import logging
+import stat
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Literal
 
 import trio
@@ -24,14 +24,14 @@ from ckptfs.errors import CkptfsError, FormatError, IntegrityError, UnavailableE
 from ckptfs.image.indexed import ChunkTables
 from ckptfs.image.resolve import Resolved, resolve
 from ckptfs.layers import Layer, select_format
+from ckptfs.layers.grid import Grid
+from ckptfs.layers.tar import TarFormat
 from ckptfs.model.blob import Blob
 from ckptfs.model.index import IndexedLayer
 from ckptfs.model.oci import Descriptor, Reference
 from ckptfs.model.toc import Chunk, Entry, Inode
 from ckptfs.model.toc_document import decode_toc, encode_toc
 from ckptfs.model.tree import Node, Tree, Whiteouts
-from ckptfs.prefetch.background import Background, Metadata
-from ckptfs.prefetch.restore_order import RestoreOrder
 from ckptfs.settings import Settings
 from ckptfs.sources import Source
 from ckptfs.telemetry import NetworkCounters
@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 
 View = Literal["checkpoint", "raw", "rootfs"]
 
-_BACKGROUND_DELAY = 1.0  # seconds; a restore with lazy pages has its first tick before the rest is fetched
 _MAX_WAITING = 1024  # reads that wait for the network at the same time
 
 
@@ -161,6 +160,17 @@ class OpenImage:
         if known is None or layer.sequential:
             self.nursery.start_soon(scan.run)
 
+    def raw_file(self, blob: Blob) -> Inode:
+        """A file whose bytes are those of a blob, as they are. Nothing vouches for them but the transport."""
+        descriptor, number = blob.descriptor, self.fetcher.next_layer
+        layer = TarFormat().open(blob, number)
+        self.fetcher.add_layer(blob, layer)
+        self._layers.append((descriptor, layer))
+        # A grid of its own: the chunks of a compressed layer are cut from the decoded stream and have the digest's.
+        grid = Grid(f"{descriptor.digest}/raw", number, self.options.settings.sizes.grid, descriptor.size)
+        extents = grid.extents(((0, descriptor.size, 0),)) if descriptor.size else ()
+        return Inode(stat.S_IFREG | 0o444, size=descriptor.size, extents=extents)
+
     def add_scan(self, rank: int, scan: LayerScan) -> None:
         """A scan that somebody else started the layer of."""
         self._scans[rank] = scan
@@ -237,46 +247,17 @@ class OpenImage:
         if scope.cancelled_caught:
             raise UnavailableError(f"the image could not be opened within {deadline:g} s")
 
-    def start_fetching(self) -> None:
-        """Once the tree is arranged: what a restore reads first, everything later, as the options say."""
-        if self.options.prefetch:
-            self.fetcher.want(Metadata().plan(self.tree), Priority.PREFETCH)
-            self.nursery.start_soon(self._prefetch_pages)
-        if self.options.background:
-            self.nursery.start_soon(self._background)
-
-    async def _prefetch_pages(self) -> None:
-        """The pages that a restore needs at once, also with lazy pages; known when CRIU's metadata is here."""
-        with suppress(CkptfsError):  # who reads the file gets the error
-            for chunk in Metadata().plan(self.tree):
-                await self.fetcher.get(chunk, Priority.PREFETCH)
-            await self.tables.load_all()
-        eager = RestoreOrder(self._read_now, eager_only=True)
-        self.fetcher.want(eager.plan(self.tree), Priority.PREFETCH)
-
-    async def _background(self) -> None:
-        """Fetch all the rest, a little later or as soon as somebody reads pages from front to back."""
-        with trio.move_on_after(_BACKGROUND_DELAY):
-            await self.reader.sequential.wait()
-        self.run_on()
-        while not all(scan.complete for scan in self._scans.values() if not scan.dormant):
-            if self._broken:
-                return
-            await self.progress.wait()
-        with suppress(CkptfsError):
-            await self.tables.load_all()
-        pages = RestoreOrder(self._read_now, eager_only=False)
-        self.fetcher.fill(chain(pages.plan(self.tree), Background().plan(self.tree)))
-
-    def _read_now(self, inode: Inode) -> bytes | None:
-        data = self.reader.cached(inode, 0, inode.size)
-        return bytes(data) if data is not None else None
-
     def run_on(self) -> None:
         """Let the streams run to their ends."""
         for scan in self._scans.values():
             if not scan.complete and not scan.dormant:
                 scan.run_on()
+
+    async def all_known(self) -> None:
+        """Until every layer that somebody looked into has been scanned; raises what keeps one from it."""
+        while not all(scan.complete for scan in self._scans.values() if not scan.dormant):
+            self.raise_broken()
+            await self.progress.wait()
 
     def raise_broken(self) -> None:
         """Raise what is wrong with a layer, if anything is."""
@@ -411,6 +392,7 @@ async def open_image(
 
     `open_source` reaches other images (the base of a root file system view).
     """
+    from ckptfs.image.ahead import fetch_ahead
     from ckptfs.image.arrange import arrange
 
     began = time.monotonic()
@@ -423,7 +405,7 @@ async def open_image(
         nursery.start_soon(image.fetcher.run)
         try:
             await arrange(image, open_source, options.base)
-            image.start_fetching()
+            nursery.start_soon(fetch_ahead, image)
             yield image
         finally:
             image.stop()

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ckptfs.errors import FormatError, NotFoundError, UnavailableError
-from ckptfs.model.oci import Digest, Index, Manifest, Reference, parse_document
+from ckptfs.image.views import CRIU_TAR
+from ckptfs.model.oci import Descriptor, Digest, Index, Manifest, Reference, parse_document
 from ckptfs.settings import Limits
 from ckptfs.sources import Source
 
@@ -25,12 +26,17 @@ class DocumentStore(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """`reference` is pinned to the digest that the user's reference led to (the index's where there is one)."""
+    """`reference` is pinned to the digest that the user's reference led to (the index's where there is one).
+
+    loose_blobs: of containerd's checkpoint index, whose entries are not images; `manifest` stands for the index then
+    and has no layers.
+    """
 
     reference: Reference
     manifest: Manifest
     index: Index | None
     from_cache: bool
+    loose_blobs: tuple[Descriptor, ...] = ()
 
 
 def resolve(source: Source, documents: DocumentStore, limits: Limits, *, offline: bool = False) -> Resolved:
@@ -45,6 +51,10 @@ def resolve(source: Source, documents: DocumentStore, limits: Limits, *, offline
                 raise FormatError(f"the image has {len(document.layers)} layers, more than {limits.layers}")
             return Resolved(pinned, document, index, from_cache)
         index = index or document
+        if any(d.media_type == CRIU_TAR for d in document.manifests):
+            whole = Descriptor(document.media_type, document.digest, len(document.raw))
+            stand_in = Manifest(document.raw, document.digest, document.media_type, whole, (), document.annotations)
+            return Resolved(pinned, stand_in, index, from_cache, document.manifests)
         chosen = document.select()
         raw = documents.get_document(_manifest_key(chosen.digest))
         if raw is None:

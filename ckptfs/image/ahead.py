@@ -1,0 +1,57 @@
+"""What an open image fetches before it is asked: metadata, the pages no restore can do without, then all the rest.
+
+The order comes from prefetch/, the doing is the engine's; here is only when. Errors are left to whoever reads the file.
+"""
+
+from contextlib import suppress
+from itertools import chain
+
+import trio
+
+from ckptfs.engine.schedule import Priority
+from ckptfs.errors import CkptfsError
+from ckptfs.image.opened import OpenImage
+from ckptfs.model.toc import Inode
+from ckptfs.prefetch.background import Background, Metadata
+from ckptfs.prefetch.restore_order import RestoreOrder
+
+_BACKGROUND_DELAY = 1.0  # seconds; a restore with lazy pages has its first tick before the rest is fetched
+
+
+async def fetch_ahead(image: OpenImage) -> None:
+    """Runs for a moment after the tree is arranged; the engine works on when it has returned."""
+    async with trio.open_nursery() as nursery:
+        if image.options.prefetch:
+            image.fetcher.want(Metadata().plan(image.tree), Priority.PREFETCH)
+            nursery.start_soon(_eager_pages, image)
+        if image.options.background:
+            nursery.start_soon(_everything, image)
+
+
+async def _eager_pages(image: OpenImage) -> None:
+    """The pages that a restore needs at once, with lazy pages too; which they are is known when the metadata is here."""
+    with suppress(CkptfsError):
+        for chunk in Metadata().plan(image.tree):
+            await image.fetcher.get(chunk, Priority.PREFETCH)
+        await image.tables.load_all()
+        image.fetcher.want(_order(image, eager_only=True).plan(image.tree), Priority.PREFETCH)
+
+
+async def _everything(image: OpenImage) -> None:
+    """The rest, a little later or as soon as somebody reads pages from front to back."""
+    with trio.move_on_after(_BACKGROUND_DELAY):
+        await image.reader.sequential.wait()
+    image.run_on()
+    with suppress(CkptfsError):
+        await image.all_known()
+        await image.tables.load_all()
+        pages = _order(image, eager_only=False).plan(image.tree)
+        image.fetcher.fill(chain(pages, Background().plan(image.tree)))
+
+
+def _order(image: OpenImage, *, eager_only: bool) -> RestoreOrder:
+    def read_now(inode: Inode) -> bytes | None:
+        data = image.reader.cached(inode, 0, inode.size)
+        return bytes(data) if data is not None else None
+
+    return RestoreOrder(read_now, eager_only=eager_only)
