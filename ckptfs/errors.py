@@ -51,14 +51,20 @@ class AuthError(CkptfsError):
 
 
 class UnavailableError(CkptfsError):
-    """`retry_after` is the number of seconds that the other side asked for, None when it did not."""
+    """`retry_after` is the number of seconds that the other side asked for, None when it did not.
+
+    `permanent` is for what the same place would answer again: a certificate, a refused redirect, a broken protocol.
+    """
 
     exit_code = 5
     retryable = True
 
-    def __init__(self, message: str, *, hint: str = "", retry_after: float | None = None) -> None:
+    def __init__(
+        self, message: str, *, hint: str = "", retry_after: float | None = None, permanent: bool = False
+    ) -> None:
         super().__init__(message, hint=hint)
         self.retry_after = retry_after
+        self.retryable = not permanent
 
 
 class IntegrityError(CkptfsError):

@@ -3,12 +3,15 @@
 A new source is one module and one branch in `open_source`. Calls block and are made from worker threads.
 """
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ckptfs.model.blob import Blob
 from ckptfs.model.oci import Descriptor, Index, Manifest, Reference
 from ckptfs.settings import Settings
 from ckptfs.telemetry import NetworkCounters
+
+if TYPE_CHECKING:
+    from ckptfs.sources.credentials import Credentials
 
 
 class Source(Protocol):
@@ -28,13 +31,26 @@ class Source(Protocol):
 
 
 def open_source(
-    reference: Reference, *, settings: Settings, counters: NetworkCounters, plain_http: bool = False
+    reference: Reference,
+    *,
+    settings: Settings,
+    counters: NetworkCounters,
+    plain_http: bool = False,
+    credentials: "Credentials | None" = None,
 ) -> Source:
-    """The source of a reference; nothing is asked yet. Only what it needs is imported."""
+    """The source of a reference; nothing is asked yet. Only what it needs is imported.
+
+    plain_http    speak http to a registry that is not on this machine; loopback needs no permission.
+    credentials   in place of what the user's auth files say.
+    """
     if reference.kind == "oci":
         from ckptfs.sources.layout import LayoutSource
 
         return LayoutSource(reference, settings.limits)
+    if reference.kind == "archive":
+        from ckptfs.sources.archive import ArchiveSource
+
+        return ArchiveSource(reference)
     from ckptfs.sources.registry import RegistrySource
 
-    return RegistrySource(reference, settings, counters, plain_http=plain_http)
+    return RegistrySource(reference, settings, counters, plain_http=plain_http, credentials=credentials)

@@ -1,0 +1,229 @@
+"""Authorisation: a registry's challenge, the token it sends us for, and one refresh for all threads.
+
+WWW-Authenticate (RFC 9110 11.6.1, RFC 6750), the distribution spec's token endpoint (GET, or POST for identity tokens).
+Decides what the Authorization header of the next request is; endpoint.py puts it there. Tokens live in memory only.
+"""
+
+import copy
+import re
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from urllib.parse import urlencode
+
+from ckptfs.errors import AuthError, CkptfsError, FormatError, LimitExceeded, UnavailableError
+from ckptfs.model.oci import parse_json
+from ckptfs.sources.credentials import Credentials
+from ckptfs.sources.origin import Territory
+from ckptfs.sources.retry import Attempts
+from ckptfs.sources.transport import Reply, Transport
+
+_DEFAULT_LIFE = 60.0  # seconds, where the token endpoint names none (distribution spec)
+_REFUSED_FOR = 30.0  # seconds in which a refused login is not tried again
+_FAILED_FOR = 1.0  # seconds in which threads that waited for a token request share its failure
+_MARGIN = 0.1  # part of a token's life before its end when it is renewed, at most 10 s
+_TOKEN = re.compile(r"[\x21-\x7e]+\Z")
+_SCOPE = re.compile(r"repository:(\S+):([a-z,*]+)\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Challenge:
+    """One way in that a server offers: "Bearer realm=…, service=…, scope=…". Names are lower-case."""
+
+    scheme: str
+    parameters: Mapping[str, str]
+
+
+_CHALLENGE_PART = re.compile(
+    r"""[\s,]*
+    (?: (?P<name>[!#$%&'*+.^_`|~0-9A-Za-z-]+) \s*=\s*
+        (?: "(?P<quoted>(?:[^"\\]|\\.)*)" | (?P<plain>[!#$%&'*+.^_`|~0-9A-Za-z-]+(?=[\s,]|\Z)) )
+      | (?P<scheme>[!#$%&'*+.^_`|~0-9A-Za-z-]+) (?=[\s,]|\Z)
+      | (?P<token68>[A-Za-z0-9._~+/-]+=*) (?=[\s,]|\Z) )""",
+    re.VERBOSE,
+)
+
+
+def parse_challenges(fields: Iterable[str]) -> tuple[Challenge, ...]:
+    """All challenges of WWW-Authenticate fields, as many as are understood before the first error."""
+    found: list[tuple[str, dict[str, str]]] = []
+    for text in fields:
+        at = 0
+        while at < len(text) and (part := _CHALLENGE_PART.match(text, at)) is not None:
+            at = part.end()
+            if part["scheme"]:
+                found.append((part["scheme"].lower(), {}))
+            elif part["name"] and found:
+                quoted = part["quoted"]
+                value = part["plain"] if quoted is None else re.sub(r"\\(.)", r"\1", quoted)
+                found[-1][1].setdefault(part["name"].lower(), value)
+    return tuple(Challenge(scheme, parameters) for scheme, parameters in found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    header: str
+    renew_at: float
+
+
+class Authorizer:
+    """The Authorization header for one repository of one registry. Shared by threads.
+
+    credentials   asked for at the first challenge, and again when the registry refuses what it was given (helpers hand
+                  out passwords that expire).
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        territory: Territory,
+        name: str,
+        credentials: Callable[[], Credentials | None],
+    ) -> None:
+        self._transport = transport
+        self._territory = territory
+        self._name = name  # host/repository, for messages
+        self._find = credentials
+        self._lock = threading.Lock()
+        self._challenge: Challenge | None = None
+        self._scopes: dict[str, set[str]] = {}
+        self._token: _Token | None = None
+        self._shared_failure: tuple[float, CkptfsError] | None = None
+        self._forbidden_until = float("-inf")
+
+    def header(self, attempts: Attempts) -> str | None:
+        """What to send now; a token that is about to expire is renewed first. None before any challenge.
+
+        AuthError for 30 s after a refusal.
+        """
+        with self._lock:
+            self._raise_shared_failure()
+            token = self._token
+            if token is not None and self._transport.clock.now() >= token.renew_at:
+                token = self._acquire(attempts)
+            return token.header if token is not None else None
+
+    def challenged(self, reply: Reply, used: str | None, attempts: Attempts) -> bool:
+        """A 401 or 403 came for a request with the header `used`: have a better one, or raise AuthError.
+
+        False where it is not worth another try: a 403 so soon after the last one is not about an expired token.
+        """
+        challenges = parse_challenges(reply.headers("WWW-Authenticate"))
+        with self._lock:
+            if self._token is not None and self._token.header != used:
+                return True  # another thread has renewed it meanwhile
+            self._raise_shared_failure()
+            if reply.status == 403:
+                now = self._transport.clock.now()
+                if used is None or self._challenge is None or now < self._forbidden_until:
+                    return False
+                self._forbidden_until = now + _REFUSED_FOR
+            offered = {challenge.scheme: challenge for challenge in reversed(challenges)}
+            challenge = offered.get("bearer") or offered.get("basic") or self._challenge
+            if challenge is None:
+                schemes = ", ".join(sorted(offered)) or "nothing"
+                raise self._refused(f"{self._name} asks for authentication and offers {schemes}, not bearer or basic")
+            self._challenge = challenge
+            self._widen(challenge.parameters.get("scope", ""))
+            self._acquire(attempts, used)
+            return True
+
+    def rejected(self) -> AuthError:
+        """The registry refuses token after token: the error to raise, now and for the next 30 s."""
+        error = self._refused(f"{self._name} refuses the tokens of its own token server")
+        with self._lock:
+            self._shared_failure = (self._transport.clock.now() + _REFUSED_FOR, error)
+        return error
+
+    def _widen(self, scopes: str) -> None:
+        """One token for all that was ever asked of us: pull first, push and mounts from elsewhere later."""
+        for scope in scopes.split():
+            match = _SCOPE.match(scope)
+            name, actions = (match[1], match[2].split(",")) if match else (scope, [])
+            self._scopes.setdefault(name, set()).update(actions)
+
+    def _scope_values(self) -> list[str]:
+        return [
+            f"repository:{name}:{','.join(sorted(actions))}" if actions else name
+            for name, actions in self._scopes.items()
+        ]
+
+    def _acquire(self, attempts: Attempts, used: str | None = None) -> _Token:
+        """The next header, under the lock: whoever else needs it waits here instead of asking too."""
+        challenge = self._challenge
+        assert challenge is not None
+        self._token = None
+        try:
+            credentials = self._find()
+            if credentials is not None and credentials.registry_token:
+                token = _Token(f"Bearer {credentials.registry_token}", float("inf"))
+            elif challenge.scheme == "basic":
+                if credentials is None or not credentials.username:
+                    raise self._refused(f"{self._name} does not let anonymous users in")
+                token = _Token(credentials.basic, float("inf"))
+            else:
+                token = self._request_token(challenge, credentials, attempts)
+            if token.header == used:
+                raise self._refused(f"{self._name} refused the credentials from {_origin(credentials)}")
+        except CkptfsError as error:
+            hold = _FAILED_FOR if error.retryable else _REFUSED_FOR
+            self._shared_failure = (self._transport.clock.now() + hold, error)
+            raise
+        self._shared_failure = None
+        self._token = token
+        return token
+
+    def _request_token(self, challenge: Challenge, credentials: Credentials | None, attempts: Attempts) -> _Token:
+        realm = challenge.parameters.get("realm", "")
+        url, reach = self._territory.admit(realm, str(self._territory.home))
+        query = [("service", challenge.parameters["service"])] if "service" in challenge.parameters else []
+        began = self._transport.clock.now()
+        if credentials is not None and credentials.identity_token:
+            form = [("grant_type", "refresh_token"), ("client_id", "ckptfs"), *query]
+            form += [("scope", " ".join(self._scope_values())), ("refresh_token", credentials.identity_token)]
+            headers = {"Content-Type": "application/x-www-form-urlencoded"}
+            body = urlencode(form).encode()
+            reply = self._transport.send("POST", url, attempts, headers=headers, body=body, reach=reach)
+        else:
+            query += [("scope", scope) for scope in self._scope_values()]
+            target = url + ("&" if "?" in url else "?") + urlencode(query) if query else url
+            headers = {"Authorization": credentials.basic} if credentials is not None else {}
+            reply = self._transport.send("GET", target, attempts, headers=headers, reach=reach)
+        with reply:
+            if reply.status == 429 or reply.status >= 500:
+                raise UnavailableError(f"{reply.where} answered {reply.status}")
+            if reply.status != 200:
+                who = f"refused the credentials from {_origin(credentials)}" if credentials else "gives anonymous none"
+                raise self._refused(f"{self._name}: the token server {who} ({reply.status})")
+            return self._parse_token(reply, began)
+
+    def _parse_token(self, reply: Reply, began: float) -> _Token:
+        try:
+            answer = parse_json(reply.read(self._transport.settings.limits.token_bytes, "token"), "token")
+        except LimitExceeded:
+            raise
+        except FormatError:
+            raise UnavailableError(f"{reply.where}: the answer is no token") from None
+        value = answer.get("token") or answer.get("access_token") if isinstance(answer, dict) else None
+        if not isinstance(answer, dict) or not isinstance(value, str) or not _TOKEN.match(value):
+            raise UnavailableError(f"{reply.where}: the answer is no token")
+        life = answer.get("expires_in")
+        seconds = float(life) if isinstance(life, int | float) and 0 < life < 1e9 else _DEFAULT_LIFE
+        return _Token(f"Bearer {value}", began + seconds - min(_MARGIN * seconds, 10.0))
+
+    def _refused(self, message: str) -> AuthError:
+        host = self._name.partition("/")[0]
+        return AuthError(message, hint=f"log in with `podman login {host}` or `skopeo login {host}`")
+
+    def _raise_shared_failure(self) -> None:
+        if self._shared_failure is None:
+            return
+        until, error = self._shared_failure
+        if self._transport.clock.now() < until:
+            # a new object: one exception raised by many threads would grow one endless traceback
+            raise copy.copy(error)
+        self._shared_failure = None
+
+
+def _origin(credentials: Credentials | None) -> str:
+    return credentials.origin or "the command" if credentials is not None else "nobody"

@@ -1,0 +1,182 @@
+"""A repository of a registry as a Source (distribution-spec): manifests, small documents, blobs, referrers.
+
+A manifest is asked for at once, without a ping of /v2/: one round trip where no token is needed. Every document is
+checked against its digest before it is parsed.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from ckptfs.errors import CkptfsError, FormatError, IntegrityError, LimitExceeded, NotFoundError
+from ckptfs.model.blob import Blob
+from ckptfs.model.oci import MANIFEST_TYPES, OCI_INDEX, Descriptor, Digest, Index, Manifest, Reference, parse_document
+from ckptfs.settings import Settings
+from ckptfs.sources.auth import Authorizer
+from ckptfs.sources.blobs import RangeSupport, RegistryBlob
+from ckptfs.sources.credentials import Credentials, find_credentials
+from ckptfs.sources.endpoint import Endpoint
+from ckptfs.sources.origin import Origin, Territory, is_loopback
+from ckptfs.sources.retry import Attempts
+from ckptfs.sources.transport import Reply, Transport
+from ckptfs.telemetry import NetworkCounters
+
+T = TypeVar("T")
+
+_ACCEPT = {"Accept": ", ".join(MANIFEST_TYPES)}
+_HUB = ("docker.io", "index.docker.io")
+
+
+def open_endpoint(
+    reference: Reference, transport: Transport, *, plain_http: bool = False, credentials: Credentials | None = None
+) -> Endpoint:
+    """The HTTP side of `reference`: where docker.io really is, http or https, and who asks."""
+    host, repository = reference.host, reference.repository
+    address = host
+    if host in _HUB:
+        host, address = "docker.io", "registry-1.docker.io"
+        repository = repository if "/" in repository else f"library/{repository}"
+    scheme = "http" if plain_http or is_loopback(address) else "https"
+    territory = Territory(Origin.of(f"{scheme}://{address}"))
+
+    def find() -> Credentials | None:
+        return credentials or find_credentials(host, repository)
+
+    authorizer = Authorizer(transport, territory, f"{host}/{repository}", find)
+    return Endpoint(transport, territory, authorizer, host, repository)
+
+
+class RegistrySource:
+    """The image at `reference`. Threads may share it."""
+
+    def __init__(
+        self,
+        reference: Reference,
+        settings: Settings,
+        counters: NetworkCounters,
+        *,
+        plain_http: bool = False,
+        credentials: Credentials | None = None,
+        transport: Transport | None = None,
+    ) -> None:
+        self._reference = reference
+        self._limits = settings.limits
+        self._deadline = settings.timeouts.resolve_deadline
+        self._transport = transport or Transport(settings, counters)
+        self._endpoint = open_endpoint(reference, self._transport, plain_http=plain_http, credentials=credentials)
+        self._ranges = RangeSupport()
+
+    @property
+    def reference(self) -> Reference:
+        return self._reference
+
+    def resolve(self) -> Manifest | Index:
+        """One GET. NotFoundError tells a missing repository from a missing tag where the registry does."""
+        reference = self._reference
+        wanted = f"digest {reference.digest}" if reference.digest else f"tag {reference.tag!r}"
+        raw, media_type = self._manifest(str(reference.digest or reference.tag), reference.digest, wanted)
+        return parse_document(raw, media_type)
+
+    def fetch(self, descriptor: Descriptor) -> bytes:
+        """LimitExceeded for documents that no image has a reason to be so large."""
+        if descriptor.media_type in MANIFEST_TYPES:
+            raw, _ = self._manifest(str(descriptor.digest), descriptor.digest, f"manifest {descriptor.digest}")
+        else:
+            config = ".config." in descriptor.media_type or ".image." in descriptor.media_type
+            limit = self._limits.config_bytes if config else self._limits.toc_compressed_bytes
+            if descriptor.size > limit:
+                raise LimitExceeded(f"blob {descriptor.digest} has {descriptor.size} bytes, more than {limit}")
+            raw = self._checked_blob(descriptor)
+        if len(raw) != descriptor.size:
+            raise IntegrityError(f"manifest {descriptor.digest} has {len(raw)} bytes, not {descriptor.size}")
+        return raw
+
+    def blob(self, descriptor: Descriptor) -> Blob:
+        return RegistryBlob(self._endpoint, descriptor, self._ranges)
+
+    def referrers(self, digest: Digest, artifact_type: str = "") -> tuple[Descriptor, ...]:
+        """What was attached to the manifest `digest`: the referrers API, or the tag sha256-HEX of registries without.
+
+        An empty tuple where there is nothing, and where there is no way to ask.
+        """
+        raw = self._referrers_document(f"referrers/{digest}", f"the referrers of {digest}")
+        if raw is None:
+            raw = self._referrers_document(f"manifests/{digest.algorithm}-{digest.hex}", f"the referrers of {digest}")
+        if raw is None:
+            return ()
+        document = parse_document(raw, OCI_INDEX)
+        if not isinstance(document, Index):
+            raise FormatError(f"the referrers of {digest} are not an index")
+        return tuple(m for m in document.manifests if artifact_type in ("", m.artifact_type))
+
+    def _referrers_document(self, path: str, what: str) -> bytes | None:
+        def ask(attempts: Attempts) -> bytes | None:
+            reply, _ = self._endpoint.request(
+                "GET",
+                self._endpoint.url(path),
+                attempts,
+                what=what,
+                expect=(200, 404, 400, 405),
+                headers={"Accept": OCI_INDEX},
+            )
+            with reply:
+                if reply.status != 200:
+                    reply.drain()
+                    return None
+                return reply.read(self._limits.manifest_bytes, "list of referrers")
+
+        try:
+            return self._retried(ask)
+        except NotFoundError:
+            return None
+
+    def _manifest(self, name: str, digest: Digest | None, what: str) -> tuple[bytes, str]:
+        """The bytes and media type of manifests/NAME, whatever of the digests is known having been checked."""
+
+        def ask(attempts: Attempts) -> tuple[bytes, str]:
+            reply, _ = self._endpoint.request(
+                "GET", self._endpoint.url(f"manifests/{name}"), attempts, what=what, headers=_ACCEPT
+            )
+            with reply:
+                raw = reply.read(self._limits.manifest_bytes, "manifest")
+                if reply.length is not None and reply.length != len(raw):
+                    raise IntegrityError(f"{reply.where}: the body ended early")
+                for expected in (digest, _digest_header(reply)):
+                    if expected is not None:
+                        expected.check(raw, f"{self._endpoint.name}: manifest {name}")
+                return raw, reply.header("Content-Type") or ""
+
+        return self._twice(lambda: self._retried(ask))
+
+    def _checked_blob(self, descriptor: Descriptor) -> bytes:
+        blob = RegistryBlob(self._endpoint, descriptor, self._ranges)
+
+        def read() -> bytes:
+            raw = blob.read_at(0, descriptor.size)
+            descriptor.digest.check(raw, f"{self._endpoint.name}: blob {descriptor.digest}")
+            return raw
+
+        return self._twice(read)
+
+    def _retried(self, ask: Callable[[Attempts], T]) -> T:
+        attempts = self._transport.attempts(self._deadline)
+        while True:
+            try:
+                return ask(attempts)
+            except CkptfsError as error:
+                attempts.failed(error)
+
+    def _twice(self, read: Callable[[], T]) -> T:
+        """Bytes can be damaged on the way: the second time the error counts."""
+        try:
+            return read()
+        except IntegrityError:
+            return read()
+
+
+def _digest_header(reply: Reply) -> Digest | None:
+    """Docker-Content-Digest, None where it is absent or makes no sense."""
+    value = reply.header("Docker-Content-Digest")
+    try:
+        return Digest.parse(value) if value else None
+    except FormatError:
+        return None

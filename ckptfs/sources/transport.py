@@ -1,0 +1,268 @@
+"""One HTTP exchange after another: send, judge nothing, receive bodies under a stopwatch, translate what goes wrong.
+
+The only module that calls urllib3 (with connections.py). Retries, redirects and authorisation are above it: retry.py,
+endpoint.py, auth.py. Messages and logs name host, path and try; never a header, a query string (signatures live there)
+or a body.
+"""
+
+import logging
+import socket
+import ssl
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from types import TracebackType
+from urllib.parse import urlsplit
+
+import urllib3
+from urllib3.exceptions import (
+    ConnectTimeoutError,
+    HTTPError,
+    NameResolutionError,
+    NewConnectionError,
+    ProtocolError,
+    ReadTimeoutError,
+    SSLError,
+)
+from urllib3.util import Timeout
+
+from ckptfs import __version__
+from ckptfs.errors import CkptfsError, LimitExceeded, UnavailableError
+from ckptfs.settings import KiB, Settings
+from ckptfs.sources.connections import Pools, RefusedAddress, shared_pools, watch
+from ckptfs.sources.origin import Origin, Reach
+from ckptfs.sources.retry import Attempts, Clock, HostWindows, NoAnswer, SystemClock, parse_retry_after
+from ckptfs.telemetry import NetworkCounters
+
+log = logging.getLogger(__name__)
+
+# Body bytes per read: 64 KiB costs 0.1 ms/MB more, 256 KiB delays a decode by 10 ms at 200 Mbit/s, and what a reset
+# connection had received of a piece is lost
+PIECE = 128 * KiB
+
+Body = bytes | Iterable[bytes]
+
+_windows = HostWindows()
+
+
+class Reply:
+    """One answer whose body is still to be received. A context manager: leaving it frees or drops the connection."""
+
+    def __init__(
+        self, transport: "Transport", response: urllib3.BaseHTTPResponse, url: str, where: str, patience: float
+    ) -> None:
+        self._transport = transport
+        self._response = response
+        self._patience = patience
+        self._began: float | None = None
+        self.url = url
+        self.where = where
+
+    @property
+    def status(self) -> int:
+        return self._response.status
+
+    def header(self, name: str) -> str | None:
+        return self._response.headers.get(name)
+
+    def headers(self, name: str) -> list[str]:
+        """All fields of that name, one by one."""
+        return self._response.headers.getlist(name)
+
+    @property
+    def length(self) -> int | None:
+        """Content-Length, None where there is none that can be believed."""
+        value = (self.header("Content-Length") or "").strip()
+        chunked = self.header("Transfer-Encoding") is not None
+        return int(value) if value.isascii() and value.isdigit() and len(value) < 19 and not chunked else None
+
+    def pieces(self, length: int) -> Iterator[bytes]:
+        """Exactly `length` body bytes, in pieces of at most 128 KiB. NoAnswer where the body ends early or stalls."""
+        left = length
+        while left:
+            piece = self._read(min(left, PIECE))
+            if not piece:
+                raise NoAnswer(f"{self.where}: the body ended {left} bytes early")
+            left -= len(piece)
+            yield piece
+
+    def read(self, limit: int, what: str) -> bytes:
+        """The whole body; LimitExceeded if it is longer than `limit` bytes."""
+        if (self.length or 0) > limit:
+            raise LimitExceeded(f"{self.where}: the {what} is larger than {limit} bytes")
+        parts: list[bytes] = []
+        left = limit + 1
+        while left and (part := self._read(min(left, PIECE))):
+            parts.append(part)
+            left -= len(part)
+        if not left:
+            raise LimitExceeded(f"{self.where}: the {what} is larger than {limit} bytes")
+        return b"".join(parts)
+
+    def drain(self) -> None:
+        """Receive a body that nobody wants, if it is small, so that the connection can be used again."""
+        if (self.length or 0) <= self._transport.settings.limits.error_body_bytes:
+            with suppress(CkptfsError):
+                self.read(self._transport.settings.limits.error_body_bytes, "body")
+
+    def _read(self, count: int) -> bytes:
+        try:
+            piece = self._response.read(count)
+        except (HTTPError, OSError) as error:
+            raise self._transport.translate(error, self.where) from None
+        self._transport.counters.received(len(piece))
+        return piece
+
+    def close(self) -> None:
+        """Back to the pool if the body has been read to its end, else closed."""
+        if self._began is None:
+            return
+        self._transport.counters.ended(self._began)
+        self._began = None
+        if self._response.length_remaining == 0:
+            self._response.drain_conn()
+            self._response.release_conn()
+        else:
+            self._response.close()
+
+    def opened(self, began: float) -> "Reply":
+        connection = self._response.connection
+        timeouts = self._transport.settings.timeouts
+        watch(getattr(connection, "sock", None), min(timeouts.stall_window, self._patience), timeouts.stall_bytes)
+        self._began = began
+        return self
+
+    def __enter__(self) -> "Reply":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Transport:
+    """HTTP for one source: its counters and time limits over the pools and host windows of the process."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        counters: NetworkCounters,
+        *,
+        pools: Pools | None = None,
+        windows: HostWindows | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self.settings = settings
+        self.counters = counters
+        self.clock = clock or SystemClock()
+        self.windows = windows or _windows
+        self._pools = pools or shared_pools()
+
+    def attempts(self, seconds: float, *, outlast: bool = False) -> Attempts:
+        timeouts = self.settings.timeouts
+        return Attempts(timeouts, self.windows, self.counters, self.clock, seconds=seconds, outlast=outlast)
+
+    def send(
+        self,
+        method: str,
+        url: str,
+        attempts: Attempts,
+        *,
+        headers: Mapping[str, str] | None = None,
+        body: Body | None = None,
+        reach: Reach = Reach.ANYWHERE,
+        first_byte: float | None = None,
+    ) -> Reply:
+        """One request, once the host's window is open; the reply whatever its status is.
+
+        NoAnswer where there is none. A body of bytes goes out in small slices, each of which has to leave within the
+        connect timeout. A Retry-After in the reply closes the host's window for everybody.
+        """
+        origin = Origin.of(url)
+        timeouts = self.settings.timeouts
+        attempts.enter(origin.netloc)
+        where = f"{method} {origin.netloc}{urlsplit(url).path} (try {attempts.number})"
+        patience = attempts.remaining()
+        began = self.counters.began()
+        try:
+            response = self._pools.of(reach).urlopen(
+                method,
+                url,
+                body=_slices(body) if isinstance(body, bytes) and body else body,
+                headers=_headers(headers, body),
+                timeout=Timeout(
+                    connect=min(timeouts.connect, patience), read=min(first_byte or timeouts.first_byte, patience)
+                ),
+                preload_content=False,
+                decode_content=False,
+                redirect=False,
+                retries=False,
+            )
+        except (HTTPError, OSError, ValueError) as error:
+            self.counters.ended(began)
+            raise self.translate(error, where) from None
+        self.windows.reached(origin.host)
+        log.debug("%s: %d", where, response.status)
+        reply = Reply(self, response, url, where, patience).opened(began)
+        if response.status in (429, 503):
+            asked = parse_retry_after(reply.header("Retry-After"), self.clock.wall())
+            if asked is not None:
+                self.windows.close(origin.netloc, self.clock.now() + asked)
+        return reply
+
+    def translate(self, error: Exception, where: str) -> UnavailableError:
+        """urllib3's, ssl's and the system's errors in our words; their own texts may hold a signed URL."""
+        host = where.split()[1].partition("/")[0]
+        cause: BaseException = error
+        while (inner := cause.__cause__ or cause.__context__) is not None and not isinstance(
+            cause, NameResolutionError | ssl.SSLError
+        ):
+            cause = inner
+        if isinstance(error, SSLError) or isinstance(cause, ssl.SSLError):
+            return _tls_failure(cause, where, host)
+        if isinstance(cause, RefusedAddress):
+            return UnavailableError(f"{where}: the name leads into a private network; refused", permanent=True)
+        if isinstance(error, NameResolutionError):
+            name = host.rpartition(":")[0] or host
+            temporary = isinstance(error.__cause__, socket.gaierror) and error.__cause__.errno == socket.EAI_AGAIN
+            known = temporary or self.windows.was_reached(name)
+            return NoAnswer(
+                f"{where}: DNS does not resolve {name}", hint="check the name and the network", permanent=not known
+            )
+        if isinstance(error, ConnectTimeoutError):
+            return NoAnswer(f"{where}: no connection within the time limit", hint="is the registry reachable?")
+        if isinstance(error, ReadTimeoutError):
+            return NoAnswer(f"{where}: too slow or silent")
+        if isinstance(error, NewConnectionError):
+            reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else "cannot connect"
+            return NoAnswer(f"{where}: {reason.lower()}", hint="is the registry running there?")
+        if isinstance(error, ProtocolError | OSError):
+            return NoAnswer(f"{where}: the connection broke", at_once=True)
+        return NoAnswer(f"{where}: {type(error).__name__}")
+
+
+def _headers(headers: Mapping[str, str] | None, body: Body | None) -> dict[str, str]:
+    out = {"User-Agent": f"ckptfs/{__version__}", **(headers or {})}
+    if isinstance(body, bytes):
+        out["Content-Length"] = str(len(body))
+    return out
+
+
+def _slices(body: bytes) -> Iterator[memoryview]:
+    view = memoryview(body)
+    return (view[at : at + PIECE] for at in range(0, len(view), PIECE))
+
+
+def _tls_failure(cause: BaseException, where: str, host: str) -> UnavailableError:
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return UnavailableError(
+            f"{where}: the certificate is not valid ({cause.verify_message})",
+            hint=f"put the CA of the registry into /etc/containers/certs.d/{host}/ca.crt",
+            permanent=True,
+        )
+    reason = getattr(cause, "reason", None) or type(cause).__name__
+    if reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"):
+        return UnavailableError(
+            f"{where}: {host} does not speak TLS", hint="use --plain-http if that is meant", permanent=True
+        )
+    return NoAnswer(f"{where}: TLS failed ({reason})")
