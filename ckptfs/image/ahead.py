@@ -29,7 +29,7 @@ async def fetch_ahead(image: OpenImage) -> None:
 
 
 async def _eager_pages(image: OpenImage) -> None:
-    """The pages that a restore needs at once, with lazy pages too; which they are is known when the metadata is here."""
+    """The pages that a restore needs at once, with lazy pages too; known when the metadata is here."""
     with suppress(CkptfsError):
         for chunk in Metadata().plan(image.tree):
             await image.fetcher.get(chunk, Priority.PREFETCH)
