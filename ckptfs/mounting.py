@@ -84,12 +84,14 @@ def umount(directory: str) -> None:
             files.remove()
             raise MountError(f"nothing is mounted on {path}", hint="`ckptfs status` shows the mounts") from None
         detach(path)
-        files.remove()
+        with _Lock(path) as lock:
+            lock.remove()
         return
     # The daemon holds the lock until it has ended; its drain takes up to 5 s (settings).
     deadline = time.monotonic() + 15
     while time.monotonic() < deadline:
-        with contextlib.suppress(MountError), _Lock(path):
+        with contextlib.suppress(MountError), _Lock(path) as lock:
+            lock.remove()
             return
         time.sleep(0.01)
     detach(path)
@@ -140,18 +142,34 @@ class _Lock:
         self._fd = -1
 
     def __enter__(self) -> Self:
-        self._fd = os.open(self.files.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._fd)
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            raise MountError(f"{self.path} is mounted already", hint=f"run: ckptfs umount {self.path}") from None
-        return self
+        while True:
+            self._fd = os.open(self.files.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                os.close(self._fd)
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
+                raise MountError(f"{self.path} is mounted already", hint=f"run: ckptfs umount {self.path}") from None
+            if self._current():
+                return self
+            os.close(self._fd)  # its last holder has removed the file in between
 
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)  # a forked daemon holds its own reference
+
+    def remove(self) -> None:
+        """The holder ends: nothing stays behind. Whoever waits for the lock sees that the file is another."""
+        self.files.remove()
+        if self._current():
+            self.files.lock.unlink()
+
+    def _current(self) -> bool:
+        try:
+            found = os.stat(self.files.lock)
+        except FileNotFoundError:
+            return False
+        return found.st_ino == os.fstat(self._fd).st_ino
 
 
 class _Claim(_Lock):
@@ -166,6 +184,7 @@ class _Claim(_Lock):
         try:
             prepare(self.path)
         except BaseException:
+            self.remove()
             self.__exit__()
             raise
         return self
@@ -251,4 +270,4 @@ def _run(request: MountRequest, claim: _Claim, writer: int | None) -> None:
     try:
         run(request, source, reach, counters, claim.path, claim.files, writer)
     finally:
-        claim.files.remove()
+        claim.remove()
