@@ -146,7 +146,7 @@ def _print_table(timelines: dict[str, Timeline], image_bytes: int, options: argp
     rows: dict[str, Callable[[Timeline], str]] = {
         "ready to restore": lambda line: f"{line.ready:.2f} s",
         "first tick": lambda line: f"{line.first_tick:.2f} s",
-        "fetched by then": lambda line: f"{100 * line.bytes_at_first_tick / image_bytes:.0f} %",
+        "fetched by then": lambda line: f"{100 * line.bytes_at_first_tick / image_bytes:.1f} %",
         "everything resident": lambda line: f"{line.resident:.2f} s",
         "fetched in all": lambda line: megabytes(line.bytes_at_end),
     }
