@@ -3,7 +3,8 @@
     zstd( magic | u32 length of the JSON | JSON | columns of chunks | contents of small files )
 
 The JSON lists the files of every layer. A file whose content is in the document needs no digests. The columns of a very
-large file can be left to its layer, in a skippable frame that the document names by place and digest (`Table`).
+large file can be left to its layer, in a skippable frame that the document names by place and digest (`Table`); so are
+always those of cells, the smaller pieces that two dumps of a process share: only who has an earlier dump needs them.
 
 Bytes in, values out; written by push/, read by image/. The document comes from whoever pushed the image: everything in
 it is bounded and checked here, once.
@@ -22,7 +23,7 @@ import zstandard
 from ckptfs.errors import FormatError, IntegrityError, LimitExceeded
 from ckptfs.model.index_columns import ROW_BYTES, ColumnReader, ColumnWriter, Row
 from ckptfs.model.oci import Digest, parse_json
-from ckptfs.model.toc import Entry, Inode
+from ckptfs.model.toc import Entry, Extent, Inode
 from ckptfs.settings import Limits, MiB
 
 ANNOTATION_INDEX = "dev.ckptfs.index"
@@ -51,6 +52,7 @@ class IndexedFile:
     offset, rows  of a file with bytes: its chunks, frames that follow one another in the blob from `offset` on.
     content       its bytes, for small files that are read first.
     table         where the rows are instead.
+    cells         where the rows of its cells are: the same frames, in smaller pieces.
     eager         (start, length) of the parts of a pages file that no lazy restore can do without; None: not told.
     """
 
@@ -59,6 +61,7 @@ class IndexedFile:
     rows: Sequence[Row] = ()
     content: bytes | None = None
     table: Table | None = None
+    cells: Table | None = None
     eager: Sequence[tuple[int, int]] | None = None
 
 
@@ -129,14 +132,27 @@ def decode_index(data: bytes, *, first_layer: int = 0, limits: Limits | None = N
 
 def load_table(file: IndexedFile, data: bytes, layer: int, layer_size: int, limits: Limits | None = None) -> None:
     """Give `file` the extents that `data`, the bytes its table points to, describes. IntegrityError, FormatError."""
+    if file.entry.inode is not None and file.table is not None:
+        file.entry.inode.extents = _table_extents(file, file.table, data, layer, layer_size, limits)
+
+
+def read_cells(
+    file: IndexedFile, data: bytes, layer: int, layer_size: int, limits: Limits | None = None
+) -> Sequence[Extent]:
+    """The cells of `file` as extents, out of the bytes that its table of cells points to; zeros are gaps."""
+    return _table_extents(file, file.cells, data, layer, layer_size, limits) if file.cells is not None else ()
+
+
+def _table_extents(
+    file: IndexedFile, table: Table, data: bytes, layer: int, layer_size: int, limits: Limits | None
+) -> Sequence[Extent]:
     limits = limits or Limits()
-    inode, table = file.entry.inode, file.table
-    if inode is None or table is None:
-        return
     table.digest.check(data, "a table of chunks")
     columns = ColumnReader(_decompress(data, table.rows * ROW_BYTES), 0, table.rows, limits)
-    inode.extents = columns.extents(table.rows, inode.size, layer, file.offset, layer_size)
+    size = file.entry.inode.size if file.entry.inode is not None else 0
+    extents = columns.extents(table.rows, size, layer, file.offset, layer_size)
     columns.finished()
+    return extents
 
 
 def _describe(file: IndexedFile) -> dict[str, Any]:
@@ -155,15 +171,20 @@ def _describe(file: IndexedFile) -> dict[str, Any]:
     if inode.size and inode.is_file:
         out |= {"size": inode.size, "offset": file.offset}
         if file.table is not None:
-            table = file.table
-            out["table"] = [table.offset, table.size, str(table.digest), table.rows]
+            out["table"] = _place(file.table)
         else:
             out["rows"] = len(file.rows)
+        if file.cells is not None:
+            out["cells"] = _place(file.cells)
         if file.content is not None:
             out["content"] = True
     if file.eager is not None:
         out["eager"] = [number for pair in file.eager for number in pair]
     return out
+
+
+def _place(table: Table) -> list[Any]:
+    return [table.offset, table.size, str(table.digest), table.rows]
 
 
 class _Reader:
@@ -225,6 +246,7 @@ class _Reader:
         offset = _integer(value, "offset", 0, end)
         rows = _integer(value, "rows", 0, limits.toc_entries)
         content, table = None, None
+        cells = _table(value["cells"], end, limits) if "cells" in value else None
         if "table" in value:
             table = _table(value["table"], end, limits)
         elif value.get("content") is True:
@@ -235,9 +257,8 @@ class _Reader:
                 self.contents[extent.chunk.key] = content[extent.start : extent.start + extent.length]
         else:
             inode.extents = self._columns.extents(rows, inode.size, layer, offset, end)
-        return IndexedFile(
-            Entry(path, inode), offset, content=content, table=table, eager=_eager(value.get("eager"), inode.size)
-        )
+        eager = _eager(value.get("eager"), inode.size)
+        return IndexedFile(Entry(path, inode), offset, content=content, table=table, cells=cells, eager=eager)
 
 
 def _layer(value: object, limits: Limits) -> tuple[Digest, int, list[dict[str, Any]]]:

@@ -24,7 +24,6 @@ CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
 
 _SMALL = 256 * KiB  # a metadata file up to here has its content in the index, as long as all of it fits
 _CONTENTS = 8 * MiB  # of content before compression, in all
-_DIGEST = 32
 _INLINE = INLINE_BYTES // 4 * 3  # bytes that base64 makes INLINE_BYTES of
 
 
@@ -60,16 +59,13 @@ def encode_manifest(config: Descriptor, layers: Iterable[Descriptor], annotation
 
 
 def encode_inline_index(layers: Sequence[BuiltLayer], pages: Mapping[bytes, PagesFile], limits: Limits) -> str | None:
-    """The value of `dev.ckptfs.index`; None when it does not fit whatever is left out: every layer has its own TOC.
+    """The value of `dev.ckptfs.index`; None when it does not fit even without contents: every layer has its own TOC.
 
-    Left out are, in this order: the chunks of very large files, which their layers have too, and contents.
+    The chunks of very large files are left to their layers.
     """
     eager = {path: file.eager() for path, file in pages.items()}
-    rows = sum(len(file.lengths) for layer in layers for file in layer.written.files)
-    for tables, contents in ((False, _CONTENTS), (True, _CONTENTS), (True, 512 * KiB), (True, 0)):
-        if not tables and rows * _DIGEST > _INLINE:
-            continue  # digests do not compress
-        document = encode_index(_indexed(layer, eager, tables, contents, limits) for layer in layers)
+    for contents in (_CONTENTS, 512 * KiB, 0):
+        document = encode_index(_indexed(layer, eager, contents, limits) for layer in layers)
         if len(document) <= _INLINE:
             return base64.b64encode(document).decode()
     return None
@@ -90,7 +86,6 @@ def to_json(document: dict[str, Any]) -> bytes:
 def _indexed(
     layer: BuiltLayer,
     eager: Mapping[bytes, list[tuple[int, int]] | None],
-    tables: bool,
     contents: int,
     limits: Limits,
 ) -> IndexedLayer:
@@ -100,13 +95,13 @@ def _indexed(
     for file in layer.planned.files:
         entry = Entry(file.path, None if file.link is not None else file.inode, file.link)
         at = written.get(file.path)
-        if at is None or not at.sizes:
+        if at is None or not at.chunks:
             files.append(IndexedFile(entry, eager=eager.get(file.path)))
             continue
         content = file.read(limits.criu_image_bytes) if file.path in chosen else None
-        table = at.table if tables else None
-        rows = () if table is not None else list(at.rows())
-        files.append(IndexedFile(entry, at.offset, rows, content, table, eager.get(file.path)))
+        rows = list(at.rows()) if at.chunk_table is None else ()
+        ranges = eager.get(file.path)
+        files.append(IndexedFile(entry, at.offset, rows, content, at.chunk_table, at.cell_table, ranges))
     return IndexedLayer(layer.written.descriptor.digest, layer.written.descriptor.size, files)
 
 

@@ -25,8 +25,8 @@ class PagesFile:
     pagemap: CheckpointFile
     limits: Limits
 
-    def cuts(self) -> Iterator[int]:
-        """Chunk lengths; none where the pagemap does not fit the file, which then is cut as any other."""
+    def cuts(self) -> Iterator[tuple[int, ...]]:
+        """Chunks as the lengths of their cells; none where the pagemap does not fit: the file is cut as any other."""
         size = self.file.inode.size
         placed = self._placed()
         return page_cuts(((run.vaddr, run.length) for run in placed), size) if placed is not None else iter(())

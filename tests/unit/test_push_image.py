@@ -336,24 +336,24 @@ def test_a_pagemap_that_does_not_fit_leaves_the_grid(tmp_path: Path) -> None:
     pages.write_bytes(os.urandom(600_000))
     result = push_to_layout(folder, tmp_path / "layout")
     (file,) = (f for layer in result.layers for f in layer.files if f.path == b"checkpoint/pages-1.img")
-    assert list(file.lengths) == [262144, 262144, 75712]
+    assert list(file.chunks.lengths) == [262144, 262144, 75712]
 
 
 def test_a_large_file_has_its_columns_in_the_layer(tmp_path: Path) -> None:
-    """More than 8192 chunks: the table is in a skippable frame, and still a tar comes out."""
+    """More than 2048 chunks: the table is in a skippable frame, and still a tar comes out."""
     from ckptfs.layers.zstd_chunked_writer import Member, write_layer
     from ckptfs.model.index import IndexedFile, load_table
     from ckptfs.model.toc import Entry, Inode
 
     out = bytearray()
     data = os.urandom(4096) * 8200
-    member = Member(b"p", Inode(0o100600, size=len(data)), payload=_payload(data), cuts=lambda: [4096] * 8200)
+    member = Member(b"p", Inode(0o100600, size=len(data)), payload=_payload(data), cuts=lambda: [(4096,)] * 8200)
     layer = write_layer([member], out.extend)
     (file,) = layer.files
-    assert file.table is not None
+    assert file.chunk_table is not None
     inode = Inode(0o100600, size=len(data))
-    indexed = IndexedFile(Entry(b"p", inode), file.offset, table=file.table)
-    table = file.table
+    indexed = IndexedFile(Entry(b"p", inode), file.offset, table=file.chunk_table)
+    table = file.chunk_table
     load_table(indexed, bytes(out[table.offset : table.offset + table.size]), 0, len(out))
     assert [e.chunk.offset for e in inode.extents] == [e.chunk.offset for e in file.extents(0)]
     extent = inode.extents[8199]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptfs.errors import CkptfsError, FormatError, IntegrityError, LimitExceeded
@@ -207,6 +207,7 @@ def test_junk_is_refused(document: bytes) -> None:
         decode_index(document)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_a_damaged_document_raises_our_errors_only(data: st.DataObject) -> None:
     body = bytearray(body_of(encode_index(layers())))
