@@ -1,6 +1,5 @@
 """criu restores out of a mount: what this project is for, with every format, plain and with lazy pages."""
 
-import time
 from pathlib import Path
 
 import pytest
@@ -54,20 +53,13 @@ def test_a_process_tree_continues(
 def test_the_first_tick_comes_long_before_the_image(
     image_refs: dict[str, str], single_checkpoint: Checkpoint, registry: DockerRegistry, tmp_path: Path
 ) -> None:
-    """Over 20 ms and 200 Mbit/s: within 600 ms of `ckptfs mount`, with less than 20 % of the image fetched."""
+    """Over 20 ms and 200 Mbit/s less than 20 % of the image has come when the process runs; how soon, the bench says."""
     repository = image_refs["zstd:chunked"].partition("/")[2]
-    delays = []
-    for attempt in ("first", "second", "third"):  # the machine may be busy with something else
-        with ShapedLink(registry.host) as link:
-            began = time.time()
-            folder = tmp_path / attempt
-            with mounted(f"{link.address}/{repository}", folder, "--no-background-fetch") as mount:
-                images = mount.path / "checkpoint"
-                with restore(single_checkpoint, folder / "work", images=images, lazy=True) as restored:
-                    delays.append(restored.first_tick().at - began)
-                    fetched = link.stats().bytes_down
-                    assert fetched < 0.20 * mount.status()["image_bytes"]
-                    restored.assert_continues()
-        if delays[-1] < 0.600:
-            break
-    assert min(delays) < 0.600
+    with (
+        ShapedLink(registry.host) as link,
+        mounted(f"{link.address}/{repository}", tmp_path, "--no-background-fetch") as mount,
+        restore(single_checkpoint, tmp_path / "work", images=mount.path / "checkpoint", lazy=True) as restored,
+    ):
+        restored.first_tick()
+        assert link.stats().bytes_down < 0.20 * mount.status()["image_bytes"]
+        restored.assert_continues()
