@@ -1,8 +1,8 @@
 """Connections: urllib3's pools with a stopwatch in every receive and a guard on where a connection may end.
 
 Owns the pools (one per Reach, kept warm, shared by the process) and TLS. urllib3's timeouts are per recv(2), so a peer
-that sends one byte a second would never time out; here the time spent waiting is summed up inside recv_into, for headers
-and bodies alike. Knows no HTTP semantics; used by transport.py only.
+that sends one byte a second would never time out; here the time spent waiting is summed up inside recv_into, for
+headers and bodies alike. Knows no HTTP semantics; used by transport.py only.
 """
 
 import functools

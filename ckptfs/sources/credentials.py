@@ -1,7 +1,7 @@
 """Who we are to a registry: the files that `podman login` and `docker login` write, and credential helpers.
 
-containers-auth.json(5) and Docker's config.json. Looked up only after a registry has asked (auth.py), because a helper may
-take seconds. Secrets never get into messages, logs or reprs.
+containers-auth.json(5) and Docker's config.json. Looked up only after a registry has asked (auth.py), because a helper
+may take seconds. Secrets never get into messages, logs or reprs.
 """
 
 import base64

@@ -7,13 +7,14 @@ checked against its digest before it is parsed.
 from collections.abc import Callable
 from typing import TypeVar
 
-from ckptfs.errors import CkptfsError, FormatError, IntegrityError, LimitExceeded, NotFoundError
+from ckptfs.errors import CkptfsError, FormatError, IntegrityError, NotFoundError
 from ckptfs.model.blob import Blob
 from ckptfs.model.oci import MANIFEST_TYPES, OCI_INDEX, Descriptor, Digest, Index, Manifest, Reference, parse_document
 from ckptfs.settings import Settings
 from ckptfs.sources.auth import Authorizer
 from ckptfs.sources.blobs import RangeSupport, RegistryBlob
 from ckptfs.sources.credentials import Credentials, find_credentials
+from ckptfs.sources.documents import check_document, check_limit
 from ckptfs.sources.endpoint import Endpoint
 from ckptfs.sources.origin import Origin, Territory, is_loopback
 from ckptfs.sources.retry import Attempts
@@ -77,18 +78,12 @@ class RegistrySource:
         return parse_document(raw, media_type)
 
     def fetch(self, descriptor: Descriptor) -> bytes:
-        """LimitExceeded for documents that no image has a reason to be so large."""
+        check_limit(descriptor, self._limits)
         if descriptor.media_type in MANIFEST_TYPES:
             raw, _ = self._manifest(str(descriptor.digest), descriptor.digest, f"manifest {descriptor.digest}")
-        else:
-            config = ".config." in descriptor.media_type or ".image." in descriptor.media_type
-            limit = self._limits.config_bytes if config else self._limits.toc_compressed_bytes
-            if descriptor.size > limit:
-                raise LimitExceeded(f"blob {descriptor.digest} has {descriptor.size} bytes, more than {limit}")
-            raw = self._checked_blob(descriptor)
-        if len(raw) != descriptor.size:
-            raise IntegrityError(f"manifest {descriptor.digest} has {len(raw)} bytes, not {descriptor.size}")
-        return raw
+            check_document(raw, descriptor, self._endpoint.name)
+            return raw
+        return self._checked_blob(descriptor)
 
     def blob(self, descriptor: Descriptor) -> Blob:
         return RegistryBlob(self._endpoint, descriptor, self._ranges)
@@ -152,7 +147,7 @@ class RegistrySource:
 
         def read() -> bytes:
             raw = blob.read_at(0, descriptor.size)
-            descriptor.digest.check(raw, f"{self._endpoint.name}: blob {descriptor.digest}")
+            check_document(raw, descriptor, self._endpoint.name)
             return raw
 
         return self._twice(read)
