@@ -73,8 +73,8 @@ def main() -> int:
                 timelines[name] = flow(scene, link)
         folder = scene.folder
     _print_table(timelines, image_bytes, options)
-    if left := [line for line in Path("/proc/mounts").read_text().splitlines() if str(folder) in line]:
-        print(f"demo: still mounted: {left}", file=sys.stderr)
+    if left := _left_behind(folder):
+        print(f"demo: left behind: {left}", file=sys.stderr)
         return 1
     say("Nothing is left running or mounted.")
     return 0
@@ -158,6 +158,16 @@ def _print_table(timelines: dict[str, Timeline], image_bytes: int, options: argp
     bound = image_bytes * 8 / options.rate if options.rate else 0.0
     print(f"\nThe link needs {bound:.2f} s for the {megabytes(image_bytes)} of the image.")
     print(f"With lazy pages the process ran {eager.first_tick / lazy.first_tick:.0f} times sooner than after a pull.\n")
+
+
+def _left_behind(folder: Path) -> list[str]:
+    """Mounts below the folder and processes that were started with it."""
+    left = [line for line in Path("/proc/mounts").read_text().splitlines() if str(folder) in line]
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has just ended
+            words = command.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            left += [words] if str(folder) in words else []
+    return left
 
 
 def _problem() -> str:

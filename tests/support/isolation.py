@@ -5,6 +5,7 @@ the machine show up inside (a mounted checkpoint can be restored from), those ma
 Called by images.py and podman.py.
 """
 
+import os
 import subprocess
 from pathlib import Path
 from typing import Any, Self
@@ -25,7 +26,7 @@ class Isolation:
         self._holder: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / "tmp").mkdir(parents=True, exist_ok=True)
         command = ["unshare", "--mount", "--propagation", "slave", "sh", "-c", _ENTER, str(self._folder)]
         self._holder = start(*command, stdout=subprocess.PIPE)
         assert self._holder.stdout is not None
@@ -43,6 +44,9 @@ class Isolation:
 
     def run(self, *command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
         """A tool inside the namespace, run to its end; raises with its words when it fails."""
+        # What an interrupted tool leaves in its temporary folder goes away with ours.
+        environment = {**os.environ, "TMPDIR": str(self._folder / "tmp")}
+        options = {"env": environment, **options}
         return run("nsenter", "-t", str(self._pid), "--mount", "--root", "--wd", *command, **options)
 
     def path(self, inside: str | Path) -> Path:
