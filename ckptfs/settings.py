@@ -4,6 +4,7 @@ Values are frozen: commands make a `Settings` once and hand it down.
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,6 +49,7 @@ class Timeouts:
 
     connect: float = 3.0
     first_byte: float = 5.0
+    commit: float = 120.0  # first byte after an upload: registries hash and move the whole blob before they answer
     stall_bytes: int = 32 * KiB  # fewer than this in `stall_window` means that the connection is dead
     stall_window: float = 5.0
     read_deadline: float = 60.0
@@ -82,10 +84,23 @@ class Sizes:
 
 
 @dataclass(frozen=True, slots=True)
+class Registries:
+    """What the user has set for registries by name: host[:port] as in references.
+
+    plain_http   these speak http.
+    mirrors      registry -> where else its images can be had, host[:port] or an http(s) URL, the best first.
+    """
+
+    plain_http: frozenset[str] = frozenset()
+    mirrors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     limits: Limits = field(default_factory=Limits)
     timeouts: Timeouts = field(default_factory=Timeouts)
     sizes: Sizes = field(default_factory=Sizes)
+    registries: Registries = field(default_factory=Registries)
 
 
 def default_cache_dir() -> Path:

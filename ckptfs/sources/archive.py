@@ -1,8 +1,8 @@
 """A checkpoint archive, FILE.tar[.gz|.zst], as an image of one layer.
 
 The sha256 of 4 GB takes 2 s and reads all of it, so the layer's digest is a name instead: the hash of the file's path,
-device, inode, size and time of last change. It is marked as synthetic, so that nobody compares bytes with it; it changes
-with the file, so that the node's cache keeps no stale chunk.
+device, inode, size and time of last change. It is marked as synthetic, so that no bytes are compared with it, and it
+changes with the file, so that the node's cache keeps no stale chunk.
 """
 
 import hashlib

@@ -48,8 +48,10 @@ class Endpoint:
         return f"{self.origin}/v2/{self.repository}/{path}"
 
     def locate(self, location: str, base: str) -> str:
-        """The absolute URL of a Location header that stays with the registry (upload sessions)."""
+        """The absolute URL of an upload session. UnavailableError where it is not with the registry itself."""
         target, _ = self._territory.admit(location, base)
+        if Origin.of(target) != self.origin:
+            raise UnavailableError(f"{self.name} wants uploads to go to {Origin.of(target).netloc}", permanent=True)
         return target
 
     def request(
@@ -129,7 +131,7 @@ class Endpoint:
             asked = parse_retry_after(reply.header("Retry-After"), self.transport.clock.wall())
             return UnavailableError(f"{reply.where} answered {status}", retry_after=asked)
         code = self._code(reply)
-        hint = "does the registry speak https? then leave --plain-http out" if status == 400 and not code else ""
+        hint = "is it the right port, and is it http or https?" if status == 400 and not code else ""
         return UnavailableError(f"{reply.where} answered {status} {code}".rstrip(), hint=hint, permanent=True)
 
     def _code(self, reply: Reply) -> str:

@@ -7,7 +7,7 @@ checked against its digest before it is parsed.
 from collections.abc import Callable
 from typing import TypeVar
 
-from ckptfs.errors import CkptfsError, FormatError, IntegrityError, NotFoundError
+from ckptfs.errors import FormatError, IntegrityError, NotFoundError
 from ckptfs.model.blob import Blob
 from ckptfs.model.oci import MANIFEST_TYPES, OCI_INDEX, Descriptor, Digest, Index, Manifest, Reference, parse_document
 from ckptfs.settings import Settings
@@ -120,7 +120,7 @@ class RegistrySource:
                 return reply.read(self._limits.manifest_bytes, "list of referrers")
 
         try:
-            return self._retried(ask)
+            return self._transport.persist(ask, self._deadline)
         except NotFoundError:
             return None
 
@@ -140,7 +140,7 @@ class RegistrySource:
                         expected.check(raw, f"{self._endpoint.name}: manifest {name}")
                 return raw, reply.header("Content-Type") or ""
 
-        return self._twice(lambda: self._retried(ask))
+        return self._twice(lambda: self._transport.persist(ask, self._deadline))
 
     def _checked_blob(self, descriptor: Descriptor) -> bytes:
         blob = RegistryBlob(self._endpoint, descriptor, self._ranges)
@@ -151,14 +151,6 @@ class RegistrySource:
             return raw
 
         return self._twice(read)
-
-    def _retried(self, ask: Callable[[Attempts], T]) -> T:
-        attempts = self._transport.attempts(self._deadline)
-        while True:
-            try:
-                return ask(attempts)
-            except CkptfsError as error:
-                attempts.failed(error)
 
     def _twice(self, read: Callable[[], T]) -> T:
         """Bytes can be damaged on the way: the second time the error counts."""

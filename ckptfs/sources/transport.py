@@ -8,9 +8,10 @@ or a body.
 import logging
 import socket
 import ssl
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from types import TracebackType
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import urllib3
@@ -39,7 +40,9 @@ log = logging.getLogger(__name__)
 # connection had received of a piece is lost
 PIECE = 128 * KiB
 
-Body = bytes | Iterable[bytes]
+T = TypeVar("T")
+
+Body = bytes | Iterable[bytes | memoryview]
 
 _windows = HostWindows()
 
@@ -162,6 +165,15 @@ class Transport:
         timeouts = self.settings.timeouts
         return Attempts(timeouts, self.windows, self.counters, self.clock, seconds=seconds, outlast=outlast)
 
+    def persist(self, ask: Callable[[Attempts], T], seconds: float, *, outlast: bool = False) -> T:
+        """What `ask` returns, asked again as often as retry.py allows."""
+        attempts = self.attempts(seconds, outlast=outlast)
+        while True:
+            try:
+                return ask(attempts)
+            except CkptfsError as error:
+                attempts.failed(error)
+
     def send(
         self,
         method: str,
@@ -188,7 +200,7 @@ class Transport:
             response = self._pools.of(reach).urlopen(
                 method,
                 url,
-                body=_slices(body) if isinstance(body, bytes) and body else body,
+                body=_slices(body) if body else body,
                 headers=_headers(headers, body),
                 timeout=Timeout(
                     connect=min(timeouts.connect, patience), read=min(first_byte or timeouts.first_byte, patience)
@@ -198,9 +210,11 @@ class Transport:
                 redirect=False,
                 retries=False,
             )
-        except (HTTPError, OSError, ValueError) as error:
+        except BaseException as error:
             self.counters.ended(began)
-            raise self.translate(error, where) from None
+            if isinstance(error, HTTPError | OSError | ValueError):
+                raise self.translate(error, where) from None
+            raise
         self.windows.reached(origin.host)
         log.debug("%s: %d", where, response.status)
         reply = Reply(self, response, url, where, patience).opened(began)
@@ -229,13 +243,13 @@ class Transport:
             return NoAnswer(
                 f"{where}: DNS does not resolve {name}", hint="check the name and the network", permanent=not known
             )
-        if isinstance(error, ConnectTimeoutError):
-            return NoAnswer(f"{where}: no connection within the time limit", hint="is the registry reachable?")
         if isinstance(error, ReadTimeoutError):
             return NoAnswer(f"{where}: too slow or silent")
         if isinstance(error, NewConnectionError):
             reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else "cannot connect"
             return NoAnswer(f"{where}: {reason.lower()}", hint="is the registry running there?")
+        if isinstance(error, ConnectTimeoutError):
+            return NoAnswer(f"{where}: no connection within the time limit", hint="is the registry reachable?")
         if isinstance(error, ProtocolError | OSError):
             return NoAnswer(f"{where}: the connection broke", at_once=True)
         return NoAnswer(f"{where}: {type(error).__name__}")
@@ -248,9 +262,10 @@ def _headers(headers: Mapping[str, str] | None, body: Body | None) -> dict[str, 
     return out
 
 
-def _slices(body: bytes) -> Iterator[memoryview]:
-    view = memoryview(body)
-    return (view[at : at + PIECE] for at in range(0, len(view), PIECE))
+def _slices(body: Body) -> Iterator[memoryview]:
+    for part in [body] if isinstance(body, bytes) else body:
+        view = memoryview(part)
+        yield from (view[at : at + PIECE] for at in range(0, len(view), PIECE))
 
 
 def _tls_failure(cause: BaseException, where: str, host: str) -> UnavailableError:
