@@ -13,8 +13,9 @@ from collections.abc import Callable
 import pyfuse3
 import trio
 
-from ckptfs.errors import CkptfsError, MountError
-from ckptfs.fuse.mountpoint import detach, mount_at
+from ckptfs.errors import MountError, UnavailableError
+from ckptfs.fuse.kernel import set_max_background, set_read_ahead
+from ckptfs.fuse.mountpoint import Mount, detach, mount_at
 from ckptfs.fuse.operations import Operations
 from ckptfs.image import OpenImage
 from ckptfs.settings import Settings
@@ -43,32 +44,43 @@ class MountSession:
             raise MountError(
                 f"{self.mountpoint} cannot be mounted: {error}", hint="are you root, or is fusermount3 installed?"
             ) from None
-        clean = False
+        mount = mount_at(self.mountpoint)
         try:
-            _tune(self.mountpoint, self._settings)
+            if mount is None:
+                raise MountError(f"{self.mountpoint} was unmounted while mounting")
+            set_read_ahead(mount, self._settings.sizes)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch_signals)
                 nursery.start_soon(self._end, nursery.cancel_scope)
-                nursery.start_soon(self._announce, on_ready)
+                nursery.start_soon(self._announce, mount, on_ready)
                 await pyfuse3.main(max_tasks=_MAX_TASKS)
-                clean = True  # unmounted from outside, or terminated by _end
-                nursery.cancel_scope.cancel()
+                nursery.cancel_scope.cancel()  # unmounted from outside, or terminated by _end
         finally:
-            with contextlib.suppress(OSError, RuntimeError):
-                pyfuse3.close(unmount=True)
-            if not clean or mount_at(self.mountpoint) is not None:
+            left = mount_at(self.mountpoint)
+            if left is not None and left.ours:
                 with contextlib.suppress(MountError):
-                    if (left := mount_at(self.mountpoint)) is not None and left.ours:
-                        detach(self.mountpoint)
+                    detach(self.mountpoint)
+            with contextlib.suppress(OSError, RuntimeError):
+                pyfuse3.close(unmount=False)
 
     def stop(self) -> None:
         """Begin to end: no new prefetch, readers that wait get a few seconds."""
         self._stopping.set()
 
-    async def _announce(self, on_ready: Callable[[], None]) -> None:
+    async def _announce(self, mount: Mount, on_ready: Callable[[], None]) -> None:
         """A read through the kernel, from a thread: only then others may count on it."""
-        await trio.to_thread.run_sync(_first_read, self.mountpoint, abandon_on_cancel=True)
+        path = os.path.join(os.fsencode(self.mountpoint), self._some_file())
+        await trio.to_thread.run_sync(_first_read, os.fsdecode(path), abandon_on_cancel=True)
         on_ready()
+        await trio.to_thread.run_sync(set_max_background, mount, self._settings.sizes)
+
+    def _some_file(self) -> bytes:
+        """A file that is known already: asking for another name could wait for the end of a stream."""
+        tree = self.image.tree
+        for path in (b"checkpoint/inventory.img", b"config.dump"):
+            if tree.find(path) is not None:
+                return path
+        return next((node.path for node in tree.walk() if node.inode is not None and node.inode.is_file), b"")
 
     async def _watch_signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
@@ -104,36 +116,12 @@ def mount_options(source: str, *, allow_other: bool) -> set[str]:
     return options
 
 
-def _first_read(mountpoint: str) -> None:
-    os.stat(mountpoint)
-    for path in ("checkpoint/inventory.img", "config.dump"):
-        try:
-            with open(os.path.join(mountpoint, path), "rb", buffering=0) as file:
-                file.read(1)
-            return
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise CkptfsError(f"the first read failed: {error.strerror}") from None
-
-
-def _tune(mountpoint: str, settings: Settings) -> None:
-    """Raise what the kernel reads ahead and sends at once; pyfuse3 has no hook for either.
-
-    Where it is not allowed the mount is slower, not wrong. Read-ahead of 128 KiB makes a plain restore over 20 ms ten
-    times slower than 4 MiB; max_background of 12 caps the reads that are on their way (docs/performance.md).
-    """
-    mount = mount_at(mountpoint)
-    if mount is None:
-        raise MountError(f"{mountpoint} was unmounted while mounting")
-    major, minor = mount.device
-    for path, value in (
-        (f"/sys/class/bdi/{major}:{minor}/read_ahead_kb", settings.sizes.read_ahead // 1024),
-        (f"/sys/fs/fuse/connections/{minor}/max_background", settings.sizes.max_background),
-        (f"/sys/fs/fuse/connections/{minor}/congestion_threshold", settings.sizes.max_background * 3 // 4),
-    ):
-        try:
-            with open(path, "w", encoding="ascii") as file:
-                file.write(str(value))
-        except OSError as error:
-            log.info("%s stays as it is: %s", path, error.strerror)
+def _first_read(path: str) -> None:
+    try:
+        os.stat(os.path.dirname(path))
+        with open(path, "rb", buffering=0) as file:
+            file.read(1)
+    except IsADirectoryError:
+        return  # the image has no files
+    except OSError as error:
+        raise UnavailableError(f"the first read, of {path}, failed: {error.strerror}") from None

@@ -1,0 +1,62 @@
+"""Kernel settings of one mount that pyfuse3 has no hook for: how far is read ahead, how much may be on its way.
+
+Where a setting is refused (not root) the mount is slower, not wrong. docs/performance.md has the measurements.
+"""
+
+import logging
+import os
+import subprocess
+
+from ckptfs.fuse.mountpoint import Mount
+from ckptfs.settings import Sizes
+
+log = logging.getLogger(__name__)
+
+_CONNECTIONS = "/sys/fs/fuse/connections"
+
+
+def set_read_ahead(mount: Mount, sizes: Sizes) -> None:
+    """Read-ahead of 128 KiB, the default, makes a plain restore over 20 ms ten times slower than 4 MiB."""
+    major, minor = mount.device
+    path = f"/sys/class/bdi/{major}:{minor}/read_ahead_kb"
+    try:
+        with open(path, "w", encoding="ascii") as file:
+            file.write(str(sizes.read_ahead // 1024))
+    except OSError as error:
+        log.info("%s stays as it is: %s", path, error.strerror)
+
+
+def set_max_background(mount: Mount, sizes: Sizes) -> None:
+    """12 buffered reads at a time, the default, are 1.5 MiB: less than most links hold. Blocks for some milliseconds.
+
+    The control file system is not mounted everywhere (containers, minimal systems): then it is mounted for a moment in
+    a mount namespace of its own, which nobody else sees.
+    """
+    _, minor = mount.device
+    values = {"max_background": sizes.max_background, "congestion_threshold": sizes.max_background * 3 // 4}
+    if os.path.isdir(f"{_CONNECTIONS}/{minor}"):
+        for name, value in values.items():
+            try:
+                with open(f"{_CONNECTIONS}/{minor}/{name}", "w", encoding="ascii") as file:
+                    file.write(str(value))
+            except OSError as error:
+                log.info("%s stays as it is: %s", name, error.strerror)
+        return
+    if os.geteuid() != 0:
+        return
+    writes = " && ".join(f"echo {value} > {_CONNECTIONS}/{minor}/{name}" for name, value in values.items())
+    script = f"mount -t fusectl none {_CONNECTIONS} && {writes}"
+    try:
+        done = subprocess.run(
+            ["unshare", "--mount", "--propagation", "private", "sh", "-c", script],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        log.info("max_background stays as it is: %s", error)
+        return
+    if done.returncode != 0:
+        log.info("max_background stays as it is: %s", done.stderr.strip())
