@@ -47,6 +47,7 @@ async def _everything(image: OpenImage) -> None:
         await image.tables.load_all()
         pages = _order(image, eager_only=False).plan(image.tree)
         image.fetcher.fill(chain(pages, Background().plan(image.tree)))
+        await image.tables.keep_cells()
 
 
 def _order(image: OpenImage, *, eager_only: bool) -> RestoreOrder:

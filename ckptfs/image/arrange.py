@@ -7,7 +7,10 @@ import logging
 import stat
 from dataclasses import replace
 
+import trio
+
 from ckptfs.image.delta import DerivedTars, Unpacked
+from ckptfs.image.earlier import EarlierImages
 from ckptfs.image.indexed import inline_index
 from ckptfs.image.opened import OpenImage
 from ckptfs.image.rootfs import OpenSource, show_rootfs
@@ -20,7 +23,8 @@ from ckptfs.image.views import (
     recognise,
     spec_of,
 )
-from ckptfs.model.oci import Descriptor, Reference, parse_json
+from ckptfs.model.index import ImageIndex
+from ckptfs.model.oci import Descriptor, Manifest, Reference, parse_json
 from ckptfs.model.toc import Entry, Inode
 from ckptfs.model.tree import Node, Tree
 
@@ -36,6 +40,7 @@ async def arrange(image: OpenImage, open_source: OpenSource | None, base: Refere
     index = inline_index(manifest, image.fetcher.next_layer, limits)
     if index is not None:
         image.fetcher.keep(index.contents)
+        await _find_earlier(image)
     if image.resolved.loose_blobs:
         _lay_out(image)
     for rank, descriptor in enumerate(manifest.layers, start=1):
@@ -75,6 +80,18 @@ def _lay_out(image: OpenImage) -> None:
         path = f"blobs/{descriptor.digest.algorithm}/{descriptor.digest.hex}".encode()
         layout.append(Entry(path, image.raw_file(image.source.blob(descriptor))))
     image.tree.add(layout, image.next_rank)
+
+
+async def _find_earlier(image: OpenImage) -> None:
+    """What this node knows of earlier images of the repository; before the layers are added."""
+    limits, resolved = image.options.settings.limits, image.resolved
+    earlier = EarlierImages(image.source, image.cache, image.cells, limits)
+
+    def index_of(manifest: Manifest) -> ImageIndex | None:
+        return inline_index(manifest, 0, limits)
+
+    await trio.to_thread.run_sync(earlier.find, resolved.reference, resolved.manifest, index_of)
+    image.tables.earlier = earlier
 
 
 async def _unnest(image: OpenImage) -> None:

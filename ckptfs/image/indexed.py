@@ -1,7 +1,8 @@
 """An image that brings its index along: opened from the manifest alone, without asking any layer.
 
 The index is covered by the manifest's digest, so its contents need no further check. The chunk tables of very large
-files stay in their layers and are loaded when such a file is first opened.
+files stay in their layers and are loaded when such a file is first opened, and then it is seen what an earlier image
+shares with it.
 """
 
 import base64
@@ -11,6 +12,7 @@ import logging
 import trio
 
 from ckptfs.errors import FormatError
+from ckptfs.image.earlier import EarlierImages
 from ckptfs.model.blob import Blob
 from ckptfs.model.index import ANNOTATION_INDEX, ImageIndex, IndexedFile, decode_index, load_table
 from ckptfs.model.oci import Manifest
@@ -42,10 +44,15 @@ class ChunkTables:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._pending: dict[Inode, tuple[IndexedFile, Blob, int]] = {}
-        self._lock = trio.Lock()
+        self._locks: dict[Inode, trio.Lock] = {}  # one each: tables of several files are fetched at the same time
+        self.earlier: EarlierImages | None = None
+        self._with_cells: list[tuple[IndexedFile, Blob]] = []
 
     def add(self, file: IndexedFile, blob: Blob, layer: int) -> None:
-        if file.table is not None and file.entry.inode is not None:
+        if file.cells is not None:
+            self._with_cells.append((file, blob))
+        shared = self.earlier is not None and self.earlier.share(file)
+        if (file.table is not None or shared) and file.entry.inode is not None:
             self._pending[file.entry.inode] = (file, blob, layer)
 
     def __bool__(self) -> bool:
@@ -55,18 +62,26 @@ class ChunkTables:
         """Give the inode its extents if they are still in the layer. A failed load can be repeated."""
         if inode not in self._pending:
             return
-        async with self._lock:
+        async with self._locks.setdefault(inode, trio.Lock()):
             if inode not in self._pending:
                 return
             file, blob, layer = self._pending[inode]
             await trio.to_thread.run_sync(self._load, file, blob, layer, abandon_on_cancel=True)
-            del self._pending[inode]
+            del self._pending[inode], self._locks[inode]
 
     async def load_all(self) -> None:
         for inode in list(self._pending):
             await self.load(inode)
 
+    async def keep_cells(self) -> None:
+        """Fetch what later images of the repository will need to know of this one."""
+        if self.earlier is not None:
+            for file, blob in self._with_cells:
+                await trio.to_thread.run_sync(self.earlier.keep, file, blob, abandon_on_cancel=True)
+
     def _load(self, file: IndexedFile, blob: Blob, layer: int) -> None:
         if file.table is not None:
             data = blob.read_at(file.table.offset, file.table.size)
             load_table(file, data, layer, blob.size, self._limits)
+        if self.earlier is not None and self.earlier.share(file):
+            self.earlier.refine(file, blob, layer)

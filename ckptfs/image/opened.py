@@ -20,6 +20,7 @@ from ckptfs.engine.memory import MemoryCache
 from ckptfs.engine.reader import Handle, Reader
 from ckptfs.engine.scan import LayerScan
 from ckptfs.engine.schedule import Priority
+from ckptfs.engine.shared_cells import SharedCells
 from ckptfs.errors import CkptfsError, FormatError, IntegrityError, UnavailableError
 from ckptfs.image.indexed import ChunkTables
 from ckptfs.image.resolve import Resolved, resolve
@@ -73,7 +74,8 @@ class OpenImage:
         self.counters = counters
         self.cache = cache
         self.nursery = nursery
-        self.fetcher = Fetcher(cache, MemoryCache(sizes.memory_cache), options.settings)
+        self.cells = SharedCells(cache)
+        self.fetcher = Fetcher(self.cells, MemoryCache(sizes.memory_cache), options.settings)
         self.reader = Reader(self.fetcher, _MAX_WAITING)
         self.tables = ChunkTables(options.settings.limits)
         self._earlier: list[Tree] = []

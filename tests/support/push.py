@@ -54,6 +54,16 @@ def tree_images(into: Path) -> Path:
     return into
 
 
+def two_checkpoints(folder: Path) -> None:
+    """first.tar and second.tar: two checkpoints of one process, 0.7 s apart."""
+    first = zstandard.ZstdDecompressor().stream_reader((DATA / "two/first.tar.zst").read_bytes()).read()
+    reference = zstandard.ZstdCompressionDict(first, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
+    patch = (DATA / "two/second.tar.patch.zst").read_bytes()
+    decompressor = zstandard.ZstdDecompressor(dict_data=reference, max_window_size=1 << 27)
+    (folder / "first.tar").write_bytes(first)
+    (folder / "second.tar").write_bytes(decompressor.stream_reader(patch).read())
+
+
 def odd_tree(top: Path) -> Path:
     """A folder with every kind of file that a tar can hold and a test may make; devices and owners only as root."""
     folder = top / "odd"

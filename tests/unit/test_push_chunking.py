@@ -15,7 +15,7 @@ from ckptfs.model.index import decode_index, read_cells
 from ckptfs.model.index_columns import Row
 from ckptfs.push import PushResult
 from ckptfs.settings import GiB, KiB
-from tests.support.push import DATA, layer_blob, manifest_of, push_to_layout
+from tests.support.push import DATA, layer_blob, manifest_of, push_to_layout, two_checkpoints
 
 PAGE = 4 * KiB
 BASE = 0x7F0000000000
@@ -85,12 +85,7 @@ def test_larger_files_have_larger_cells(size: int, cell: int) -> None:
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PushResult, PushResult]:
     """Two checkpoints of one process, 0.7 s apart, both pushed."""
     folder = tmp_path_factory.mktemp("two")
-    first = zstandard.ZstdDecompressor().stream_reader((DATA / "two/first.tar.zst").read_bytes()).read()
-    reference = zstandard.ZstdCompressionDict(first, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
-    patch = (DATA / "two/second.tar.patch.zst").read_bytes()
-    decompressor = zstandard.ZstdDecompressor(dict_data=reference, max_window_size=1 << 27)
-    (folder / "first.tar").write_bytes(first)
-    (folder / "second.tar").write_bytes(decompressor.stream_reader(patch).read())
+    two_checkpoints(folder)
     layout = folder / "layout"
     pushed = [push_to_layout(folder / f"{name}.tar", layout, name) for name in ("first", "second")]
     return layout, pushed[0], pushed[1]

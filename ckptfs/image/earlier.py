@@ -1,0 +1,178 @@
+"""Earlier images of the same repository, for what they share with this one.
+
+A node that has run one checkpoint of a process and mounts the next fetches the pages that changed, not the chunks that
+they lie in. Remembers, for each repository, the last images that were opened; where a pages file of this image has the
+name of one of theirs, and chunks that this node lacks, those chunks are taken apart into cells, of which most are in
+the earlier image's chunks (engine/shared_cells.py). Costs two small tables of the layers and nothing when no earlier
+image is here. A failure costs the saving, never the read. Blocking calls, made from worker threads by indexed.py.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ckptfs.engine.shared_cells import Place, SharedCells
+from ckptfs.errors import CkptfsError
+from ckptfs.model.blob import Blob
+from ckptfs.model.index import ImageIndex, IndexedFile, Table, load_table, read_cells
+from ckptfs.model.oci import Digest, Manifest, Reference, parse_document
+from ckptfs.model.packed import PackedExtents
+from ckptfs.model.toc import Extent
+from ckptfs.settings import Limits
+from ckptfs.sources import Source
+
+log = logging.getLogger(__name__)
+
+_REMEMBERED = 3  # images of one repository: a rollback and a pair that alternates still find each other
+
+
+class Documents(Protocol):
+    def get_document(self, key: str) -> bytes | None: ...
+    def put_document(self, key: str, data: bytes) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Pages:
+    """A pages file of an earlier image, and its layer."""
+
+    file: IndexedFile
+    blob: Blob
+
+
+class EarlierImages:
+    def __init__(self, source: Source, documents: Documents, cells: SharedCells, limits: Limits) -> None:
+        self._source = source
+        self._documents = documents
+        self._cells = cells
+        self._limits = limits
+        self._pages: dict[bytes, list[_Pages]] = {}
+
+    def find(self, reference: Reference, image: Manifest, index_of: Callable[[Manifest], ImageIndex | None]) -> None:
+        """Look up the earlier images of `reference`'s repository, and remember `image` as the latest one."""
+        key = f"earlier/{reference.kind}/{reference.host}/{reference.repository or reference.path}"
+        known = [d for d in _digests(self._documents.get_document(key)) if d != image.digest]
+        for earlier in known:
+            manifest = self._manifest(earlier)
+            index = index_of(manifest) if manifest is not None else None
+            if manifest is None or index is None:
+                continue
+            for descriptor, layer in zip(manifest.layers, index.layers, strict=True):
+                for file in layer.files:
+                    if file.cells is not None:
+                        pages = _Pages(file, self._source.blob(descriptor))
+                        self._pages.setdefault(file.entry.path, []).append(pages)
+        self._documents.put_document(f"earlier/{image.digest}", image.raw)
+        names = [str(d) for d in (image.digest, *known)][:_REMEMBERED]
+        self._documents.put_document(key, json.dumps(names).encode())
+
+    def share(self, file: IndexedFile) -> bool:
+        """Whether an earlier image has a file of this name, so that `refine` may save something."""
+        return file.cells is not None and file.entry.path in self._pages
+
+    def keep(self, file: IndexedFile, blob: Blob) -> None:
+        """Fetch the table of cells for the images to come: they will ask for it when every byte counts."""
+        try:
+            if file.cells is not None:
+                self._bytes(file.cells, blob)
+        except CkptfsError as error:
+            log.info("the cells of %s are not kept: %s", file.entry.path.decode("utf-8", "replace"), error)
+
+    def refine(self, file: IndexedFile, blob: Blob, layer: int) -> None:
+        """Replace the chunks of `file` that this node lacks by their cells, where some of those are here."""
+        try:
+            self._refine(file, blob, layer)
+        except CkptfsError as error:
+            log.info("%s is fetched whole: %s", file.entry.path.decode("utf-8", "replace"), error)
+
+    def _refine(self, file: IndexedFile, blob: Blob, layer: int) -> None:
+        inode = file.entry.inode
+        if inode is None:
+            return
+        chunks = list(inode.extents)
+        lacking = {chunk.start for chunk in chunks if not self._cells.contains(chunk.chunk.key)}
+        if not lacking:
+            return
+        cells = self._table(file, blob, layer)
+        wanted = {cell.chunk.key for _, inside in _within(chunks, cells) for cell in inside}
+        places: dict[bytes, Place] = {}
+        for earlier in self._pages[file.entry.path]:
+            self._places(earlier, wanted, places)
+        self._cells.add(places)
+        refined = PackedExtents(layer)
+        for chunk, inside in _within(chunks, cells):
+            apart = chunk.start in lacking and any(self._cells.contains(cell.chunk.key) for cell in inside)
+            for extent in inside if apart else [chunk]:
+                known = extent.chunk
+                refined.append(extent.start, extent.length, known.offset, known.size, known.key)
+        inode.extents = refined
+
+    def _places(self, earlier: _Pages, wanted: set[bytes], places: dict[bytes, Place]) -> None:
+        """Add where the chunks of an earlier file, as far as they are here, have cells that are wanted."""
+        inode = earlier.file.entry.inode
+        if inode is None:
+            return
+        extents = inode.extents
+        if earlier.file.table is not None:
+            extents = self._extents(earlier)
+        here = [chunk for chunk in extents if self._cells.contains(chunk.chunk.key)]
+        if not here:
+            return
+        for chunk, inside in _within(here, self._table(earlier.file, earlier.blob, 0)):
+            for cell in inside:
+                if cell.chunk.key in wanted and cell.chunk.key != chunk.chunk.key:
+                    places[cell.chunk.key] = Place(chunk.chunk.key, cell.start - chunk.start, cell.length)
+
+    def _manifest(self, digest: Digest) -> Manifest | None:
+        raw = self._documents.get_document(f"earlier/{digest}")
+        if raw is None or Digest.of(raw) != digest:
+            return None
+        document = parse_document(raw)
+        return document if isinstance(document, Manifest) else None
+
+    def _table(self, file: IndexedFile, blob: Blob, layer: int) -> Sequence[Extent]:
+        if file.cells is None:
+            return ()
+        return read_cells(file, self._bytes(file.cells, blob), layer, blob.size, self._limits)
+
+    def _extents(self, earlier: _Pages) -> Sequence[Extent]:
+        inode, table = earlier.file.entry.inode, earlier.file.table
+        if inode is None or table is None:
+            return ()
+        load_table(earlier.file, self._bytes(table, earlier.blob), 0, earlier.blob.size, self._limits)
+        return inode.extents
+
+    def _bytes(self, table: Table, blob: Blob) -> bytes:
+        """A table's bytes, which the node keeps: the next mount needs no network for them."""
+        key = f"table/{table.digest}"
+        data = self._documents.get_document(key)
+        if data is None:
+            data = blob.read_at(table.offset, table.size)
+            table.digest.check(data, "a table of cells")
+            self._documents.put_document(key, data)
+        return data
+
+
+def _within(chunks: Sequence[Extent], cells: Sequence[Extent]) -> Iterator[tuple[Extent, list[Extent]]]:
+    """Each chunk with the cells that lie in it; both ascend."""
+    pending = iter(cells)
+    cell = next(pending, None)
+    for chunk in chunks:
+        end = chunk.start + chunk.length
+        inside = []
+        while cell is not None and cell.start < end:
+            if cell.start >= chunk.start and cell.start + cell.length <= end:
+                inside.append(cell)
+            cell = next(pending, None)
+        yield chunk, inside
+
+
+def _digests(document: bytes | None) -> list[Digest]:
+    """What `find` wrote; nothing where the document is of another make."""
+    if document is None:
+        return []
+    try:
+        return [Digest.parse(str(text)) for text in json.loads(document)]
+    except (ValueError, TypeError, CkptfsError):
+        return []

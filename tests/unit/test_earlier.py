@@ -1,0 +1,165 @@
+"""The next checkpoint of a process, opened on a node that has the one before: what it fetches (P11)."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import trio
+
+from ckptfs.engine.cache import ChunkCache
+from ckptfs.engine.shared_cells import Place, SharedCells
+from ckptfs.errors import NotFoundError
+from ckptfs.image import ImageOptions, open_image
+from ckptfs.model.blob import Blob
+from ckptfs.model.oci import Descriptor, Index, Manifest, Reference
+from ckptfs.sources.layout import LayoutSource
+from ckptfs.telemetry import NetworkCounters
+from tests.support.push import DATA, push_to_layout, two_checkpoints
+
+PAGES = b"checkpoint/pages-1.img"
+
+
+@dataclass
+class CountedBlob:
+    inner: Blob
+    ranges: list[int]
+    gone: bool = False
+
+    @property
+    def descriptor(self) -> Descriptor:
+        return self.inner.descriptor
+
+    @property
+    def size(self) -> int:
+        return self.inner.size
+
+    def read_at(self, offset: int, length: int, *, attempt: int = 0) -> bytes:
+        self._count(length)
+        return self.inner.read_at(offset, length)
+
+    def stream(self, offset: int, length: int, *, attempt: int = 0) -> Iterator[bytes | memoryview]:
+        self._count(length)
+        return self.inner.stream(offset, length)
+
+    def _count(self, length: int) -> None:
+        if self.gone:
+            raise NotFoundError("no such blob")
+        self.ranges.append(length)
+
+
+@dataclass
+class CountedSource:
+    """A layout, as if it were far away: counts what is read. Blobs in `gone` are no longer there."""
+
+    inner: LayoutSource
+    ranges: list[int] = field(default_factory=list)
+    gone: set[str] = field(default_factory=set)
+
+    @property
+    def reference(self) -> Reference:
+        return self.inner.reference
+
+    def resolve(self) -> Manifest | Index:
+        document = self.inner.resolve()
+        self.ranges.append(len(document.raw))
+        return document
+
+    def fetch(self, descriptor: Descriptor) -> bytes:
+        return self.inner.fetch(descriptor)
+
+    def blob(self, descriptor: Descriptor) -> CountedBlob:
+        return CountedBlob(self.inner.blob(descriptor), self.ranges, str(descriptor.digest) in self.gone)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A layout with the images `first` and `second`, and the digest of each one's pages."""
+    folder = tmp_path_factory.mktemp("earlier")
+    two_checkpoints(folder)
+    digests = {}
+    for name in ("first", "second"):
+        push_to_layout(folder / f"{name}.tar", folder / "layout", name)
+        tar = (folder / f"{name}.tar").read_bytes()
+        at = tar.index(b"checkpoint/pages-1.img\0")
+        size = int(tar[at + 124 : at + 135], 8)
+        digests[name] = hashlib.sha256(tar[at + 512 : at + 512 + size]).hexdigest()
+    return folder / "layout", digests
+
+
+def read_pages(
+    layout: Path, tag: str, cache: Path, *, keep: bool = True, gone: set[str] | None = None
+) -> tuple[str, int]:
+    """Open the image, read its pages; their digest and the bytes that were fetched."""
+    source = CountedSource(LayoutSource(Reference.parse(f"oci:{layout}:{tag}")), gone=gone or set())
+
+    async def run() -> str:
+        chunks = ChunkCache.open(cache)
+        try:
+            options = ImageOptions(background=False, prefetch=False)
+            async with open_image(source, chunks, options, NetworkCounters()) as image:
+                node = await image.find(PAGES)
+                assert node is not None
+                assert node.inode is not None
+                pages = await image.read(node.inode, 0, node.inode.size)
+                if keep:  # as a mount does in the background
+                    await image.tables.keep_cells()
+                while image.fetcher.in_flight:  # what has been read is on its way to the disk
+                    await trio.sleep(0.005)
+                return hashlib.sha256(pages).hexdigest()
+        finally:
+            chunks.close()
+
+    return trio.run(run), sum(source.ranges)
+
+
+def test_p11_the_next_checkpoint_fetches_what_changed(images: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    layout, digests = images
+    changed = json.loads((DATA / "two/pages.json").read_bytes())["changed_bytes_zstd3"]
+    assert read_pages(layout, "first", tmp_path / "cache")[0] == digests["first"]
+    digest, fetched = read_pages(layout, "second", tmp_path / "cache")
+    assert digest == digests["second"]
+    assert fetched <= 1.5 * changed
+
+
+def test_the_second_time_nothing_is_fetched(images: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    layout, digests = images
+    for tag in ("first", "second"):
+        read_pages(layout, tag, tmp_path / "cache")
+    for tag in ("second", "first"):
+        digest, fetched = read_pages(layout, tag, tmp_path / "cache")
+        assert digest == digests[tag]
+        assert fetched < 30_000  # the manifest, which a layout is asked for every time
+
+
+def test_an_earlier_image_that_is_gone_costs_the_saving_only(
+    images: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    layout, digests = images
+    read_pages(layout, "first", tmp_path / "cache", keep=False)
+    first = LayoutSource(Reference.parse(f"oci:{layout}:first")).resolve()
+    assert isinstance(first, Manifest)
+    digest, fetched = read_pages(
+        layout, "second", tmp_path / "cache", gone={str(layer.digest) for layer in first.layers}
+    )
+    assert digest == digests["second"]
+    assert fetched > 1_000_000
+
+
+def test_an_earlier_image_that_lies_is_found_out(tmp_path: Path) -> None:
+    """It says that a cell lies somewhere, and something else is there."""
+    chunk, cell = bytes(range(256)) * 64, b"x" * 4096
+    key = hashlib.sha256(cell).digest()
+    with ChunkCache.open(tmp_path / "cache") as cache:
+        cells = SharedCells(cache)
+        whole = hashlib.sha256(chunk).digest()
+        cache.put_many([(whole, chunk)])
+        cells.add({key: Place(whole, 0, 4096), hashlib.sha256(chunk[4096:8192]).digest(): Place(whole, 4096, 4096)})
+        assert cells.contains(key)
+        assert cells.get(key) is None
+        assert not cells.contains(key)
+        assert cells.get(hashlib.sha256(chunk[4096:8192]).digest()) == chunk[4096:8192]
+        cells.add({key: Place(whole, 1 << 40, 4096)})
+        assert cells.get(key) is None
