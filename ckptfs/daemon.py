@@ -40,8 +40,12 @@ def run(
     The parent waits at the pipe `writer` for the first status; None in foreground.
     """
     size = request.settings.sizes.disk_cache
-    cache = ChunkCache.ephemeral(size=size) if request.ephemeral else ChunkCache.open(request.cache_dir, size=size)
+    if request.ephemeral:
+        cache = ChunkCache.ephemeral(size=size)
+    else:
+        cache = ChunkCache.open(request.cache_dir, size=size, secret=request.cache_key)
     try:
+        cache.require_key()
         trio.run(_serve, request, source, reach, counters, cache, mountpoint, files, writer)
     except BaseExceptionGroup as group:
         raise only_error(group) from None

@@ -34,6 +34,7 @@ class MountRequest:
     mountpoint: str
     view: Literal["checkpoint", "raw", "rootfs"] = "checkpoint"
     cache_dir: Path = Path()
+    cache_key: bytes | None = field(default=None, repr=False)
     offline: bool = False
     ephemeral: bool = False
     strict: bool = False

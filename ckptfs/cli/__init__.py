@@ -21,6 +21,12 @@ COMMANDS = {
     "ls": "browse",
     "cat": "browse",
     "cp": "browse",
+    "inspect": "inspect",
+    "show": "inspect",
+    "diff": "diff",
+    "memparse": "memparse",
+    "cache": "cache",
+    "config": "config",
 }
 
 

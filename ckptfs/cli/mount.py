@@ -12,6 +12,7 @@ from ckptfs.cli.options import (
     configure_logging,
     deadline,
     make_settings,
+    read_cache_key,
     reference_argument,
     registry_options,
 )
@@ -73,6 +74,7 @@ def mount(
     plain_http: bool,
     cache_dir: Path | None,
     cache_size: int | None,
+    cache_key_file: Path | None,
     memory: int | None,
     verbose: int,
     quiet: bool,
@@ -93,7 +95,8 @@ def mount(
         reference=reference,
         mountpoint=directory,
         view=view,
-        cache_dir=cache_dir or default_cache_dir(),
+        cache_dir=(cache_dir or default_cache_dir()).absolute(),  # the daemon works in /
+        cache_key=read_cache_key(cache_key_file),
         base=base,
         offline=offline,
         ephemeral=ephemeral,

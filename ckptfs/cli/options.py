@@ -2,22 +2,29 @@
 
 import logging
 import os
-import re
+import shlex
+import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ckptfs import configuration
+from ckptfs.configuration import parse_deadline, parse_size
 from ckptfs.errors import UsageError
 from ckptfs.model.oci import Reference
 from ckptfs.settings import Settings, default_cache_dir
 
+if TYPE_CHECKING:
+    from ckptfs.engine.cache import ChunkCache
+
 F = TypeVar("F", bound=Callable[..., Any])
 
-_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_CONFIGURATION = "ckptfs.configuration"  # where a command's context keeps what has been read
+_KEY_BYTES = 64 * 1024
 
 
 class ByteSize(click.ParamType["int | str"]):
@@ -26,12 +33,10 @@ class ByteSize(click.ParamType["int | str"]):
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", str(value).strip().lower())
-        if not match:
-            self.fail(f"{value!r} is not a size; write for example 512M or 10G", param, ctx)
-        return int(float(match[1]) * _UNITS[match[2]])
+        try:
+            return parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 class RegistryReference(click.ParamType["Reference | str"]):
@@ -56,20 +61,57 @@ def verbosity_options(function: F) -> F:
     return click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")(function)
 
 
+def config_option(function: F) -> F:
+    """--config: what it names, the other files and the environment are the defaults of the command's options."""
+    return click.option(
+        "--config",
+        type=click.Path(path_type=Path, dir_okay=False),
+        is_eager=True,
+        expose_value=False,
+        callback=_configure,
+        help="Read FILE too; it wins over the system's and the user's (see `ckptfs config show`).",
+    )(function)
+
+
+def _configure(ctx: click.Context, _: click.Parameter, file: Path | None) -> None:
+    found = configuration.load(file)
+    ctx.meta[_CONFIGURATION] = found
+    ctx.default_map = found.option_defaults()
+
+
+def current_configuration() -> configuration.Configuration:
+    """What `config_option` has read for the running command; only defaults where there is none."""
+    context = click.get_current_context(silent=True)
+    found = context.meta.get(_CONFIGURATION) if context is not None else None
+    return found or configuration.DEFAULTS
+
+
+def cache_dir_option(function: F) -> F:
+    return click.option(
+        "--cache-dir",
+        type=click.Path(path_type=Path, file_okay=False),
+        default=None,
+        help=f"The node's cache [default: {default_cache_dir()}]",
+    )(function)
+
+
 def registry_options(function: F) -> F:
     """What every command that touches a registry or the cache takes."""
     for option in (
+        config_option,
         click.option(
             "--plain-http", is_flag=True, help="Talk HTTP instead of HTTPS (loopback registries need no flag)."
         ),
-        click.option(
-            "--cache-dir",
-            type=click.Path(path_type=Path, file_okay=False),
-            default=None,
-            help=f"The node's cache [default: {default_cache_dir()}]",
-        ),
+        cache_dir_option,
         click.option(
             "--cache-size", type=ByteSize(), default=None, help="Most that the cache takes on disk, e.g. 10G."
+        ),
+        click.option(
+            "--cache-key",
+            "cache_key_file",
+            type=click.Path(path_type=Path),
+            default=None,
+            help="Encrypt the cache with the secret in FILE (at least 16 random bytes).",
         ),
         click.option(
             "--memory", type=ByteSize(), default=None, help="Most that decoded chunks take in memory, e.g. 64M."
@@ -96,7 +138,40 @@ def make_settings(
     timeouts = settings.timeouts
     if read_deadline is not None:
         timeouts = replace(timeouts, read_deadline=read_deadline)
-    return replace(settings, sizes=sizes, timeouts=timeouts)
+    return replace(settings, sizes=sizes, timeouts=timeouts, registries=current_configuration().registries)
+
+
+def read_cache_key(file: Path | None) -> bytes | None:
+    """The secret in the file that --cache-key names, without a newline at its end. UsageError."""
+    if file is None:
+        return None
+    try:
+        with open(file, "rb") as stream:
+            found = os.fstat(stream.fileno())
+            if stat.S_ISREG(found.st_mode) and found.st_mode & 0o077:
+                hint = f"run: chmod 600 {shlex.quote(str(file))}"
+                raise UsageError(f"the cache key {file} is open to other users", hint=hint)
+            secret = stream.read(_KEY_BYTES + 1)
+    except OSError as error:
+        hint = "make one: head -c 32 /dev/urandom > FILE"
+        raise UsageError(f"the cache key {file} cannot be read: {error.strerror}", hint=hint) from None
+    if len(secret) > _KEY_BYTES:
+        raise UsageError(f"the cache key {file} is larger than 64 KiB", hint="32 random bytes are enough")
+    return secret.removesuffix(b"\n")
+
+
+def open_cache(options: Mapping[str, Any], settings: Settings) -> "ChunkCache":
+    """The node's cache for a command that reads contents. `options` are those of `registry_options`."""
+    from ckptfs.engine.cache import ChunkCache
+
+    secret = read_cache_key(options["cache_key_file"])
+    path = options["cache_dir"] or default_cache_dir()
+    cache = ChunkCache.open(path, size=settings.sizes.disk_cache, secret=secret)
+    try:
+        return cache.require_key()
+    except BaseException:
+        cache.close()
+        raise
 
 
 def configure_logging(verbose: int, quiet: bool) -> None:
@@ -110,13 +185,8 @@ def configure_logging(verbose: int, quiet: bool) -> None:
 
 
 def deadline(text: str) -> float:
-    """Seconds, or `hard` for a reader that must never get EIO because the registry is away."""
-    if text == "hard":
-        return float("inf")
+    """Seconds, or `hard`. UsageError."""
     try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < 1e9:
-        raise UsageError(f"--read-deadline {text!r} is not a number of seconds", hint="write for example 60, or hard")
-    return seconds
+        return parse_deadline(text)
+    except ValueError as error:
+        raise UsageError(f"--read-deadline: {error}") from None

@@ -1,10 +1,11 @@
 """The node's cache on disk: decoded chunks and small documents, shared by all mounts, kept across them.
 
 Puts the parts together: directory.py (layout, permissions), chunk_index.py and chunk_log.py (chunks in segments),
-documents.py, claims.py (who fetches what), seal.py (encryption), disk.py (what happens when the disk refuses).
-Blocking calls, safe from several threads; other processes may use the same directory at the same time. A cache never
-fails a reader: what it cannot read is a miss, what it cannot write is not kept. Knows no layers, no network and no
-trio. Called by fetch.py (chunks), image/ (documents), the cache command and the mount. docs/adr/0002-cache-segments.md
+documents.py, claims.py (who fetches what), seal.py and key_mark.py (encryption), disk.py (what happens when the disk
+refuses). Blocking calls, safe from several threads; other processes may use the same directory at the same time. A
+cache never fails a reader: what it cannot read is a miss, what it cannot write is not kept. Knows no layers, no network
+and no trio. Called by fetch.py (chunks), image/ (documents), the cache command and the mount.
+docs/adr/0002-cache-segments.md
 """
 
 import os
@@ -15,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckptfs.engine import key_mark
 from ckptfs.engine.chunk_index import ChunkIndex
 from ckptfs.engine.chunk_log import ChunkLog
 from ckptfs.engine.claims import Claims
@@ -36,12 +38,17 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """`bytes` are allocated on disk by chunks and documents; `hits` and `misses` are this process's."""
+    """`bytes` are allocated on disk by chunks and documents; `hits` and `misses` are this process's.
+
+    in_use   another process has the cache open.
+    """
 
     bytes: int
     chunks: int
     documents: int
     segments: int
+    encrypted: bool
+    in_use: bool
     read_only: bool
     hits: int
     misses: int
@@ -67,6 +74,7 @@ class ChunkCache:
     ) -> None:
         self.name = name
         self._seal = seal
+        self._ops = ops
         self._directory = directory
         self._documents = documents
         self._claims = claims
@@ -152,6 +160,18 @@ class ChunkCache:
             ops=ops,
             clock=clock,
         )
+
+    def require_key(self) -> "ChunkCache":
+        """CacheError unless the directory is encrypted with our key, or not at all if we have none.
+
+        An empty one becomes ours. For all who read and write contents; keeping house needs no key.
+        """
+        if self._directory is not None:
+            with _as_cache_error(self.name):
+                empty = not len(self._index) and not self._documents.sizes()
+                mine = self._seal.fingerprint if self._seal else key_mark.PLAIN
+                key_mark.require(self._directory.key_mark, mine, empty=empty, ops=self._ops)
+        return self
 
     def __enter__(self) -> "ChunkCache":
         return self
@@ -266,11 +286,19 @@ class ChunkCache:
         """What there is. CacheError when the directory cannot be read."""
         with _as_cache_error(self.name):
             sizes, chunk_bytes = self._documents.sizes(), self._log.bytes()
+            encrypted = self._seal is not None
+            in_use = False
+            if self._directory is not None:
+                encrypted |= key_mark.present(self._directory.key_mark, self._ops)
+                with self._directory.alone() as alone:
+                    in_use = not alone
         return CacheStats(
             bytes=chunk_bytes + sum(size for _, size, _ in sizes),
             chunks=len(self._index),
             documents=len(sizes),
             segments=len(self._index.segments()),
+            encrypted=encrypted,
+            in_use=in_use,
             read_only=self._gate.shut,
             hits=self._hits,
             misses=self._misses,
@@ -312,6 +340,8 @@ class ChunkCache:
                 if not alone and not force:
                     raise CacheError(f"the cache {self.name} is in use", hint="unmount first, or use --force")
                 self._empty(live=force)
+                if alone:
+                    key_mark.forget(self._directory.key_mark, self._ops)
 
     def _empty(self, *, live: bool) -> None:
         self._log.prune(0, live=live)

@@ -5,6 +5,7 @@
                    locks/      users: held shared by every process that has the cache open
                                room: held by the one that evicts or begins a segment
                                claims: byte ranges (claims.py)
+                   key         which key it is encrypted with, if it is (key_mark.py)
 
 The cache holds process memory, passwords among it: every directory is 0700, every file 0600 and ours. What is not
 named like a file of ours is left alone, and so are other versions beside v1. Raises CacheError with the command that
@@ -41,6 +42,7 @@ class CacheDirectory:
         self.root = path
         base = path / VERSION
         self.segments, self.documents, self.locks = base / "segments", base / "documents", base / "locks"
+        self.key_mark = base / "key"
         try:
             _check_parent(path, ops)
             for directory in (path, base, self.segments, self.documents, self.locks):
@@ -50,6 +52,7 @@ class CacheDirectory:
                 for name in ops.listdir(directory):
                     if name.endswith(FILE_SUFFIXES) or (directory is self.locks and name in _LOCKS):
                         _check(directory / name, ops, "file")
+            _check(self.key_mark, ops, "file")
             self._users = self._open_lock("users")
             self._room = self._open_lock("room")
             if self._users:

@@ -205,6 +205,11 @@ class Fetcher:
         inode.extents = (Extent(0, len(data), Chunk(key, -1, 0, 0, len(data), key)),) if data else ()
         return inode
 
+    async def settled(self) -> None:
+        """Until no extent is on its way: what has been handed out is in the cache by then."""
+        while self._flying:
+            await self._wake.wait()
+
     # -- performing ----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:

@@ -27,6 +27,8 @@ class Seal:
         except ImportError:
             hint = "pip install 'ckptfs[encryption]'"
             raise UsageError("an encrypted cache needs the cryptography package", hint=hint) from None
+        # Tells one key from another, and is of no use for finding a key with the entropy that it should have.
+        self.fingerprint = _derive(secret, b"ckptfs mark")
         self._cipher = AESGCM(_derive(secret, b"ckptfs data"))
         self._names = _derive(secret, b"ckptfs names")
         self._invalid: type[Exception] = InvalidTag

@@ -28,6 +28,26 @@ async def fetch_ahead(image: OpenImage) -> None:
             nursery.start_soon(_everything, image)
 
 
+async def fetch_all(image: OpenImage, *, metadata_only: bool = False) -> None:
+    """Until the node has the whole image, or CRIU's metadata and the dumps; raises what keeps it from that.
+
+    What the cache evicts meanwhile is not fetched again. Nothing is left in memory, so that `cached_bytes` tells what
+    the next mount will find.
+    """
+    image.run_on()
+    await image.all_known()
+    await image.tables.load_all()
+    plan = Metadata() if metadata_only else Background()
+    chunks = list({chunk.key: chunk for chunk in plan.plan(image.tree)}.values())
+    image.fetcher.fill(iter(chunks))
+    for chunk in chunks:
+        if not image.fetcher.has(chunk):
+            await image.fetcher.get(chunk, Priority.BACKGROUND)
+    await image.fetcher.settled()
+    for chunk in chunks:
+        image.fetcher.memory.drop(chunk.key)
+
+
 async def _eager_pages(image: OpenImage) -> None:
     """The pages that a restore needs at once, with lazy pages too; known when the metadata is here."""
     with suppress(CkptfsError):

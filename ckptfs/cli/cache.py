@@ -1,0 +1,213 @@
+"""ckptfs cache: the node's cache seen from outside. What it holds, whether it is sound, less of it, or all of an image.
+
+Only `warm` reads contents and needs the cache's key; the others keep house in a directory that mounts use meanwhile.
+"""
+
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ckptfs.cli.options import (
+    ByteSize,
+    F,
+    RegistryReference,
+    cache_dir_option,
+    config_option,
+    configure_logging,
+    current_configuration,
+    reference_argument,
+    registry_options,
+    verbosity_options,
+)
+from ckptfs.errors import CacheError, IntegrityError, NotFoundError
+from ckptfs.model.oci import Reference
+from ckptfs.settings import default_cache_dir
+
+if TYPE_CHECKING:
+    from ckptfs.engine.cache import ChunkCache
+    from ckptfs.image import OpenImage
+
+_PATIENCE = 1.0  # seconds of silence before a sign of life
+
+
+@click.group()
+def cache() -> None:
+    """The node's cache of decoded chunks, which all mounts share.
+
+    \b
+    ckptfs cache info
+    ckptfs cache warm registry.example/app/ckpt:1
+    ckptfs cache clear
+    """
+
+
+def _housekeeping(function: F) -> F:
+    return cache_dir_option(config_option(verbosity_options(function)))
+
+
+@cache.command()
+@click.option("--json", "as_json", is_flag=True, help="One object.")
+@_housekeeping
+def info(as_json: bool, cache_dir: Path | None, verbose: int, quiet: bool) -> None:
+    """How much is in the cache, and whether it is encrypted and in use.
+
+    \b
+    ckptfs cache info --json
+    """
+    from ckptfs.inspection.render import size_text
+
+    with _opened(cache_dir, verbose, quiet) as found:
+        stats = asdict(found.stats())
+        name = found.name
+    limit = current_configuration().values["cache_size"].value
+    for of_this_process in ("hits", "misses", "read_only"):
+        del stats[of_this_process]
+    if as_json:
+        click.echo(json.dumps({"path": name, "limit": limit, **stats}, indent=2))
+        return
+    how = "encrypted" if stats["encrypted"] else "not encrypted"
+    click.echo(name)
+    click.echo(f"  size       {size_text(stats['bytes'])} of at most {size_text(limit)}, {how}")
+    click.echo(f"  holds      {stats['chunks']} chunks in {stats['segments']} segments, {stats['documents']} documents")
+    click.echo(f"  in use     {'yes' if stats['in_use'] else 'no'}")
+
+
+@cache.command()
+@click.option("--json", "as_json", is_flag=True, help="One object: how many were read, how many were damaged.")
+@_housekeeping
+def verify(as_json: bool, cache_dir: Path | None, verbose: int, quiet: bool) -> None:
+    """Read everything and drop what is damaged; exit code 6 if anything was.
+
+    Mounts verify what they read in any case: this tells you about the disk.
+
+    \b
+    ckptfs cache verify
+    """
+    with _opened(cache_dir, verbose, quiet) as found, _sign_of_life("reading the whole cache", quiet):
+        checked, bad = found.verify()
+    if as_json:
+        click.echo(json.dumps({"checked": checked, "damaged": bad}))
+    elif not bad and not quiet:
+        click.echo(f"{checked} chunks and documents are sound")
+    if bad:
+        raise IntegrityError(
+            f"{bad} of {checked} chunks and documents were damaged and have been dropped",
+            hint="whoever needs them fetches them again; see whether the disk is failing",
+        )
+
+
+@cache.command()
+@click.option("--to", "target", type=ByteSize(), help="Bytes to get down to, e.g. 2G. [default: cache_size]")
+@_housekeeping
+def prune(target: int | None, cache_dir: Path | None, verbose: int, quiet: bool) -> None:
+    """Evict what was not used for the longest time, until the cache is small enough.
+
+    Mounts do this by themselves when they write; they may go on meanwhile.
+
+    \b
+    ckptfs cache prune --to 2G
+    """
+    target = current_configuration().values["cache_size"].value if target is None else target
+    with _opened(cache_dir, verbose, quiet) as found, _sign_of_life("evicting", quiet):
+        _freed(found, lambda: found.prune(target), quiet)
+
+
+@cache.command()
+@click.option("--force", is_flag=True, help="Also while mounts use it: they fetch again what they need.")
+@_housekeeping
+def clear(force: bool, cache_dir: Path | None, verbose: int, quiet: bool) -> None:
+    """Remove everything that the cache holds.
+
+    \b
+    ckptfs cache clear
+    """
+    with _opened(cache_dir, verbose, quiet) as found, _sign_of_life("removing", quiet):
+        _freed(found, lambda: found.clear(force=force), quiet)
+
+
+@cache.command()
+@reference_argument
+@click.option("--metadata", is_flag=True, help="Only the small files that every restore reads, not the pages.")
+@click.option("--view", type=click.Choice(["checkpoint", "raw", "rootfs"]), default="checkpoint", show_default=True)
+@click.option("--base", type=RegistryReference(), help="The base image of the rootfs view.")
+@click.option("--json", "as_json", is_flag=True, help="One object.")
+@registry_options
+def warm(reference: Reference, metadata: bool, as_json: bool, **options: Any) -> None:
+    """Fetch an image into the cache, so that mounting and restoring it needs no network.
+
+    \b
+    ckptfs cache warm registry.example/app/ckpt:1
+    ckptfs cache warm registry.example/app/ckpt:1 --metadata
+    """
+    from ckptfs.cli.opening import with_images
+    from ckptfs.inspection.render import size_text
+
+    async def work(images: "Sequence[OpenImage]") -> tuple[int, int, str]:
+        from ckptfs.image.ahead import fetch_all
+
+        image = images[0]
+        await fetch_all(image, metadata_only=metadata)
+        return image.cached_bytes(), image.image_bytes, str(image.resolved.manifest.digest)
+
+    (cached, whole, digest), traffic = with_images([reference], work, offline=False, **options)
+    if not metadata and cached < whole:
+        raise CacheError(
+            f"only {size_text(cached)} of {size_text(whole)} fit into the cache",
+            hint="give a larger --cache-size, or free space on its disk",
+        )
+    if as_json:
+        facts = {"reference": str(reference), "digest": digest, "image_bytes": whole, "cached_bytes": cached}
+        click.echo(json.dumps({**facts, "fetched_bytes": traffic.fetched_bytes, "requests": traffic.requests}))
+    elif not options["quiet"]:
+        what = "its metadata is" if metadata else "all of it is"
+        click.echo(f"{reference}: {what} in the cache; {traffic.sentence()}")
+
+
+@contextmanager
+def _opened(cache_dir: Path | None, verbose: int, quiet: bool) -> "Iterator[ChunkCache]":
+    """The cache as it is, whatever its key; NotFoundError where there is none."""
+    configure_logging(verbose, quiet)
+    from ckptfs.engine.cache import ChunkCache
+
+    path = cache_dir or default_cache_dir()
+    if not path.exists():
+        raise NotFoundError(f"there is no cache in {path}", hint="a mount makes it; --cache-dir names another")
+    with ChunkCache.open(path, size=current_configuration().values["cache_size"].value) as found:
+        yield found
+
+
+def _freed(found: "ChunkCache", action: Callable[[], None], quiet: bool) -> None:
+    from ckptfs.inspection.render import size_text
+
+    before = found.stats().bytes
+    action()
+    left = found.stats().bytes
+    if not quiet:
+        click.echo(f"freed {size_text(max(0, before - left))}, {size_text(left)} left")
+
+
+@contextmanager
+def _sign_of_life(what: str, quiet: bool) -> Iterator[None]:
+    """A line that moves on a terminal's stderr once a call has taken a second; gone when it returns."""
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    status = Console(stderr=True).status(what)
+    timer = threading.Timer(_PATIENCE, status.start)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        status.stop()
