@@ -16,7 +16,11 @@ _CONNECTIONS = "/sys/fs/fuse/connections"
 
 
 def set_read_ahead(mount: Mount, sizes: Sizes) -> None:
-    """Read-ahead of 128 KiB, the default, makes a plain restore over 20 ms ten times slower than 4 MiB."""
+    """Read-ahead of 128 KiB, the default, makes a plain restore over 20 ms ten times slower than 4 MiB.
+
+    Only after the first answer from the mount: the kernel lowers the value again when FUSE_INIT is answered
+    (process_init_reply in fs/fuse/inode.c). It also decides how large buffered reads are: up to 1 MiB then.
+    """
     major, minor = mount.device
     path = f"/sys/class/bdi/{major}:{minor}/read_ahead_kb"
     try:

@@ -48,7 +48,6 @@ class MountSession:
         try:
             if mount is None:
                 raise MountError(f"{self.mountpoint} was unmounted while mounting")
-            set_read_ahead(mount, self._settings.sizes)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch_signals)
                 nursery.start_soon(self._end, nursery.cancel_scope)
@@ -70,7 +69,13 @@ class MountSession:
     async def _announce(self, mount: Mount, on_ready: Callable[[], None]) -> None:
         """A read through the kernel, from a thread: only then others may count on it."""
         path = os.path.join(os.fsencode(self.mountpoint), self._some_file())
-        await trio.to_thread.run_sync(_first_read, os.fsdecode(path), abandon_on_cancel=True)
+
+        def read() -> None:
+            os.stat(self.mountpoint)
+            set_read_ahead(mount, self._settings.sizes)
+            _first_read(os.fsdecode(path))
+
+        await trio.to_thread.run_sync(read, abandon_on_cancel=True)
         on_ready()
         await trio.to_thread.run_sync(set_max_background, mount, self._settings.sizes)
 
@@ -118,7 +123,6 @@ def mount_options(source: str, *, allow_other: bool) -> set[str]:
 
 def _first_read(path: str) -> None:
     try:
-        os.stat(os.path.dirname(path))
         with open(path, "rb", buffering=0) as file:
             file.read(1)
     except IsADirectoryError:
