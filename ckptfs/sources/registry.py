@@ -36,7 +36,8 @@ def open_endpoint(
     if host in _HUB:
         host, address = "docker.io", "registry-1.docker.io"
         repository = repository if "/" in repository else f"library/{repository}"
-    scheme = "http" if plain_http or is_loopback(address) else "https"
+    plain_http = plain_http or is_loopback(address) or reference.host in transport.settings.registries.plain_http
+    scheme = "http" if plain_http else "https"
     territory = Territory(Origin.of(f"{scheme}://{address}"))
 
     def find() -> Credentials | None:
