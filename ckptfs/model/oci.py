@@ -96,7 +96,8 @@ class Reference:
             try:
                 digest = Digest.parse(digest_text)
             except FormatError as error:
-                raise UsageError(f"reference {text!r}: {error}") from None
+                # what stands before the @ may be somebody's password
+                raise UsageError(f"the reference is wrong after its @: {error}") from None
         if rest.startswith("oci:"):
             path, colon, tag = rest[4:].rpartition(":")
             if not colon or "/" in tag:

@@ -148,10 +148,10 @@ class RegistryBlob:
 
     def _check_range(self, reply: Reply, first: int, end: int) -> None:
         match = _CONTENT_RANGE.match((reply.header("Content-Range") or "").strip())
+        if match is not None and match[3] not in ("*", str(self.size)):
+            raise IntegrityError(f"{reply.where}: {self._what} has {match[3]} bytes, not {self.size}")
         if match is None or (int(match[1]), int(match[2])) != (first, end - 1):
             raise UnavailableError(f"{reply.where}: not the range that was asked for")
-        if match[3] not in ("*", str(self.size)):
-            raise IntegrityError(f"{reply.where}: {self._what} has {match[3]} bytes, not {self.size}")
         if reply.length is not None and reply.length != end - first:
             raise UnavailableError(f"{reply.where}: {reply.length} bytes in place of {end - first}")
 

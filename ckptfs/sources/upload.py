@@ -68,7 +68,7 @@ class RegistryTarget:
         return self._persist(ask)
 
     def mount(self, descriptor: Descriptor, repository: str) -> bool:
-        """The registry links the blob, nothing is sent. False where it cannot, or where we may not read `repository`."""
+        """The registry links the blob, nothing is sent. False where it cannot or we may not read `repository`."""
         query = urlencode({"mount": str(descriptor.digest), "from": repository})
         url = self._mounts.url(f"blobs/uploads/?{query}")
 

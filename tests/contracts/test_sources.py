@@ -1,0 +1,426 @@
+"""One suite over all sources: an image behind a real registry, the fake one and a layout gives the same answers."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from ckptfs.errors import FormatError, IntegrityError, LimitExceeded, NotFoundError, UnavailableError, UsageError
+from ckptfs.model.oci import (
+    ANNOTATION_REF_NAME,
+    OCI_INDEX,
+    OCI_MANIFEST,
+    Descriptor,
+    Digest,
+    Index,
+    Manifest,
+    Reference,
+)
+from ckptfs.settings import Limits, Settings
+from ckptfs.sources import Source, open_source
+from ckptfs.sources.layout import LayoutSource
+from ckptfs.telemetry import NetworkCounters
+from tests.support.docker_registry import DockerRegistry
+from tests.support.fake_registry import FakeRegistry
+from tests.support.sources import Client, client
+
+TAR = "application/vnd.oci.image.layer.v1.tar"
+CONFIG = "application/vnd.oci.image.config.v1+json"
+SIZE = 9_000_000  # more than the 8 MiB that a source takes whole in place of a range
+DATA = Random(1).randbytes(SIZE)
+SMALL = b"small layer"
+EMPTY = b""
+
+
+class Layout:
+    """An OCI layout that a test fills."""
+
+    def __init__(self, top: Path) -> None:
+        self.top = top
+        self.entries: list[dict[str, object]] = []
+        (top / "blobs" / "sha256").mkdir(parents=True)
+        (top / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
+
+    def blob(self, data: bytes, media_type: str) -> dict[str, object]:
+        digest = Digest.of(data)
+        (self.top / "blobs" / "sha256" / digest.hex).write_bytes(data)
+        return {"mediaType": media_type, "digest": str(digest), "size": len(data)}
+
+    def manifest(self, *layers: bytes, architecture: str = "amd64") -> dict[str, object]:
+        config = json.dumps({"architecture": architecture, "os": "linux"}).encode()
+        document = {
+            "schemaVersion": 2,
+            "mediaType": OCI_MANIFEST,
+            "config": self.blob(config, CONFIG),
+            "layers": [self.blob(layer, TAR) for layer in layers],
+        }
+        return self.blob(json.dumps(document).encode(), OCI_MANIFEST)
+
+    def index(self, *manifests: dict[str, object]) -> dict[str, object]:
+        document = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": list(manifests)}
+        return self.blob(json.dumps(document).encode(), OCI_INDEX)
+
+    def tag(self, entry: dict[str, object], tag: str) -> None:
+        self.entries.append({**entry, "annotations": {ANNOTATION_REF_NAME: tag}})
+        document = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": self.entries}
+        (self.top / "index.json").write_text(json.dumps(document))
+
+
+@pytest.fixture(scope="module")
+def layout(tmp_path_factory: pytest.TempPathFactory) -> Layout:
+    made = Layout(tmp_path_factory.mktemp("layout"))
+    arm, amd = made.manifest(SMALL, architecture="arm64"), made.manifest(DATA, SMALL, EMPTY)
+    made.tag(amd, "image")
+    platforms = [
+        {**entry, "platform": {"os": "linux", "architecture": name}} for entry, name in ((arm, "arm64"), (amd, "amd64"))
+    ]
+    made.tag(made.index(*platforms), "multi")
+    return made
+
+
+def published(layout: Layout, to: Client, repository: str) -> Callable[[str], Source]:
+    """Everything of the layout, sent by our own upload; the way to open it there."""
+    target = to.target(f"{repository}:x")
+    source = LayoutSource(Reference("oci", path=str(layout.top)))
+    documents: list[tuple[bytes, str, str]] = []
+    for path in (layout.top / "blobs" / "sha256").iterdir():
+        descriptor = Descriptor(TAR, Digest("sha256", path.name), path.stat().st_size)
+        if not target.has(descriptor):
+            target.put_blob(descriptor, source.blob(descriptor), lambda count: None)
+        assert target.has(descriptor)
+    for entry in layout.entries:
+        raw = (layout.top / "blobs" / "sha256" / str(entry["digest"]).removeprefix("sha256:")).read_bytes()
+        notes = entry["annotations"]
+        assert isinstance(notes, dict)
+        documents.append((raw, str(entry["mediaType"]), notes[ANNOTATION_REF_NAME]))
+        for inner in json.loads(raw).get("manifests", []):
+            raw = (layout.top / "blobs" / "sha256" / inner["digest"].removeprefix("sha256:")).read_bytes()
+            documents.append((raw, inner["mediaType"], ""))
+    for raw, media_type, tag in sorted(documents, key=lambda document: document[1] == OCI_INDEX):
+        assert target.put_manifest(raw, media_type, tag) == Digest.of(raw)
+    return lambda tail: to.source(f"{repository}{tail}")
+
+
+@dataclass
+class Case:
+    """A source by the tail of its reference: ":tag" or "@digest"."""
+
+    kind: str
+    open: Callable[[str], Source]
+    layout: Layout
+
+    def image(self) -> Manifest:
+        found = self.open(":image").resolve()
+        assert isinstance(found, Manifest)
+        return found
+
+
+@pytest.fixture(scope="module", params=["docker-registry", "redirecting", "fake", "layout"])
+def case(request: pytest.FixtureRequest, layout: Layout) -> Iterator[Case]:
+    if request.param == "layout":
+        yield Case("layout", lambda tail: LayoutSource(Reference.parse(f"oci:{layout.top}{tail}")), layout)
+    elif request.param == "docker-registry":
+        registry: DockerRegistry = request.getfixturevalue("registry")
+        with client(registry.host) as c:
+            yield Case("registry", published(layout, c, "sources"), layout)
+    elif request.param == "redirecting":
+        request.getfixturevalue("registry")  # skips where there is none
+        with DockerRegistry(redirect=True) as redirecting, client(redirecting.host) as c:
+            yield Case("registry", published(layout, c, "sources"), layout)
+    else:
+        with FakeRegistry() as fake, client(fake) as c:
+            yield Case("registry", published(layout, c, "sources"), layout)
+
+
+def test_the_image(case: Case) -> None:
+    image = case.image()
+    assert [layer.size for layer in image.layers] == [SIZE, len(SMALL), 0]
+    assert image.digest == Digest.of(image.raw)
+    assert str(image.digest) == case.layout.entries[0]["digest"]
+    assert image.media_type == OCI_MANIFEST
+
+
+def test_the_index_and_its_images(case: Case) -> None:
+    source = case.open(":multi")
+    index = source.resolve()
+    assert isinstance(index, Index)
+    for name in ("amd64", "arm64"):
+        chosen = index.select(name)
+        assert Digest.of(source.fetch(chosen)) == chosen.digest
+    assert index.select("amd64").digest == case.image().digest
+
+
+def test_a_digest_names_the_image_without_a_tag(case: Case) -> None:
+    digest = case.image().digest
+    assert case.open(f"@{digest}").resolve() == case.image()
+    assert case.open(f":multi@{digest}").resolve() == case.image(), "the digest wins"
+
+
+def test_documents_are_checked(case: Case) -> None:
+    source, image = case.open(":image"), case.image()
+    assert json.loads(source.fetch(image.config)) == {"architecture": "amd64", "os": "linux"}
+    with pytest.raises(IntegrityError):
+        source.fetch(Descriptor(CONFIG, image.config.digest, image.config.size + 1))
+
+
+@pytest.mark.parametrize(
+    ("offset", "length"),
+    [(0, SIZE), (0, 1), (SIZE - 1, 1), (1_234_567, 4 << 20), (4096, 131_072), (7, 131_073), (5, 0), (SIZE, 0)],
+)
+def test_ranges(case: Case, offset: int, length: int) -> None:
+    blob = case.open(":image").blob(case.image().layers[0])
+    wanted = DATA[offset : offset + length]
+    assert blob.size == SIZE
+    assert blob.read_at(offset, length) == wanted
+    pieces = [bytes(piece) for piece in blob.stream(offset, length)]
+    assert b"".join(pieces) == wanted
+    assert all(0 < len(piece) <= 1 << 20 for piece in pieces)
+    assert blob.read_at(offset, length, attempt=1) == wanted
+
+
+def test_an_empty_layer(case: Case) -> None:
+    blob = case.open(":image").blob(case.image().layers[2])
+    assert (blob.read_at(0, 0), list(blob.stream(0, 0))) == (b"", [])
+
+
+def test_a_range_past_the_end(case: Case) -> None:
+    blob = case.open(":image").blob(case.image().layers[0])
+    with pytest.raises(IntegrityError):
+        blob.read_at(SIZE - 1, 2)
+
+
+def test_a_descriptor_that_lies_about_the_size(case: Case) -> None:
+    layer = case.image().layers[0]
+    for size in (SIZE - 1, SIZE + 1):
+        blob = case.open(":image").blob(Descriptor(TAR, layer.digest, size))
+        with pytest.raises(IntegrityError):
+            blob.read_at(size - 10, 10)
+
+
+def test_what_is_missing(case: Case) -> None:
+    nowhere = Digest.of(b"nowhere")
+    with pytest.raises(NotFoundError, match="nope"):
+        case.open(":nope").resolve()
+    with pytest.raises(NotFoundError, match=str(nowhere) if case.kind == "registry" else nowhere.hex):
+        case.open(f"@{nowhere}").resolve()
+    source = case.open(":image")
+    with pytest.raises(NotFoundError):
+        source.fetch(Descriptor(CONFIG, nowhere, 2))
+    blob = source.blob(Descriptor(TAR, nowhere, 20))
+    with pytest.raises(NotFoundError):
+        blob.read_at(0, 20)
+
+
+def test_documents_beyond_the_limits_are_not_read(case: Case) -> None:
+    source, limits = case.open(":image"), Limits()
+    for kind, limit in ((OCI_MANIFEST, limits.manifest_bytes), (CONFIG, limits.config_bytes)):
+        with pytest.raises(NotFoundError):
+            source.fetch(Descriptor(kind, Digest.of(b"nowhere"), limit))
+        with pytest.raises(LimitExceeded):
+            source.fetch(Descriptor(kind, Digest.of(b"nowhere"), limit + 1))
+
+
+# -- what only one of them has -----------------------------------------------------------------------------------------
+
+
+def test_open_source_knows_all_kinds(layout: Layout, tmp_path: Path) -> None:
+    def opened(text: str) -> Source:
+        return open_source(Reference.parse(text), settings=Settings(), counters=NetworkCounters())
+
+    assert isinstance(opened(f"oci:{layout.top}:image").resolve(), Manifest)
+    (tmp_path / "a.tar").write_bytes(bytes(10240))
+    assert isinstance(opened(f"archive:{tmp_path}/a.tar").resolve(), Manifest)
+    assert opened("registry.example/repo").reference.host == "registry.example"
+
+
+def test_a_missing_repository_is_told_from_a_missing_tag() -> None:
+    with FakeRegistry() as registry, client(registry) as c:
+        registry.add_image("repo", "latest", [(TAR, SMALL)])
+        with pytest.raises(NotFoundError, match="has no tag 'other' in repo"):
+            c.source("repo:other").resolve()
+        with pytest.raises(NotFoundError, match="has no repository nothing"):
+            c.source("nothing:latest").resolve()
+
+
+def test_a_manifest_takes_one_request() -> None:
+    with FakeRegistry() as registry, client(registry) as c:
+        registry.add_image("repo", "latest", [(TAR, SMALL)])
+        c.source().resolve()
+        assert [(a.method, a.path) for a in registry.log] == [("GET", "/v2/repo/manifests/latest")]
+        accepted = registry.log[0].headers["accept"]
+        assert accepted.count("vnd.oci") == accepted.count("vnd.docker") == 2
+
+
+def test_connections_are_kept() -> None:
+    with FakeRegistry() as registry, client(registry) as c:
+        registry.add_image("repo", "latest", [(TAR, DATA)])
+        source = c.source()
+        image = source.resolve()
+        assert isinstance(image, Manifest)
+        blob = source.blob(image.layers[0])
+        for offset in range(0, 1_000_000, 100_000):
+            blob.read_at(offset, 100_000)
+        source.fetch(image.config)
+        with pytest.raises(NotFoundError):
+            c.source("repo:nope").resolve()
+        assert len({access.connection for access in registry.log}) == 1
+        assert c.counters.bytes >= 1_000_000
+
+
+def test_the_real_docker_hub_name() -> None:
+    with client("docker.io") as c:
+        source = c.source("busybox:latest")
+        endpoint = source._endpoint
+        assert endpoint.url("x") == "https://registry-1.docker.io/v2/library/busybox/x"
+
+
+@pytest.mark.parametrize("api", [True, False])
+def test_referrers(api: bool) -> None:
+    with FakeRegistry(referrers=api) as registry, client(registry) as c:
+        registry.add_image("repo", "latest", [(TAR, SMALL)])
+        source, target = c.source(), c.target()
+        image = source.resolve()
+        assert source.referrers(image.digest) == ()
+        empty = {"mediaType": "application/vnd.oci.empty.v1+json", "digest": str(Digest.of(b"{}")), "size": 2}
+        subject = {"mediaType": OCI_MANIFEST, "digest": str(image.digest), "size": len(image.raw)}
+        digests = set()
+        for kind in ("application/x.one", "application/x.two"):
+            document = {
+                "schemaVersion": 2,
+                "mediaType": OCI_MANIFEST,
+                "artifactType": kind,
+                "config": empty,
+                "layers": [empty],
+                "subject": subject,
+            }
+            raw = json.dumps(document).encode()
+            digests |= {target.put_manifest(raw, OCI_MANIFEST, ""), target.put_manifest(raw, OCI_MANIFEST, "")}
+        assert {entry.digest for entry in source.referrers(image.digest)} == digests
+        (one,) = source.referrers(image.digest, "application/x.one")
+        assert one.artifact_type == "application/x.one"
+        assert json.loads(source.fetch(one))["subject"] == subject
+        assert ("repo", f"sha256-{image.digest.hex}") in registry.manifests or api
+
+
+# -- layouts -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_layout_with_one_image_needs_no_tag(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "one")
+    layout.tag(layout.manifest(SMALL), "only")
+    assert isinstance(LayoutSource(Reference("oci", path=str(layout.top))).resolve(), Manifest)
+
+
+def test_a_layout_with_several_images_names_them(layout: Layout) -> None:
+    with pytest.raises(NotFoundError, match="it has image, multi"):
+        LayoutSource(Reference("oci", path=str(layout.top))).resolve()
+
+
+def test_a_layout_that_is_none(tmp_path: Path) -> None:
+    source = LayoutSource(Reference("oci", path=str(tmp_path / "nothing")))
+    with pytest.raises(NotFoundError, match="there is no directory"):
+        source.resolve()
+    with pytest.raises(NotFoundError, match=r"index\.json"):
+        LayoutSource(Reference("oci", path=str(tmp_path))).resolve()
+    (tmp_path / "index.json").write_text("{}")
+    with pytest.raises(FormatError):
+        LayoutSource(Reference("oci", path=str(tmp_path))).resolve()
+
+
+@pytest.mark.parametrize("where", ["blob", "algorithm", "blobs"])
+def test_a_layout_that_leads_elsewhere(tmp_path: Path, where: str) -> None:
+    """Symlinks to the right bytes: they are refused because they are symlinks."""
+    layout = Layout(tmp_path / "layout")
+    layout.tag(layout.manifest(SMALL), "it")
+    digest = Digest.of(SMALL)
+    path = layout.top / "blobs"
+    path = {"blob": path / "sha256" / digest.hex, "algorithm": path / "sha256", "blobs": path}[where]
+    moved = path.rename(tmp_path / "moved")
+    path.symlink_to(moved)
+    blob = LayoutSource(Reference("oci", path=str(layout.top))).blob(Descriptor(TAR, digest, len(SMALL)))
+    with pytest.raises(FormatError, match="cannot be read"):
+        blob.read_at(0, 1)
+
+
+def test_a_blob_that_is_no_file(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "layout")
+    digest = Digest.of(SMALL)
+    (layout.top / "blobs" / "sha256" / digest.hex).mkdir()
+    blob = LayoutSource(Reference("oci", path=str(layout.top))).blob(Descriptor(TAR, digest, len(SMALL)))
+    with pytest.raises(FormatError, match="not a regular file"):
+        blob.read_at(0, 1)
+
+
+def test_a_damaged_layout_is_noticed(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "layout")
+    entry = layout.manifest(SMALL)
+    layout.tag(entry, "it")
+    path = layout.top / "blobs" / "sha256" / str(entry["digest"]).removeprefix("sha256:")
+    raw = bytearray(path.read_bytes())
+    raw[-3] ^= 1
+    path.write_bytes(raw)
+    for text in (f"oci:{layout.top}:it", f"oci:{layout.top}@{entry['digest']}"):
+        with pytest.raises(IntegrityError):
+            LayoutSource(Reference.parse(text)).resolve()
+
+
+# -- archives ----------------------------------------------------------------------------------------------------------
+
+
+def archive(path: Path) -> Source:
+    return open_source(Reference.parse(f"archive:{path}"), settings=Settings(), counters=NetworkCounters())
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"), [(b"\x1f\x8b", TAR + "+gzip"), (b"\x28\xb5\x2f\xfd", TAR + "+zstd"), (bytes(512), TAR)]
+)
+def test_an_archive_is_an_image_of_one_layer(tmp_path: Path, head: bytes, kind: str) -> None:
+    path = tmp_path / "whatever.name"
+    data = head + Random(2).randbytes(3 << 20)
+    path.write_bytes(data)
+    source = archive(path)
+    image = source.resolve()
+    assert isinstance(image, Manifest)
+    (layer,) = image.layers
+    assert (layer.media_type, layer.size, layer.synthetic) == (kind, len(data), True)
+    assert b"".join(source.blob(layer).stream(5, 2 << 20)) == data[5 : 5 + (2 << 20)]
+    assert source.fetch(image.config) == b"{}"
+    assert archive(path).resolve() == image, "the same file has the same digest"
+
+
+def test_an_archive_that_changes_is_another_image(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(bytes(2048))
+    source = archive(path)
+    image = source.resolve()
+    assert isinstance(image, Manifest)
+    blob = source.blob(image.layers[0])
+    assert blob.read_at(0, 4) == bytes(4)
+    with path.open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(IntegrityError, match="changed while it was open"):
+        blob.read_at(0, 4)
+    assert archive(path).resolve().digest != image.digest
+
+
+def test_archives_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError):
+        archive(tmp_path / "missing.tar").resolve()
+    for data, match in ((b"", "too short"), (b"x" * 100, "too short"), (b"\xfd7zXZ\0" + bytes(600), "xz")):
+        (tmp_path / "bad").write_bytes(data)
+        with pytest.raises(FormatError, match=match):
+            archive(tmp_path / "bad").resolve()
+    with pytest.raises(FormatError, match="not a regular file"):
+        archive(tmp_path).resolve()
+
+
+def test_unknown_hosts_and_closed_ports() -> None:
+    with client("no-such-registry.invalid") as c, pytest.raises(UnavailableError, match="DNS does not resolve no-such"):
+        c.source().resolve()
+    with client("127.0.0.1:1") as c, pytest.raises(UnavailableError, match=r"connection refused.*is the registry"):
+        c.source().resolve()
+    with pytest.raises(UsageError):
+        Reference.parse("no-registry")

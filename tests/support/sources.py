@@ -1,0 +1,73 @@
+"""Sources of a FakeRegistry for tests: short time limits, connections and host windows of their own."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ckptfs.model.blob import Blob
+from ckptfs.model.oci import Descriptor, Manifest, Reference
+from ckptfs.settings import Settings, Timeouts
+from ckptfs.sources.connections import Pools
+from ckptfs.sources.credentials import Credentials
+from ckptfs.sources.registry import RegistrySource
+from ckptfs.sources.retry import Clock, HostWindows
+from ckptfs.sources.transport import Transport
+from ckptfs.sources.upload import RegistryTarget
+from ckptfs.telemetry import NetworkCounters
+from tests.support.fake_registry import FakeRegistry
+
+USER = Credentials("user", "password", origin="the test")
+QUICK = Timeouts(
+    connect=0.5,
+    first_byte=0.4,
+    commit=2.0,
+    stall_window=0.4,
+    read_deadline=5.0,
+    resolve_deadline=3.0,
+    retry_first=0.01,
+    retry_cap=0.05,
+)
+
+
+class Client:
+    """One process's view of a registry. `counters` are what its requests add up to."""
+
+    def __init__(self, registry: FakeRegistry | str, *, timeouts: Timeouts = QUICK, clock: Clock | None = None) -> None:
+        self.host = registry if isinstance(registry, str) else registry.host
+        self.settings = Settings(timeouts=timeouts)
+        self.counters = NetworkCounters()
+        self.pools = Pools()
+        self.windows = HostWindows()
+        self.transport = Transport(self.settings, self.counters, pools=self.pools, windows=self.windows, clock=clock)
+
+    def source(self, name: str = "repo:latest", credentials: Credentials | None = None) -> RegistrySource:
+        reference = Reference.parse(f"{self.host}/{name}")
+        return RegistrySource(
+            reference, self.settings, self.counters, credentials=credentials, transport=self.transport
+        )
+
+    def target(self, name: str = "repo:latest", credentials: Credentials | None = None) -> RegistryTarget:
+        reference = Reference.parse(f"{self.host}/{name}")
+        return RegistryTarget(
+            reference, self.settings, self.counters, credentials=credentials, transport=self.transport
+        )
+
+    def layer(self, name: str = "repo:latest", credentials: Credentials | None = None) -> Blob:
+        """The first layer of an image, resolved."""
+        source = self.source(name, credentials)
+        return source.blob(layers(source)[0])
+
+
+@contextmanager
+def client(registry: FakeRegistry | str, *, timeouts: Timeouts = QUICK, clock: Clock | None = None) -> Iterator[Client]:
+    made = Client(registry, timeouts=timeouts, clock=clock)
+    try:
+        yield made
+        assert made.counters.in_flight == 0, "a reply was not closed"
+    finally:
+        made.pools.close()
+
+
+def layers(source: RegistrySource) -> tuple[Descriptor, ...]:
+    manifest = source.resolve()
+    assert isinstance(manifest, Manifest)
+    return manifest.layers
