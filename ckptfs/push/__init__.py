@@ -1,4 +1,4 @@
-"""`ckptfs push`: any source in, the image of docs/image-layout.md out.
+"""`ckptfs push`: any source in, the image of docs/image-format.md out.
 
     source (directory, archive, image) -> Checkpoint -> plan of layers -> zstd:chunked layers -> blobs -> manifest
 
@@ -28,11 +28,21 @@ from ckptfs.push.plan import ANNOTATION_ROLE, PlannedLayer, plan_layers
 from ckptfs.push.publisher import Progress, Publisher
 from ckptfs.push.rootfs import ANNOTATION_ROOTFS, BaseImage, RootfsImage
 from ckptfs.push.spool import MemoryBlob, Spool, Work
-from ckptfs.push.target import Target
+from ckptfs.push.target import Target, open_target
 from ckptfs.settings import Settings
 from ckptfs.sources import Source
 
-__all__ = ["BaseImage", "Progress", "PushOptions", "PushResult", "Target", "open_base", "open_checkpoint", "push"]
+__all__ = [
+    "BaseImage",
+    "Progress",
+    "PushOptions",
+    "PushResult",
+    "Target",
+    "open_base",
+    "open_checkpoint",
+    "open_target",
+    "push",
+]
 
 OpenSource = Callable[[Reference], Source]
 
