@@ -3,6 +3,7 @@
 The order comes from prefetch/, the doing is the engine's; here is only when. Errors are left to whoever reads the file.
 """
 
+import time
 from contextlib import suppress
 from itertools import chain
 
@@ -53,6 +54,7 @@ async def _eager_pages(image: OpenImage) -> None:
     with suppress(CkptfsError):
         for chunk in Metadata().plan(image.tree):
             await image.fetcher.get(chunk, Priority.PREFETCH)
+        image.metadata_at = time.monotonic()
         await image.tables.load_all()
         image.fetcher.want(_order(image, eager_only=True).plan(image.tree), Priority.PREFETCH)
 

@@ -82,6 +82,7 @@ class OpenImage:
         self.tree = self._new_tree()
         self.layout = ""
         self.errors: list[str] = []
+        self.metadata_at: float | None = None  # monotonic: when all of CRIU's metadata had been fetched
         self.changed: Callable[[int, bytes], None] | None = None  # told of names whose inode was replaced
         self.arrived: Callable[[], None] | None = None  # told when entries have come, to derive more from them
         self.dormant: dict[bytes, Callable[[], None]] = {}  # directory -> what starts to fill it once it is looked into
@@ -407,6 +408,7 @@ async def open_image(
         nursery.start_soon(image.fetcher.run)
         try:
             await arrange(image, open_source, options.base)
+            log.debug("arranged after %.0f ms", (time.monotonic() - began) * 1000)
             nursery.start_soon(fetch_ahead, image)
             yield image
         finally:
