@@ -20,6 +20,7 @@ from ckptfs.fuse.operations import Operations
 from ckptfs.image import ImageOptions, OpenImage, open_image
 from ckptfs.model.oci import Reference
 from ckptfs.mounting import MountRequest
+from ckptfs.redaction import redact
 from ckptfs.sources import Source
 from ckptfs.telemetry import NetworkCounters
 
@@ -145,7 +146,7 @@ def mount_status(image: OpenImage, mountpoint: str, request: MountRequest) -> di
         },
         "prefetch": {"bytes": fetcher.prefetched_bytes, "used_bytes": fetcher.prefetched_used},
         "verify": image.verification,
-        "errors": image.errors[-20:],
+        "errors": [redact(error) for error in image.errors[-20:]],
     }
 
 

@@ -12,6 +12,7 @@ import click
 
 from ckptfs import __version__
 from ckptfs.errors import CkptfsError, UsageError
+from ckptfs.redaction import redact
 
 # Command -> module of this package that has a function of that name (dashes as underscores).
 COMMANDS = {
@@ -81,5 +82,5 @@ def run(arguments: list[str]) -> int:
 
 def fail(message: str, code: int) -> int:
     """One line, whatever is in the message."""
-    click.echo(f"ckptfs: {' '.join(message.split())}", err=True)
+    click.echo(f"ckptfs: {redact(' '.join(message.split()))}", err=True)
     return code

@@ -13,6 +13,7 @@ from urllib.parse import urlencode
 
 from ckptfs.errors import AuthError, CkptfsError, FormatError, LimitExceeded, UnavailableError
 from ckptfs.model.oci import parse_json
+from ckptfs.redaction import conceal
 from ckptfs.sources.credentials import Credentials
 from ckptfs.sources.origin import Territory
 from ckptfs.sources.retry import Attempts
@@ -64,6 +65,9 @@ def parse_challenges(fields: Iterable[str]) -> tuple[Challenge, ...]:
 class _Token:
     header: str
     renew_at: float
+
+    def __post_init__(self) -> None:
+        conceal(self.header.partition(" ")[2])
 
 
 class Authorizer:

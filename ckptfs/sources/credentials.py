@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckptfs.errors import UsageError
+from ckptfs.redaction import conceal
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,9 @@ class Credentials:
     identity_token: str = field(default="", repr=False)
     registry_token: str = field(default="", repr=False)
     origin: str = ""  # where they were found, for messages
+
+    def __post_init__(self) -> None:
+        conceal(self.password, self.identity_token, self.registry_token)
 
     @property
     def basic(self) -> str:
