@@ -4,30 +4,19 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
-from ckptfs.cli.options import (
-    F,
-    RegistryReference,
-    configure_logging,
-    make_settings,
-    reference_argument,
-    registry_options,
-)
+from ckptfs.cli.opening import image_options, with_image
+from ckptfs.cli.options import F, RegistryReference, reference_argument
 from ckptfs.model.oci import Reference
-from ckptfs.settings import default_cache_dir
-
-T = TypeVar("T")
 
 _base = click.option("--base", type=RegistryReference(), help="The base image of the rootfs view.")
 _views = click.Choice(["checkpoint", "raw", "rootfs"])
 _view_only = click.option("--view", type=_views, default="checkpoint", show_default=True)
-_offline = click.option("--offline", is_flag=True, help="Send nothing; use only what the node's cache has.")
 
 
 def _view(function: F) -> F:
@@ -41,8 +30,7 @@ def _view(function: F) -> F:
 @click.option("-R", "--recursive", is_flag=True, help="Everything below as well.")
 @click.option("--json", "as_json", is_flag=True, help="A list of objects.")
 @_view
-@_offline
-@registry_options
+@image_options
 def ls(reference: Reference, path: str, long: bool, recursive: bool, as_json: bool, **options: Any) -> None:
     """List a directory of the image.
 
@@ -64,7 +52,7 @@ def ls(reference: Reference, path: str, long: bool, recursive: bool, as_json: bo
                     pending.append((child, name + b"/"))
         return sorted(found, key=lambda facts: str(facts["name"]))
 
-    entries = _with_image(reference, work, **options)
+    entries = with_image(reference, work, **options)
     if as_json:
         click.echo(json.dumps(entries, indent=2))
         return
@@ -82,8 +70,7 @@ def ls(reference: Reference, path: str, long: bool, recursive: bool, as_json: bo
 @reference_argument
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True)
 @_view
-@_offline
-@registry_options
+@image_options
 def cat(reference: Reference, paths: tuple[str, ...], **options: Any) -> None:
     """Write files of the image to standard output.
 
@@ -97,7 +84,7 @@ def cat(reference: Reference, paths: tuple[str, ...], **options: Any) -> None:
             await _copy(image, node, path, sys.stdout.buffer)
         sys.stdout.buffer.flush()
 
-    _with_image(reference, work, **options)
+    with_image(reference, work, progress=not sys.stdout.isatty(), **options)
 
 
 @click.command()
@@ -105,8 +92,7 @@ def cat(reference: Reference, paths: tuple[str, ...], **options: Any) -> None:
 @click.argument("path")
 @click.argument("target", type=click.Path(path_type=Path))
 @_view
-@_offline
-@registry_options
+@image_options
 def cp(reference: Reference, path: str, target: Path, **options: Any) -> None:
     """Copy a file, or a directory with all below it, out of the image.
 
@@ -127,47 +113,7 @@ def cp(reference: Reference, path: str, target: Path, **options: Any) -> None:
             raise UsageError(f"{into} exists", hint="name a path that does not")
         await _export(image, node, into, path)
 
-    _with_image(reference, work, **options)
-
-
-def _with_image(reference: Reference, work: Callable[[Any], Awaitable[T]], **options: Any) -> T:
-    """Open the image, nothing fetched ahead, run `work(image)`."""
-    configure_logging(options["verbose"], options["quiet"])
-    import trio
-
-    from ckptfs.daemon import only_error
-    from ckptfs.engine.cache import ChunkCache
-    from ckptfs.image import ImageOptions, open_image
-    from ckptfs.sources import Source, open_source
-    from ckptfs.telemetry import NetworkCounters
-
-    settings = make_settings(options["cache_size"], options["memory"])
-    counters = NetworkCounters()
-
-    def reach(wanted: Reference) -> Source:
-        return open_source(wanted, settings=settings, counters=counters, plain_http=options["plain_http"])
-
-    cache = ChunkCache.open(options["cache_dir"] or default_cache_dir(), size=settings.sizes.disk_cache)
-
-    async def run() -> T:
-        wanted = ImageOptions(
-            view=options["view"],
-            base=options["base"],
-            offline=options["offline"],
-            prefetch=False,
-            background=False,
-            settings=settings,
-        )
-        async with open_image(reach(reference), cache, wanted, counters, reach) as image:
-            await image.ready()
-            return await work(image)
-
-    try:
-        return trio.run(run)
-    except BaseExceptionGroup as group:
-        raise only_error(group) from None
-    finally:
-        cache.close()
+    with_image(reference, work, **options)
 
 
 async def _find(image: Any, path: str) -> Any:

@@ -40,7 +40,8 @@ async def arrange(image: OpenImage, open_source: OpenSource | None, base: Refere
     index = inline_index(manifest, image.fetcher.next_layer, limits)
     if index is not None:
         image.fetcher.keep(index.contents)
-        await _find_earlier(image)
+        if image.options.increments:
+            await _find_earlier(image)
     if image.resolved.loose_blobs:
         _lay_out(image)
     for rank, descriptor in enumerate(manifest.layers, start=1):

@@ -52,6 +52,7 @@ class ImageOptions:
     prefetch: bool = True
     background: bool = True
     base: Reference | None = None
+    increments: bool = True  # fetch of a pages file only what an earlier image of the repository has not
     settings: Settings = field(default_factory=Settings)
 
 
@@ -341,6 +342,11 @@ class OpenImage:
         return bytes(data if data is not None else await self.reader.read(inode, offset, size))
 
     # -- facts ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> Sequence[tuple[Descriptor, Layer]]:
+        """What was opened, those of the manifest first; chunks carry their position."""
+        return self._layers
 
     @property
     def image_bytes(self) -> int:

@@ -1,10 +1,10 @@
 """Two checkpoints compared: processes, memory pages by virtual address, files by content and metadata.
 
 Memory is compared page by page where both have a page of the same process at the same address; what a source can tell
-to be equal without reading (the same chunk, by digest) is not read. Called by the `diff` command.
+to be equal without reading (the same chunk, by digest) is not read. Called by image_diff.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,15 +12,15 @@ from ckptfs.criu.memory import Place
 from ckptfs.errors import FormatError
 from ckptfs.inspection.memory import ProcessMemory
 from ckptfs.inspection.processes import Process
-from ckptfs.inspection.source import Images
+from ckptfs.inspection.source import Images, announced
 from ckptfs.model.toc import Chunk
 from ckptfs.settings import MiB
 
 Status = Literal["added", "removed", "modified"]
-# Whether two places, one of either checkpoint, are known to hold the same bytes; False where that is not known.
-KnownEqual = Callable[[Place, Place], bool]
+# The parts, (offset, length), of two places of the same length that have to be read to know whether they are equal.
+Unknown = Callable[[Place, Place], Iterable[tuple[int, int]]]
 
-_WINDOW = 1 * MiB  # of memory that is compared at once, from each checkpoint
+_PIECE = 1 * MiB  # of memory that is compared at once, from each checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,18 +87,32 @@ class MemoryChange:
 
 
 @dataclass(frozen=True, slots=True)
+class ContainerChange:
+    """What changed inside one container; `name` is that of its directory in a pod, else ""."""
+
+    name: str = ""
+    processes: tuple[ProcessChange, ...] = ()
+    memory: tuple[MemoryChange, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "container": self.name,
+            "processes": [change.to_json() for change in self.processes],
+            "memory": [change.to_json() for change in self.memory],
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class Difference:
     """`fetch_bytes`: what fetching the second takes where the first is cached, None where nobody worked it out."""
 
-    processes: tuple[ProcessChange, ...] = ()
-    memory: tuple[MemoryChange, ...] = ()
+    containers: tuple[ContainerChange, ...] = ()
     files: tuple[FileChange, ...] = ()
     fetch_bytes: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "processes": [change.to_json() for change in self.processes],
-            "memory": [change.to_json() for change in self.memory],
+            "containers": [change.to_json() for change in self.containers],
             "files": [change.to_json() for change in self.files],
             "fetch_bytes": self.fetch_bytes,
         }
@@ -153,24 +167,31 @@ def _open(process: Process) -> dict[str, str]:
     return {entry.fd: entry.path for entry in process.descriptors}
 
 
-def diff_memory(before: Images, after: Images, pid: int, known_equal: KnownEqual = lambda a, b: False) -> MemoryChange:
-    """The pages of one process in two checkpoints. Reads what `known_equal` does not spare it."""
+def _everything(a: Place, b: Place) -> Iterable[tuple[int, int]]:
+    return [(0, a.length)]
+
+
+def diff_memory(before: Images, after: Images, pid: int, unknown: Unknown = _everything) -> MemoryChange:
+    """The pages of one process in two checkpoints. Reads the pages that have `unknown` parts."""
     old, new = ProcessMemory(before, pid), ProcessMemory(after, pid)
     page = new.page_size
     if old.page_size != page:
         raise FormatError(f"process {pid} has pages of {old.page_size} bytes in one checkpoint and {page} in the other")
-    changed = common = 0
+
+    def expect(batch: Sequence[tuple[int, int]]) -> None:
+        old.expect(batch)
+        new.expect(batch)
+
+    changed = 0
     areas: list[tuple[int, int]] = []
-    for vaddr, length in _common(old, new):
-        common += length
-        for start in range(vaddr, vaddr + length, _WINDOW):
-            size = min(_WINDOW, vaddr + length - start)
-            for at in _different_pages(old, new, start, size, known_equal):
-                changed += 1
-                if areas and sum(areas[-1]) == at:
-                    areas[-1] = (areas[-1][0], areas[-1][1] + page)
-                else:
-                    areas.append((at, page))
+    for vaddr, length in announced(_to_read(old, new, unknown), lambda piece: piece[1], expect):
+        for at in _different_pages(old, new, vaddr, length):
+            changed += 1
+            if areas and sum(areas[-1]) == at:
+                areas[-1] = (areas[-1][0], areas[-1][1] + page)
+            else:
+                areas.append((at, page))
+    common = sum(length for _, length in _common(old, new))
     added, removed = (new.size - common) // page, (old.size - common) // page
     return MemoryChange(pid, page, common // page - changed, changed, added, removed, tuple(areas))
 
@@ -197,38 +218,36 @@ def _common(old: ProcessMemory, new: ProcessMemory) -> Iterator[tuple[int, int]]
             position += 1
 
 
-def _different_pages(
-    old: ProcessMemory, new: ProcessMemory, vaddr: int, length: int, known_equal: KnownEqual
-) -> Iterator[int]:
+def _different_pages(old: ProcessMemory, new: ProcessMemory, vaddr: int, length: int) -> Iterator[int]:
     """Addresses of the pages of [vaddr, vaddr + length) that differ."""
     page = new.page_size
-    unknown = list(_not_known_equal(old, new, vaddr, length, known_equal))
-    old.expect(unknown)
-    new.expect(unknown)
-    for start, size in unknown:
-        a, b = old.read(start, size), new.read(start, size)
-        if a == b:
-            continue
-        for offset in range(0, size, page):
-            if a[offset : offset + page] != b[offset : offset + page]:
-                yield start + offset
+    a, b = old.read(vaddr, length), new.read(vaddr, length)
+    if a == b:
+        return
+    for offset in range(0, length, page):
+        if a[offset : offset + page] != b[offset : offset + page]:
+            yield vaddr + offset
 
 
-def _not_known_equal(
-    old: ProcessMemory, new: ProcessMemory, vaddr: int, length: int, known_equal: KnownEqual
-) -> Iterator[tuple[int, int]]:
-    """The parts of an area that have to be read, touching ones as one."""
-    start = end = vaddr
-    for a, b in _paired(old.places(vaddr, length), new.places(vaddr, length)):
-        if known_equal(a, b):
-            continue
-        if a.vaddr != end:
-            if end > start:
-                yield start, end - start
-            start = a.vaddr
-        end = a.vaddr + a.length
-    if end > start:
-        yield start, end - start
+def _to_read(old: ProcessMemory, new: ProcessMemory, unknown: Unknown) -> Iterator[tuple[int, int]]:
+    """What has to be read: (vaddr, length) of whole pages, at most _PIECE bytes each, ascending."""
+    page = new.page_size
+    start = end = 0
+    for vaddr, length in _common(old, new):
+        for a, b in _paired(old.places(vaddr, length), new.places(vaddr, length)):
+            for offset, size in unknown(a, b):
+                low = (a.vaddr + offset) // page * page
+                high = -(-(a.vaddr + offset + size) // page) * page
+                if low > end:
+                    yield from _cut(start, end)
+                    start = low
+                end = max(end, high)
+    yield from _cut(start, end)
+
+
+def _cut(start: int, end: int) -> Iterator[tuple[int, int]]:
+    for at in range(start, end, _PIECE):
+        yield at, min(_PIECE, end - at)
 
 
 def _paired(first: Iterable[Place], second: Iterable[Place]) -> Iterator[tuple[Place, Place]]:

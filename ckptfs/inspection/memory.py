@@ -5,18 +5,17 @@ diff and the `memparse` command. Owns the way from an address to bytes; where pa
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ckptfs.criu.memory import Memory, Place
 from ckptfs.criu.pagemap import PRESENT, Pagemap, parse_pagemap
 from ckptfs.errors import NotFoundError, UsageError
-from ckptfs.inspection.source import Images, Range, read_whole
+from ckptfs.inspection.source import PARENTS, Images, Range, announced, read_whole
 from ckptfs.settings import KiB, MiB
 
 _WINDOW = 4 * MiB  # read at once when searching: an extent of a sequential fetch
-_PARENTS = 64  # levels of pre-dumps that are followed
 _LONGEST = 64 * KiB  # longest match that is found whole where it lies across two windows
 
 
@@ -88,14 +87,22 @@ class ProcessMemory:
 
         A piece that goes on where the one before it ended begins with the last `overlap` bytes of that one.
         """
+        tail, end = b"", 0
+        for vaddr, length, last in announced(self._pieces(), lambda piece: piece[1], self._expect_pieces, _WINDOW):
+            tail = tail if vaddr == end else b""
+            data = tail + self.read(vaddr, length)
+            yield vaddr - len(tail), data, last
+            tail, end = data[len(data) - overlap :] if overlap else b"", vaddr + length
+
+    def _pieces(self) -> Iterator[tuple[int, int, bool]]:
+        """(vaddr, length, whether its area ends with it), at most _WINDOW bytes each."""
         for start, length in self.areas():
-            tail = b""
             for offset in range(0, length, _WINDOW):
                 size = min(_WINDOW, length - offset)
-                self.expect([(start + offset, min(2 * _WINDOW, length - offset))])
-                data = tail + self.read(start + offset, size)
-                yield start + offset - len(tail), data, offset + size == length
-                tail = data[len(data) - overlap :] if overlap else b""
+                yield start + offset, size, offset + size == length
+
+    def _expect_pieces(self, pieces: Sequence[tuple[int, int, bool]]) -> None:
+        self.expect((vaddr, length) for vaddr, length, _ in pieces)
 
     def _range(self, place: Place) -> Range:
         return self._images.path(place.file), place.offset, place.length
@@ -103,7 +110,7 @@ class ProcessMemory:
 
 def _parents(images: Images, name: str) -> Iterator[Pagemap]:
     """The pagemaps of the parent checkpoints, through the `parent` links."""
-    for level in range(1, _PARENTS + 1):
+    for level in range(1, PARENTS + 1):
         inherited = "parent/" * level + name
         data = read_whole(images.files, images.path(inherited), images.limits.criu_image_bytes)
         if data is None:

@@ -14,6 +14,7 @@ from ckptfs.criu.inventory import DumpStatistics, Inventory, parse_dump_statisti
 from ckptfs.criu.namespaces import MountPoint, parse_mountpoints, parse_uts
 from ckptfs.errors import NotFoundError
 from ckptfs.inspection.container import DUMPS, Container, read_container
+from ckptfs.inspection.parts import Part, image_kinds
 from ckptfs.inspection.processes import Process, by_parent, read_processes
 from ckptfs.inspection.source import CheckpointFiles, Images, Range, read_whole
 from ckptfs.settings import Limits
@@ -22,7 +23,6 @@ T = TypeVar("T")
 
 CHECKPOINT = "checkpoint"
 _ROOTFS_DIFF = "rootfs-diff.tar"
-_NOT_METADATA = {"pages", "amdgpu-pages", "tmpfs", "tmpfs-dev", "ghost-file"}
 _RUNTIME_FILES = {"descriptors.json", "parent"}  # in checkpoint/, but not of CRIU
 _LOGS = (".log", ".txt")
 
@@ -42,7 +42,7 @@ class Overview:
     """One checkpointed container. `inventory` is None in a checkpoint without CRIU images.
 
     `host_name` is that of the UTS namespace; `mount_points` are those of the mount namespace, where there was one of
-    its own. `unknown` names files in checkpoint/ that no CRIU known here writes.
+    its own. `unknown` names files in checkpoint/ that no CRIU known here writes. What is not of `parts` is empty.
     """
 
     container: Container
@@ -53,6 +53,7 @@ class Overview:
     host_name: str
     mount_points: tuple[MountPoint, ...]
     unknown: tuple[str, ...]
+    parts: Part = Part.EVERYTHING
 
     def to_json(self) -> dict[str, Any]:
         """checkpointctl's keys (`inspect --all --format json`), and more."""
@@ -69,19 +70,24 @@ class Overview:
             out["checkpoint_size"]["root_fs_diff_size"] = self.sizes.rootfs_diff
         if self.statistics is not None:
             out["statistics"] = self.statistics._asdict()
-        out["metadata"] = _labels(container)
+        if Part.METADATA in self.parts:
+            out["metadata"] = _labels(container)
         if self.processes:
             families = by_parent(self.processes)
             out["process_tree"] = _tree(families, families[0][0])
+        if Part.FILES in self.parts:
             out["file_descriptors"] = [_descriptors(process) for process in self.processes if process.descriptors]
+        if Part.SOCKETS in self.parts:
             out["sockets"] = [listed for process in self.processes if (listed := _sockets(process))]
-        out["mounts"] = [
-            {"destination": mount.destination, "type": mount.type, "source": mount.source} for mount in container.mounts
-        ]
+        if Part.MOUNTS in self.parts:
+            out["mounts"] = [
+                {"destination": mount.destination, "type": mount.type, "source": mount.source}
+                for mount in container.mounts
+            ]
+            out["mount_points"] = [point._asdict() for point in self.mount_points]
         if self.inventory is not None:
             out["criu"] = {**self.inventory._asdict(), "plugins": list(self.inventory.plugins)}
         out["host_name"] = self.host_name
-        out["mount_points"] = [point._asdict() for point in self.mount_points]
         out["unknown_images"] = list(self.unknown)
         return out
 
@@ -109,21 +115,34 @@ def summarise(files: CheckpointFiles, prefix: str = "", limits: Limits | None = 
     return read_container(files, prefix, limits), _sizes(images, prefix)
 
 
-def inspect(files: CheckpointFiles, prefix: str = "", limits: Limits | None = None) -> Overview:
-    """Everything about the container at `prefix` (of `containers`)."""
+def inspect(
+    files: CheckpointFiles,
+    prefix: str = "",
+    limits: Limits | None = None,
+    *,
+    parts: Part = Part.EVERYTHING,
+    pid: int | None = None,
+) -> Overview:
+    """The container at `prefix` (of `containers`); only what `parts` need is read.
+
+    pid: only this process and its descendants. NotFoundError where there is none.
+    """
     limits = limits or Limits()
     images = open_images(files, prefix, limits)
-    images.files.expect(list(_metadata_ranges(images, prefix)))
+    files.expect(list(_metadata_ranges(images, prefix, parts)))
     inventory = images.read("inventory.img")
+    asked = bool(parts & Part.OF_PROCESSES) and "pstree.img" in images.names
+    points = _each(images, "mountpoints", parse_mountpoints) if Part.MOUNTS in parts else ()
     return Overview(
         read_container(files, prefix, limits),
         _sizes(images, prefix),
-        _statistics(images, prefix),
+        _statistics(images, prefix) if Part.STATISTICS in parts else None,
         parse_inventory(inventory, limits=limits) if inventory is not None else None,
-        read_processes(images) if images.read("pstree.img") is not None else (),
+        read_processes(images, parts, pid) if asked else (),
         next(_each(images, "utsns", parse_uts), ("", ""))[0],
-        tuple(point for points in _each(images, "mountpoints", parse_mountpoints) for point in points),
+        tuple(point for found in points for point in found),
         tuple(name for name in images.names if _unknown(name)),
+        parts,
     )
 
 
@@ -134,13 +153,13 @@ def open_images(files: CheckpointFiles, prefix: str = "", limits: Limits | None 
     return Images(files, directory, limits or Limits())
 
 
-def _metadata_ranges(images: Images, prefix: str) -> Iterable[Range]:
+def _metadata_ranges(images: Images, prefix: str, parts: Part) -> Iterable[Range]:
     """All files that `inspect` reads whole."""
-    paths = [prefix + name for name in DUMPS]
-    for name in images.names:
-        image = parse_name(name)
-        if image is not None and image.kind not in _NOT_METADATA and not image.raw:
-            paths.append(images.path(name))
+    kinds = image_kinds(parts)
+    paths = [prefix + name for name in DUMPS if name != "stats-dump" or Part.STATISTICS in parts]
+    paths += [images.path(name) for name in images.names if (image := parse_name(name)) and image.kind in kinds]
+    if parts & Part.OF_PROCESSES:
+        paths += [path for path in images.inherited() if path.rpartition("/")[2].startswith("pagemap-")]
     for path in paths:
         size = images.files.size(path)
         if size is not None and size <= images.limits.criu_image_bytes:

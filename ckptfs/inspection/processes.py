@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ckptfs.criu.core import Core, parse_core, parse_fs
+from ckptfs.criu.core import parse_core, parse_fs
 from ckptfs.criu.files import LEGACY_IMAGES, OpenFile, Socket, parse_fdinfo, parse_files, parse_legacy_files
 from ckptfs.criu.mm import MAP_SHARED, Mm, Vma, parse_mm, parse_vmas
 from ckptfs.criu.namespaces import parse_memfds
 from ckptfs.criu.pstree import Task, parse_ids, parse_pstree
 from ckptfs.errors import FormatError, NotFoundError
 from ckptfs.inspection.memory import ProcessMemory
+from ckptfs.inspection.parts import Part
 from ckptfs.inspection.source import Images
 
 
@@ -34,8 +35,8 @@ class Process:
     """One process. Sizes in bytes: `memory` is what was dumped of its own, `shared` the size of its shared mappings.
 
     Arguments and environment are what the memory held where execve(2) had put them; None where the pages cannot be
-    read (compressed by a newer CRIU), and () for a process without memory. `cut` tells that they were longer than
-    Limits.argument_bytes.
+    read (compressed by a newer CRIU), and () for a process without memory, or where nobody asked for them. `cut` tells
+    that they were longer than Limits.argument_bytes.
     """
 
     pid: int
@@ -67,19 +68,34 @@ class Process:
         return out
 
 
-def read_processes(images: Images) -> tuple[Process, ...]:
-    """Every process, in the order of pstree.img: parents before their children."""
-    files = _open_files(images)
-    readers = [_Reader(images, task, files) for task in parse_pstree(images.need("pstree.img"), limits=images.limits)]
+def read_processes(images: Images, parts: Part = Part.EVERYTHING, pid: int | None = None) -> tuple[Process, ...]:
+    """Every process, or `pid` and its descendants, in the order of pstree.img: parents before their children."""
+    tasks = parse_pstree(images.need("pstree.img"), limits=images.limits)
+    if pid is not None:
+        tasks = _family(tasks, pid)
+    files = _open_files(images) if parts & (Part.FILES | Part.SOCKETS) else None
+    readers = [_Reader(images, task, files, parts) for task in tasks]
     images.files.expect([wanted for reader in readers for wanted in reader.string_ranges()])
     return tuple(reader.process() for reader in readers)
+
+
+def _family(tasks: Sequence[Task], pid: int) -> tuple[Task, ...]:
+    pids = {pid}
+    for task in tasks:
+        if task.ppid in pids:
+            pids.add(task.pid)
+    found = tuple(task for task in tasks if task.pid in pids)
+    if not any(task.pid == pid for task in found):
+        raise NotFoundError(f"the checkpoint has no process {pid}", hint="`ckptfs inspect REF --ps-tree` lists them")
+    return found
 
 
 class _Reader:
     """One process: everything but strings when made, the strings when asked."""
 
-    def __init__(self, images: Images, task: Task, files: Mapping[int, OpenFile]) -> None:
+    def __init__(self, images: Images, task: Task, files: Mapping[int, OpenFile] | None, parts: Part) -> None:
         self._images = images
+        self._parts = parts
         self._pid = task.pid
         self._mm: Mm | None = None
         self._memory: ProcessMemory | None = None
@@ -88,9 +104,9 @@ class _Reader:
             task.pid, task.ppid, task.pgid, task.sid, len(task.threads), core.comm, core.state, core.machine
         )
         if core.has_memory:
-            self._look(core, files)
+            self._look(files)
 
-    def _look(self, core: Core, files: Mapping[int, OpenFile]) -> None:
+    def _look(self, files: Mapping[int, OpenFile] | None) -> None:
         images, pid = self._images, self._pid
         mm = parse_mm(images.need(f"mm-{pid}.img"), f"mm-{pid}.img", images.limits)
         vmas = mm.vmas
@@ -105,27 +121,34 @@ class _Reader:
             self._process,
             memory=self._memory.size if self._memory else 0,
             shared=sum(vma.end - vma.start for vma in vmas if vma.flags & MAP_SHARED),
-            descriptors=tuple(self._descriptors(files)),
+            descriptors=tuple(self._descriptors(files)) if files is not None else (),
             mappings=vmas,
-            arguments=() if self._memory else None,
-            environment=() if self._memory else None,
+            arguments=None if self._memory is None and Part.COMMANDS in self._parts else (),
+            environment=None if self._memory is None and Part.ENVIRONMENT in self._parts else (),
         )
 
     def string_ranges(self) -> list[tuple[str, int, int]]:
-        if self._memory is None or self._mm is None:
+        """What `process` will read of the pages, for CheckpointFiles.expect."""
+        if self._memory is None:
             return []
         limit = self._images.limits.argument_bytes
-        spans = (self._mm.arguments, self._mm.environment)
+        spans = (self._span(Part.COMMANDS), self._span(Part.ENVIRONMENT))
         return [
             wanted for start, end in spans for wanted in self._memory.ranges(start, max(min(end - start, limit), 0))
         ]
 
     def process(self) -> Process:
-        if self._memory is None or self._mm is None:
+        if self._memory is None:
             return self._process
-        arguments, cut = self._strings(*self._mm.arguments)
-        environment, cut_too = self._strings(*self._mm.environment)
+        arguments, cut = self._strings(*self._span(Part.COMMANDS))
+        environment, cut_too = self._strings(*self._span(Part.ENVIRONMENT))
         return replace(self._process, arguments=arguments, environment=environment, cut=cut or cut_too)
+
+    def _span(self, part: Part) -> tuple[int, int]:
+        """Where the strings of a part are in memory; nowhere if they are not asked for."""
+        if self._mm is None or part not in self._parts:
+            return 0, 0
+        return self._mm.arguments if part is Part.COMMANDS else self._mm.environment
 
     def _strings(self, start: int, end: int) -> tuple[tuple[str, ...], bool]:
         """The NUL-terminated strings of [start, end), and whether they were cut."""
@@ -166,8 +189,9 @@ def _open_files(images: Images) -> dict[int, OpenFile]:
 
 
 def by_parent(processes: Sequence[Process]) -> Mapping[int, list[Process]]:
-    """pid -> children, by pid; 0 -> the roots."""
+    """pid -> children, by pid; 0 -> the roots, those whose parent is not among them."""
+    pids = {process.pid for process in processes}
     out: dict[int, list[Process]] = defaultdict(list)
     for process in sorted(processes, key=lambda process: process.pid):
-        out[process.ppid].append(process)
+        out[process.ppid if process.ppid in pids else 0].append(process)
     return out

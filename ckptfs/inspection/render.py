@@ -16,6 +16,7 @@ from ckptfs.inspection.container import Container
 from ckptfs.inspection.diff import Difference
 from ckptfs.inspection.memory import Match
 from ckptfs.inspection.overview import Overview, Sizes
+from ckptfs.inspection.parts import Part
 from ckptfs.inspection.processes import Process, by_parent
 
 _ROW = 16  # bytes in a line of a hex dump
@@ -30,18 +31,9 @@ def print_summaries(console: Console, rows: Iterable[tuple[str, Container, Sizes
     console.print(table)
 
 
-def print_overview(
-    console: Console,
-    overview: Overview,
-    *,
-    environment: bool = False,
-    files: bool = True,
-    sockets: bool = True,
-    mounts: bool = True,
-    metadata: bool = False,
-) -> None:
-    """`inspect`: everything as one tree; the flags choose the long parts."""
-    container = overview.container
+def print_overview(console: Console, overview: Overview) -> None:
+    """`inspect`: all that the overview has, as one tree."""
+    container, parts = overview.container, overview.parts
     tree = Tree(_text(container.name or "checkpoint"), guide_style="dim")
     for label, value in _facts(overview):
         if value:
@@ -53,7 +45,7 @@ def print_overview(
     if overview.sizes.rootfs_diff:
         tree.add(_labelled("Root fs diff size", size_text(overview.sizes.rootfs_diff)))
     _add_statistics(tree, overview)
-    if metadata and container.annotations:
+    if Part.METADATA in parts and container.annotations:
         branch = tree.add("Annotations")
         for key, value in sorted(container.annotations.items()):
             branch.add(_labelled(key, value))
@@ -63,9 +55,9 @@ def print_overview(
         stack = [(branch, process) for process in reversed(families[0])]
         while stack:
             parent, process = stack.pop()
-            node = _add_process(parent, process, environment, files, sockets)
+            node = _add_process(parent, process, parts)
             stack.extend((node, child) for child in reversed(families.get(process.pid, ())))
-    if mounts and container.mounts:
+    if Part.MOUNTS in parts and container.mounts:
         branch = tree.add("Mounts")
         for mount in container.mounts:
             branch.add(_labelled(mount.destination, f"{mount.type} from {mount.source}"))
@@ -85,11 +77,11 @@ def print_memory_sizes(console: Console, processes: Sequence[Process]) -> None:
 
 
 def print_matches(console: Console, matches: Iterable[Match]) -> int:
-    """`memparse --search`: a line for each match as it is found; returns how many."""
+    """`memparse --search`: a line for each match as it is found, with its process; returns how many."""
     count = 0
     for match in matches:
         count += 1
-        line = Text(f"{match.vaddr:016x}  ", style="cyan")
+        line = Text(f"{match.pid:>7}  {match.vaddr:016x}  ", style="cyan")
         line.append(_printable(match.before), "dim")
         line.append(_printable(match.data), "bold")
         line.append(_printable(match.after), "dim")
@@ -100,14 +92,16 @@ def print_matches(console: Console, matches: Iterable[Match]) -> int:
 def print_difference(console: Console, difference: Difference) -> None:
     """`diff`."""
     marks = {"added": ("+", "green"), "removed": ("-", "red"), "modified": ("~", "yellow")}
-    for change in difference.processes:
-        mark, style = marks[change.status]
-        console.print(Text(f"{mark} process {change.pid} {_safe(change.name)}", style))
-        for name, (before, after) in change.fields.items():
-            console.print(_labelled(f"    {name}", f"{before} -> {after}"), soft_wrap=True)
-    for memory in difference.memory:
-        words = f"{memory.changed_pages} pages changed, {memory.added_pages} added, {memory.removed_pages} removed"
-        console.print(_labelled(f"memory of {memory.pid}", f"{words}, {memory.same_pages} the same"))
+    for container in difference.containers:
+        of = f"{container.name}: " if container.name else ""
+        for change in container.processes:
+            mark, style = marks[change.status]
+            console.print(Text(f"{mark} {_safe(of)}process {change.pid} {_safe(change.name)}", style))
+            for name, (before, after) in change.fields.items():
+                console.print(_labelled(f"    {name}", f"{before} -> {after}"), soft_wrap=True)
+        for memory in container.memory:
+            words = f"{memory.changed_pages} pages changed, {memory.added_pages} added, {memory.removed_pages} removed"
+            console.print(_labelled(f"{of}memory of {memory.pid}", f"{words}, {memory.same_pages} the same"))
     for file in difference.files:
         mark, style = marks[file.status]
         fields = f" ({', '.join(file.fields)})" if file.fields else ""
@@ -171,7 +165,7 @@ def _add_statistics(tree: Tree, overview: Overview) -> None:
     branch.add(_labelled("Pages written", str(statistics.pages_written)))
 
 
-def _add_process(parent: Tree, process: Process, environment: bool, files: bool, sockets: bool) -> Tree:
+def _add_process(parent: Tree, process: Process, parts: Part) -> Tree:
     words = " ".join(process.arguments) if process.arguments else process.name
     state = "" if process.state == "Alive" else f" ({process.state})"
     line = Text(f"[{process.pid}]{state} ", style="cyan")
@@ -181,16 +175,16 @@ def _add_process(parent: Tree, process: Process, environment: bool, files: bool,
     if process.arguments is None:
         line.append("  command line in pages that cannot be read here", "dim")
     node = parent.add(line)
-    if environment and process.environment:
+    if process.environment:
         branch = node.add("Environment variables")
         for variable in process.environment:
             branch.add(_text(variable))
-    if files and process.descriptors:
+    if Part.FILES in parts and process.descriptors:
         branch = node.add("Open files")
         for entry in process.descriptors:
             branch.add(_labelled(f"[{entry.kind} {entry.fd}]".replace("[ ", "["), entry.path, separator=" "))
     found = [entry.socket for entry in process.descriptors if entry.socket is not None]
-    if sockets and found:
+    if Part.SOCKETS in parts and found:
         branch = node.add("Open sockets")
         for socket in found:
             branch.add(_text(_socket_words(socket)))

@@ -5,14 +5,18 @@ Owns the protocol and its simplest form, a local directory. An open image of a r
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from ckptfs.errors import FormatError, LimitExceeded, NotFoundError
-from ckptfs.settings import Limits
+from ckptfs.settings import Limits, MiB
 
 Range = tuple[str, int, int]  # path, offset, length
+PARENTS = 64  # levels of pre-dumps that are followed
+BATCH = 4 * MiB  # announced together: an extent of a sequential fetch
+
+T = TypeVar("T")
 
 
 class CheckpointFiles(Protocol):
@@ -76,6 +80,25 @@ class LocalFiles:
         pass
 
 
+def announced(
+    items: Iterable[T], size: Callable[[T], int], expect: Callable[[Sequence[T]], None], batch: int = BATCH
+) -> Iterator[T]:
+    """The items, each announced before: `batch` bytes of them together, one batch ahead of the one that is read."""
+    waiting: list[T] = []
+    gathered: list[T] = []
+    total = 0
+    for item in items:
+        gathered.append(item)
+        total += size(item)
+        if total >= batch:
+            expect(gathered)
+            yield from waiting
+            waiting, gathered, total = gathered, [], 0
+    expect(gathered)
+    yield from waiting
+    yield from gathered
+
+
 class Images:
     """The CRIU images of one checkpoint: small files whole, by name.
 
@@ -91,6 +114,15 @@ class Images:
 
     def path(self, name: str) -> str:
         return f"{self.directory}/{name}" if self.directory else name
+
+    def inherited(self) -> Iterator[str]:
+        """The paths of all files of the parent checkpoints, nearest first, through the `parent` links."""
+        for level in range(1, PARENTS + 1):
+            directory = self.path("parent" + "/parent" * (level - 1))
+            names = self.files.list(directory)
+            if not names:
+                return
+            yield from (f"{directory}/{name}" for name in names if not name.endswith("/"))
 
     def read(self, name: str) -> bytes | None:
         """A whole image, None where there is none."""

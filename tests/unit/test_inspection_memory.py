@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,6 +21,7 @@ from ckptfs.errors import FormatError, NotFoundError, UsageError
 from ckptfs.inspection import memory as memory_module
 from ckptfs.inspection import render
 from ckptfs.inspection.diff import (
+    ContainerChange,
     Difference,
     FileChange,
     FileFacts,
@@ -31,6 +33,7 @@ from ckptfs.inspection.diff import (
 )
 from ckptfs.inspection.memory import ProcessMemory, hex_pattern, regex_pattern, search, text_pattern
 from ckptfs.inspection.overview import inspect, open_images, summarise
+from ckptfs.inspection.parts import Part
 from ckptfs.inspection.source import Images, LocalFiles
 from ckptfs.model.toc import Chunk
 from ckptfs.settings import Limits
@@ -191,13 +194,16 @@ def test_what_is_known_to_be_equal_is_not_read(tmp_path: Path) -> None:
     after = images(tmp_path / "b", {0x1000: b"a" * 6 * P + b"b" * 2 * P})
     asked: list[tuple[Place, Place]] = []
 
-    def equal(a: Place, b: Place) -> bool:
+    def nothing(a: Place, b: Place) -> list[tuple[int, int]]:
         asked.append((a, b))
-        return True
+        return []
 
-    assert diff_memory(before, after, 5, equal).changed_pages == 0
+    assert diff_memory(before, after, 5, nothing).changed_pages == 0
     assert [(a.vaddr, a.length, b.offset) for a, b in asked] == [(0x1000, 8 * P, 0)]
     assert diff_memory(before, after, 5).changed_pages == 2
+    # of what is not known, whole pages are read
+    assert diff_memory(before, after, 5, lambda a, b: [(6 * P - 1, 2)]).changed_pages == 1
+    assert diff_memory(before, after, 5, lambda a, b: [(0, 3), (7 * P + 9, 1)]).changed == ((0x8000, P),)
 
 
 @given(st.sets(st.integers(0, 30)), st.sets(st.integers(0, 30)), st.sets(st.integers(0, 30)))
@@ -265,7 +271,7 @@ def shown(print_it: object, *values: object, **options: object) -> str:
 
 def test_an_overview_for_people(tmp_path: Path) -> None:
     files = LocalFiles(unpack_counter(tmp_path))
-    text = shown(render.print_overview, inspect(files), environment=True, metadata=True)
+    text = shown(render.print_overview, inspect(files))
     for line in (
         "Engine: Podman",
         "Checkpoint size: 1.6 MiB",
@@ -284,7 +290,7 @@ def test_an_overview_for_people(tmp_path: Path) -> None:
 
 def test_a_tree_for_people(tmp_path: Path) -> None:
     found = inspect(LocalFiles(unpack_tree(tmp_path)))
-    text = shown(render.print_overview, found, files=False)
+    text = shown(render.print_overview, replace(found, parts=Part.EVERYTHING & ~Part.FILES))
     lines = [line for line in text.splitlines() if "/srv/ckpt/tree" in line]
     assert [line.index("[144") for line in lines] == [8, 12, 12]
     assert "UNIX STREAM ESTABLISHED (send 208.0 KiB, receive 208.0 KiB)" in text
@@ -293,10 +299,11 @@ def test_a_tree_for_people(tmp_path: Path) -> None:
 
 def test_nothing_from_an_image_reaches_the_terminal_raw(tmp_path: Path) -> None:
     evil = "\x1b]0;owned\x07[red]x"
-    difference = Difference((ProcessChange(1, evil, "added"),), (), (FileChange(evil, "removed"),), 1536)
+    container = ContainerChange(evil, (ProcessChange(1, evil, "added"),))
+    difference = Difference((container,), (FileChange(evil, "removed"),), 1536)
     text = shown(render.print_difference, difference)
     assert "\x1b" not in text and "\x07" not in text
-    assert r"+ process 1 \x1b]0;owned\x07[red]x" in text and "1.5 KiB" in text
+    assert r"x: process 1 \x1b]0;owned\x07[red]x" in text and "1.5 KiB" in text
     assert json.loads(json.dumps(difference.to_json()))["fetch_bytes"] == 1536
     found = ProcessMemory(images(tmp_path, {0x1000: evil.encode().ljust(P, b"\0")}), 5)
     assert "owned.[red]x" in shown(render.print_matches, search(found, text_pattern("owned"), 7))
@@ -304,7 +311,7 @@ def test_nothing_from_an_image_reaches_the_terminal_raw(tmp_path: Path) -> None:
 
 def test_a_memory_difference_for_people(tmp_path: Path) -> None:
     found = diff_memory(images(tmp_path / "a", {0: b"a" * P}), images(tmp_path / "b", {0: b"b" * P}), 5)
-    text = shown(render.print_difference, Difference(memory=(found,)))
+    text = shown(render.print_difference, Difference((ContainerChange(memory=(found,)),)))
     assert "memory of 5: 1 pages changed, 0 added, 0 removed, 0 the same" in text
 
 

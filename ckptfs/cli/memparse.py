@@ -1,0 +1,198 @@
+"""ckptfs memparse: the memory of checkpointed processes, read and searched where it lies."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import click
+
+from ckptfs.cli.opening import console, image_options, say_traffic, with_images
+from ckptfs.cli.options import reference_argument
+from ckptfs.errors import UsageError
+from ckptfs.model.oci import Reference
+
+if TYPE_CHECKING:
+    import re
+
+    from ckptfs.image import OpenImage
+    from ckptfs.inspection.image_files import ImageFiles
+    from ckptfs.inspection.memory import Match
+    from ckptfs.inspection.processes import Process
+    from ckptfs.inspection.source import Images
+
+
+@click.command()
+@reference_argument
+@click.option("-p", "--pid", type=click.IntRange(1), help="Only this process; without --search its memory is shown.")
+@click.option("-s", "--search", metavar="TEXT", help="Search for a string.")
+@click.option("-r", "--search-regex", metavar="REGEX", help="Search for a regular expression over bytes.")
+@click.option("-x", "--search-hex", metavar="HEX", help="Search for bytes: 'de ad be ef'.")
+@click.option("-c", "--context", type=click.IntRange(0, 4096), default=0, help="Bytes to show around each match.")
+@click.option("--limit", type=click.IntRange(1), default=10_000, show_default=True, help="Stop after so many matches.")
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the raw memory to FILE.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@image_options
+def memparse(
+    reference: Reference,
+    pid: int | None,
+    search: str | None,
+    search_regex: str | None,
+    search_hex: str | None,
+    context: int,
+    limit: int,
+    output: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """The memory of the processes in a checkpoint: how much each has, a search, or the bytes themselves.
+
+    A search reads all memory of the processes that it goes through; sizes are told without reading any.
+
+    \b
+    ckptfs memparse localhost:5000/counter:1
+    ckptfs memparse localhost:5000/counter:1 --search password --context 32
+    ckptfs memparse localhost:5000/counter:1 --pid 1 --output memory.raw
+    """
+    given = [text is not None for text in (search, search_regex, search_hex)]
+    if sum(given) > 1:
+        raise UsageError("more than one of --search, --search-regex and --search-hex", hint="search for one at a time")
+    if any(given) and output is not None:
+        raise UsageError("--output writes memory, not matches", hint="leave out the search, or write `> FILE`")
+    if pid is None and output is not None:
+        raise UsageError(
+            "--output needs a process", hint="name it with --pid; without options the processes are listed"
+        )
+    if output is not None and os.path.lexists(output):
+        raise UsageError(f"{output} exists", hint="name a path that does not")
+    from ckptfs.inspection.memory import hex_pattern, regex_pattern, text_pattern
+
+    work: Callable[[ImageFiles], dict[str, Any]]
+    if any(given):
+        if search is not None:
+            pattern = text_pattern(search)
+        else:
+            pattern = hex_pattern(search_hex) if search_hex is not None else regex_pattern(search_regex or "")
+        work = partial(_search, pid=pid, pattern=pattern, context=context, limit=limit, as_json=as_json)
+    elif output is not None and pid is not None:
+        work = partial(_write, pid=pid, output=output, as_json=as_json)
+    elif pid is not None and not as_json:
+        work = partial(_dump, pid=pid)
+    else:
+        work = partial(_table, pid=pid, as_json=as_json)
+
+    async def run(images: "Sequence[OpenImage]") -> dict[str, Any]:
+        from ckptfs.inspection.image_files import in_thread
+
+        return await in_thread(images[0], work)
+
+    # Matches and dumps are printed while they are found.
+    quiet = not as_json and output is None and sys.stdout.isatty()
+    found, traffic = with_images([reference], run, progress=not quiet, **options)
+    if as_json:
+        click.echo(json.dumps({"reference": str(reference), **found, **traffic.to_json()}, indent=2))
+    else:
+        say_traffic(traffic, options["quiet"])
+
+
+def _processes(files: "ImageFiles", pid: int | None) -> "Iterator[tuple[str, Images, Process]]":
+    """(name of the container in a pod, its images, process) of those that have memory."""
+    from ckptfs.errors import NotFoundError
+    from ckptfs.inspection.overview import containers, inspect, open_images
+    from ckptfs.inspection.parts import Part
+
+    limits, found = files.image.options.settings.limits, False
+    for prefix in containers(files):
+        for process in inspect(files, prefix, limits, parts=Part.PROCESSES).processes:
+            if pid in (None, process.pid):
+                found = True
+                yield prefix.rstrip("/"), open_images(files, prefix, limits), process
+    if not found:
+        who = "process" if pid is None else f"process {pid}"
+        raise NotFoundError(f"the checkpoint has no {who}", hint="`ckptfs inspect REF --ps-tree` lists them")
+
+
+def _table(files: "ImageFiles", pid: int | None, as_json: bool) -> dict[str, Any]:
+    from ckptfs.inspection.render import print_memory_sizes
+
+    found = list(_processes(files, pid))
+    if not as_json:
+        print_memory_sizes(console(), [process for _, _, process in found])
+        return {}
+    return {
+        "processes": [
+            {
+                "container": name,
+                "pid": process.pid,
+                "command": process.name,
+                "memory_size": process.memory,
+                "shared_memory_size": process.shared,
+            }
+            for name, _, process in found
+        ]
+    }
+
+
+def _search(
+    files: "ImageFiles", pid: int | None, pattern: "re.Pattern[bytes]", context: int, limit: int, as_json: bool
+) -> dict[str, Any]:
+    from ckptfs.inspection.memory import ProcessMemory, search
+    from ckptfs.inspection.render import print_matches
+
+    def matches() -> "Iterator[Match]":
+        for _, images, process in _processes(files, pid):
+            if process.memory or pid is not None:
+                yield from search(ProcessMemory(images, process.pid), pattern, context)
+
+    first = islice(matches(), limit)
+    found = [match.to_json() for match in first] if as_json else []
+    count = len(found) if as_json else print_matches(console(), first)
+    if not as_json and count in (0, limit):
+        click.echo(f"stopped after {count} matches; raise --limit" if count else "no match", err=True)
+    return {"matches": found, "complete": count < limit}
+
+
+def _dump(files: "ImageFiles", pid: int) -> dict[str, Any]:
+    from ckptfs.inspection.memory import ProcessMemory
+    from ckptfs.inspection.render import hex_lines
+
+    for _, images, _ in _processes(files, pid):
+        for vaddr, data, _ in ProcessMemory(images, pid).windows():
+            for line in hex_lines(vaddr, data):
+                click.echo(line)
+    return {}
+
+
+def _write(files: "ImageFiles", pid: int, output: Path, as_json: bool) -> dict[str, Any]:
+    """The memory, area after area; returns where each one is in the file."""
+    from ckptfs.inspection.memory import ProcessMemory
+    from ckptfs.inspection.render import size_text
+
+    _, images, _ = next(_processes(files, pid))
+    memory = ProcessMemory(images, pid)
+    with _new_file(output) as out:
+        for _, data, _ in memory.windows():
+            out.write(data)
+    areas, offset = [], 0
+    for vaddr, length in memory.areas():
+        areas.append({"address": f"{vaddr:#018x}", "length": length, "offset": offset})
+        offset += length
+    if not as_json:
+        click.echo(f"wrote {size_text(offset)} of process {pid} to {output}", err=True)
+    return {"output": str(output), "areas": areas}
+
+
+@contextmanager
+def _new_file(path: Path) -> "Iterator[BinaryIO]":
+    """Only its owner may read what was in a process's memory; a file that is not complete goes away."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as out:
+        try:
+            yield out
+        except BaseException:
+            os.unlink(path)
+            raise

@@ -1,0 +1,165 @@
+"""Images for commands that need no mount: opened through the node's cache, nothing fetched ahead, progress, figures.
+
+Owns the event loop of such a command and what it tells of the traffic. Called by ls, cat, cp, inspect, show, diff and
+memparse; imports trio and the image only when one of them runs.
+"""
+
+import math
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ckptfs.cli.options import F, configure_logging, make_settings, open_cache, registry_options
+from ckptfs.model.oci import Reference
+from ckptfs.telemetry import NetworkCounters
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ckptfs.image import OpenImage
+
+T = TypeVar("T")
+
+_PIPE_WIDTH = 10_000
+_PATIENCE = 1.0  # seconds of silence before progress is shown
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What a command had to fetch.
+
+    image_bytes  compressed bytes of the layers, of all its images together.
+    round_trips  requests that had to follow one another, of the first 256 (telemetry.py).
+    """
+
+    fetched_bytes: int
+    image_bytes: int
+    requests: int
+    round_trips: int
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+    def sentence(self) -> str:
+        from ckptfs.inspection.render import size_text
+
+        of = f"{size_text(self.fetched_bytes)} of {size_text(self.image_bytes)}"
+        return f"fetched {of} in {self.requests} request{'' if self.requests == 1 else 's'}"
+
+
+def image_options(function: F) -> F:
+    """What commands that open an image take."""
+    offline = click.option("--offline", is_flag=True, help="Send nothing; use only what the node's cache has.")
+    return offline(registry_options(function))
+
+
+def with_image(reference: Reference, work: Callable[["OpenImage"], Awaitable[T]], **options: Any) -> T:
+    """Open the image and run `work(image)`; `options` are those of `image_options`, `view` and `base`."""
+
+    async def only(images: "Sequence[OpenImage]") -> T:
+        return await work(images[0])
+
+    return with_images([reference], only, increments=True, **options)[0]
+
+
+def with_images(
+    references: Sequence[Reference],
+    work: "Callable[[Sequence[OpenImage]], Awaitable[T]]",
+    *,
+    progress: bool = True,
+    increments: bool = False,
+    **options: Any,
+) -> tuple[T, Traffic]:
+    """Open the images, nothing fetched ahead, run `work(images)`.
+
+    progress    nothing else writes to the terminal meanwhile.
+    increments  use what the node has of earlier images; saves nothing where few pages are read.
+    """
+    configure_logging(options["verbose"], options["quiet"])
+    import trio
+
+    from ckptfs.daemon import only_error
+    from ckptfs.image import ImageOptions, open_image
+    from ckptfs.sources import Source, open_source
+    from ckptfs.sources.early import EarlySource
+
+    settings = make_settings(options["cache_size"], options["memory"])
+    counters = NetworkCounters()
+
+    def reach(wanted: Reference) -> Source:
+        return open_source(wanted, settings=settings, counters=counters, plain_http=options["plain_http"])
+
+    def sources() -> list[Source]:
+        """Several images are resolved at the same time, unless the node's cache may know them."""
+        early = len(references) > 1 and not options["offline"]
+        return [EarlySource(reach(r)) if early and r.digest is None else reach(r) for r in references]
+
+    wanted = ImageOptions(
+        view=options.get("view", "checkpoint"),
+        base=options.get("base"),
+        offline=options["offline"],
+        prefetch=False,
+        background=False,
+        increments=increments,
+        settings=settings,
+    )
+    cache = open_cache(options, settings)
+
+    async def run() -> tuple[T, Traffic]:
+        images: list[OpenImage] = []
+        async with trio.open_nursery() as nursery:
+            if progress and not options["quiet"] and sys.stderr.isatty():
+                nursery.start_soon(_show_progress, counters, images)
+            async with AsyncExitStack() as stack:
+                for source in sources():
+                    image = await stack.enter_async_context(open_image(source, cache, wanted, counters, reach))
+                    images.append(image)
+                    await image.ready()
+                result = await work(images)
+                traffic = Traffic(
+                    counters.bytes,
+                    sum(layer.size for image in images for layer in image.resolved.manifest.layers),
+                    counters.requests,
+                    counters.round_trips(math.inf),
+                )
+            nursery.cancel_scope.cancel()
+        return result, traffic
+
+    try:
+        return trio.run(run)
+    except BaseExceptionGroup as group:
+        raise only_error(group) from None
+    finally:
+        cache.close()
+
+
+async def _show_progress(counters: NetworkCounters, images: "Sequence[OpenImage]") -> None:
+    """One line on stderr that changes and goes away, once the command has taken a second."""
+    import trio
+    from rich.console import Console
+
+    from ckptfs.inspection.render import size_text
+
+    await trio.sleep(_PATIENCE)
+    with Console(stderr=True).status("") as status:
+        while True:
+            total = sum(image.image_bytes for image in images)
+            status.update(f"fetched {size_text(counters.bytes)} of {size_text(total) if total else 'the image'}")
+            await trio.sleep(0.2)
+
+
+def console() -> "Console":
+    """Where results for people go. A pipe has no width: lines are not broken there."""
+    from rich.console import Console
+
+    return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+
+
+def say_traffic(traffic: Traffic, quiet: bool) -> None:
+    """The last line of a command for people; on stderr, it is not a part of what was asked."""
+    if not quiet:
+        click.echo(traffic.sentence(), err=True)
