@@ -12,11 +12,14 @@ import trio
 
 from ckptfs import __version__
 from ckptfs.control.client import MountFiles, write_state
+from ckptfs.control.ready import notify, tell
 from ckptfs.control.server import ControlServer
 from ckptfs.engine.cache import ChunkCache
+from ckptfs.engine.recording import ReadRecorder
 from ckptfs.errors import CkptfsError
 from ckptfs.fuse.mount import MountSession, mount_options
 from ckptfs.fuse.operations import Operations
+from ckptfs.hardening import settle_garbage_collector
 from ckptfs.image import ImageOptions, OpenImage, open_image
 from ckptfs.model.oci import Reference
 from ckptfs.mounting import MountRequest
@@ -25,6 +28,8 @@ from ckptfs.sources import Source
 from ckptfs.telemetry import NetworkCounters
 
 log = logging.getLogger(__name__)
+
+_REFRESH = 5.0  # seconds; looks at one directory and at the end of the files that others write: 0.1 ms
 
 
 def run(
@@ -94,7 +99,13 @@ async def _serve(
                 files, {"mountpoint": mountpoint, "reference": str(image.resolved.reference), "pid": os.getpid()}
             )
             log.info("%s is mounted on %s after %.0f ms", image.resolved.reference, mountpoint, facts["ready_ms"])
-            if writer is not None:
+            settle_garbage_collector()
+            image.reader.observer = recorder
+            if request.ready_fd is not None:
+                tell(request.ready_fd)
+            if writer is None:
+                notify("READY=1")
+            else:
                 os.write(writer, json.dumps(status({})).encode() + b"\n")
                 os.close(writer)
 
@@ -102,7 +113,11 @@ async def _serve(
             session.stop()
             return {"pid": os.getpid()}
 
+        recorder = ReadRecorder(request.record, image.tree, request.started) if request.record is not None else None
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(_keep_house, cache)
+            if recorder is not None:
+                nursery.start_soon(recorder.run)
             nursery.start_soon(ControlServer(files, {"status": status, "stop": stop}).run)
             try:
                 await session.run(mount_options(str(request.reference), allow_other=request.allow_other), ready)
@@ -111,6 +126,13 @@ async def _serve(
                     with suppress(OSError):
                         request.stats.write_text(json.dumps(status({}), indent=2) + "\n")
                 nursery.cancel_scope.cancel()
+
+
+async def _keep_house(cache: ChunkCache) -> None:
+    """Let go of files that other processes have evicted: until then they take up disk space."""
+    while True:
+        await trio.sleep(_REFRESH)
+        await trio.to_thread.run_sync(cache.refresh, abandon_on_cancel=True)
 
 
 def mount_status(image: OpenImage, mountpoint: str, request: MountRequest) -> dict[str, Any]:

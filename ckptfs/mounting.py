@@ -7,6 +7,7 @@ through the kernel and says so. A child that fails says why on the same pipe, an
 import contextlib
 import errno
 import fcntl
+import gc
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from typing import Any, Literal, Self
 from ckptfs.control.client import MountFiles, ask, ensure_runtime_dir, known_mounts
 from ckptfs.errors import CkptfsError, MountError, UnavailableError
 from ckptfs.fuse.mountpoint import canonical, detach, mount_at, prepare
+from ckptfs.hardening import harden
 from ckptfs.model.oci import Reference
 from ckptfs.settings import Settings
 
@@ -45,7 +47,7 @@ class MountRequest:
     plain_http: bool = False
     record: Path | None = None
     stats: Path | None = None
-    verbosity: int = 0
+    ready_fd: int | None = None
     settings: Settings = field(default_factory=Settings)
     started: float = field(default_factory=lambda: _command_start())  # monotonic seconds
 
@@ -254,6 +256,8 @@ def _rebuilt(message: dict[str, Any]) -> CkptfsError:
 
 def _run(request: MountRequest, claim: _Claim, writer: int | None) -> None:
     """Serve the mount in this process. The first request runs while trio, pyfuse3 … are imported (130 ms)."""
+    gc.disable()  # until start-up is over
+    harden()
     from ckptfs.sources import Source, open_source
     from ckptfs.sources.early import EarlySource
     from ckptfs.telemetry import NetworkCounters

@@ -51,6 +51,7 @@ from ckptfs.settings import default_cache_dir
 @click.option(
     "--stats", type=click.Path(path_type=Path, dir_okay=False), help="Write the last status to FILE at the end."
 )
+@click.option("--ready-fd", type=click.IntRange(0), help="Write a line to this descriptor once a read works.")
 @click.option("--read-deadline", default="60", show_default=True, help="Seconds until a read gets EIO, or `hard`.")
 @click.option("--allow-other", is_flag=True, help="Let other users in; modes and owners are those of the image.")
 @click.option("--json", "as_json", is_flag=True, help="Print the mount's status as JSON.")
@@ -68,6 +69,7 @@ def mount(
     background_fetch: bool,
     record: Path | None,
     stats: Path | None,
+    ready_fd: int | None,
     read_deadline: str,
     allow_other: bool,
     as_json: bool,
@@ -107,6 +109,7 @@ def mount(
         plain_http=plain_http,
         record=record.absolute() if record else None,
         stats=stats.absolute() if stats else None,
+        ready_fd=ready_fd,
         settings=make_settings(cache_size, memory, deadline(read_deadline)),
     )
     if foreground:

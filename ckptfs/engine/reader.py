@@ -6,7 +6,7 @@ bytes that the file has there, or raise: a short read inside a file makes CRIU's
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import trio
@@ -64,6 +64,7 @@ class Reader:
         """`max_hung`: how many reads may wait for the network at once; further ones queue, metadata stays fast."""
         self.fetcher = fetcher
         self.counters = ReadCounters()
+        self.observer: Callable[[Handle, int, int, bool], None] | None = None  # of (handle, offset, size, hit)
         self.sequential = trio.Event()  # set once somebody reads a large file from front to back
         self._answered = trio.Event()
         self._slots = trio.CapacityLimiter(max_hung)
@@ -118,6 +119,8 @@ class Reader:
             self._run_ahead(handle, offset + size)
         disk_before = self.fetcher.disk_hits
         data = self.cached(handle.inode, offset, size)
+        if self.observer is not None:
+            self.observer(handle, offset, size, data is not None)
         if data is None:
             counters.misses += 1
             data = await self.read(handle.inode, offset, size)

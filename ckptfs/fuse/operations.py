@@ -64,12 +64,10 @@ class Operations(pyfuse3.Operations):
     supports_dot_lookup = True
     enable_writeback_cache = False
 
-    def __init__(self, image: OpenImage, on_read: Callable[[bytes, int, int], None] | None = None) -> None:
-        """`on_read(path, offset, length)` is told of every read, before it is answered."""
+    def __init__(self, image: OpenImage) -> None:
         super().__init__()
         self.image = image
         self._tree = image.tree
-        self._on_read = on_read
         self._handles: dict[int, Handle] = {}
         self._listings: dict[int, list[Node]] = {}
         self._next_handle = 1
@@ -144,11 +142,8 @@ class Operations(pyfuse3.Operations):
 
     @_answers
     async def read(self, handle: int, offset: int, size: int) -> bytes:
-        opened = self._handles[handle]
-        if self._on_read is not None:
-            self._on_read(opened.path, offset, size)
         # pyfuse3 takes any buffer and sends it as it is; a copy into bytes would cost as much as the request.
-        return cast("bytes", await self.image.reader.serve(opened, offset, size))
+        return cast("bytes", await self.image.reader.serve(self._handles[handle], offset, size))
 
     @_answers
     async def flush(self, handle: int) -> None:

@@ -1,0 +1,28 @@
+"""Telling a service manager or a parent that the mount works: sd_notify(3) and an inherited descriptor (--ready-fd)."""
+
+import logging
+import os
+import socket
+
+log = logging.getLogger(__name__)
+
+
+def notify(message: str) -> None:
+    """Send `message` ("READY=1", "STOPPING=1") to systemd; does nothing where nobody listens."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+            sender.sendto(message.encode(), "\0" + address[1:] if address[0] == "@" else address)
+    except OSError as error:
+        log.warning("systemd cannot be told that %s: %s", message, error.strerror)
+
+
+def tell(fd: int) -> None:
+    """Write one line to `fd` and close it; whoever waits there may have given up."""
+    try:
+        os.write(fd, b"ready\n")
+        os.close(fd)
+    except OSError as error:
+        log.warning("descriptor %d cannot be told that the mount is ready: %s", fd, error.strerror)

@@ -1,0 +1,38 @@
+"""What a process that holds other people's memory does to keep it to itself, and to stay alive.
+
+Owns the settings of our own process (core dumps, ptrace, the OOM killer) and the garbage collector of a long-lived one.
+Called by mounting.py and daemon.py; not by commands that start a restored process, for it would inherit.
+"""
+
+import contextlib
+import ctypes
+import gc
+import resource
+
+_PR_SET_DUMPABLE = 4  # prctl(2)
+_OOM_SCORE = -800  # among the last to be killed: the restored processes hang on us; -1000 would be never
+
+
+def harden() -> None:
+    """No core dump, no ptrace by our own user; the OOM killer takes others first.
+
+    Not dumpable means that /proc/PID belongs to root, so the OOM score comes first. We still see our own /proc/self
+    (the kernel lets a thread group look at itself). Nothing of it is needed: what is not allowed is left out.
+    """
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "r+", encoding="ascii") as file:
+        if int(file.read()) > _OOM_SCORE:
+            file.seek(0)
+            file.write(str(_OOM_SCORE))
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def settle_garbage_collector() -> None:
+    """Start-up is over: what lives now lives as long as the mount, so it is never looked at again.
+
+    Until here the collector should be off (`gc.disable`): it would walk every entry of a table of contents that is
+    being read, again and again, and that costs a quarter of the time for large ones.
+    """
+    gc.freeze()
+    gc.enable()
