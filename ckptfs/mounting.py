@@ -49,11 +49,16 @@ class MountRequest:
     stats: Path | None = None
     ready_fd: int | None = None
     settings: Settings = field(default_factory=Settings)
-    started: float = field(default_factory=lambda: _command_start())  # monotonic seconds
+    started: float = field(default_factory=lambda: command_start())  # monotonic seconds
 
 
 def mount(request: MountRequest) -> dict[str, Any]:
     """Mount in a daemon; returns its first status once a read has worked, raises what kept it from that."""
+    return begin(request).wait()
+
+
+def begin(request: MountRequest) -> "Pending":
+    """Start the daemon of a mount and do not wait: several get ready at the same time."""
     with _Claim(request.mountpoint) as claim:
         reader, writer = os.pipe()
         sys.stdout.flush()
@@ -64,7 +69,7 @@ def mount(request: MountRequest) -> dict[str, Any]:
             _become_daemon(claim.files.log)
             _serve(request, claim, writer)
         os.close(writer)
-        return _await_daemon(reader, child, request, claim.files)
+        return Pending(reader, child, claim.files)
 
 
 def mount_foreground(request: MountRequest) -> None:
@@ -128,7 +133,7 @@ def statuses(directory: str | None) -> list[dict[str, Any]]:
     return found
 
 
-def _command_start() -> float:
+def command_start() -> float:
     """When this command was started, on the monotonic clock (proc_pid_stat(5), field 22; steps of 10 ms)."""
     with open("/proc/self/stat", "rb") as file:
         ticks = int(file.read().rpartition(b")")[2].split()[19])
@@ -227,24 +232,33 @@ def _serve(request: MountRequest, claim: _Claim, writer: int) -> None:
         os._exit(code)
 
 
-def _await_daemon(reader: int, child: int, request: MountRequest, files: MountFiles) -> dict[str, Any]:
-    with os.fdopen(reader, "rb") as pipe:
-        try:
-            line = pipe.readline()
-        except KeyboardInterrupt:
-            os.kill(child, signal.SIGTERM)
-            os.waitpid(child, 0)
-            raise
-    if not line:
-        _, status = os.waitpid(child, 0)
-        how = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit code {os.WEXITSTATUS(status)}"
-        raise MountError(f"the daemon ended before the mount was ready ({how})", hint=f"see {files.log}")
-    message = json.loads(line)
-    if "error" in message:
-        os.waitpid(child, 0)
-        files.log.unlink(missing_ok=True)  # all that it says is said here
-        raise _rebuilt(message)
-    return dict(message)
+class Pending:
+    """A mount whose daemon has been started. `pid` is the daemon's, a child of this process."""
+
+    def __init__(self, reader: int, pid: int, files: MountFiles) -> None:
+        self.pid = pid
+        self._reader = reader
+        self._files = files
+
+    def wait(self) -> dict[str, Any]:
+        """The first status, once a read has worked; raises what kept the daemon from that. To be called once."""
+        with os.fdopen(self._reader, "rb") as pipe:
+            try:
+                line = pipe.readline()
+            except KeyboardInterrupt:
+                os.kill(self.pid, signal.SIGTERM)
+                os.waitpid(self.pid, 0)
+                raise
+        if not line:
+            _, status = os.waitpid(self.pid, 0)
+            how = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit code {os.WEXITSTATUS(status)}"
+            raise MountError(f"the daemon ended before the mount was ready ({how})", hint=f"see {self._files.log}")
+        message = json.loads(line)
+        if "error" in message:
+            os.waitpid(self.pid, 0)
+            self._files.log.unlink(missing_ok=True)  # all that it says is said here
+            raise _rebuilt(message)
+        return dict(message)
 
 
 def _rebuilt(message: dict[str, Any]) -> CkptfsError:
