@@ -24,9 +24,7 @@ from urllib3.util.ssl_ import create_urllib3_context
 from ckptfs.sources.origin import Reach
 
 # urllib3 logs whole URLs, signatures of storage services included, from DEBUG to WARNING; transport.py logs instead.
-_urllib3_log = logging.getLogger("urllib3")
-_urllib3_log.propagate = False
-_urllib3_log.addHandler(logging.NullHandler())
+logging.getLogger("urllib3").setLevel(logging.CRITICAL + 1)
 
 _KEPT = 16  # idle connections kept per host; the fetcher uses up to Sizes.jobs + Sizes.background_jobs at once
 _HOSTS = 32

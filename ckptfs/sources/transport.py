@@ -8,7 +8,7 @@ or a body.
 import logging
 import socket
 import ssl
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import TypeVar
@@ -195,12 +195,13 @@ class Transport:
         attempts.enter(origin.netloc)
         where = f"{method} {origin.netloc}{urlsplit(url).path} (try {attempts.number})"
         patience = attempts.remaining()
+        slices = _slices(body) if body else None
         began = self.counters.began()
         try:
             response = self._pools.of(reach).urlopen(
                 method,
                 url,
-                body=_slices(body) if body else body,
+                body=body if slices is None else slices,
                 headers=_headers(headers, body),
                 timeout=Timeout(
                     connect=min(timeouts.connect, patience), read=min(first_byte or timeouts.first_byte, patience)
@@ -215,6 +216,9 @@ class Transport:
             if isinstance(error, HTTPError | OSError | ValueError):
                 raise self.translate(error, where) from None
             raise
+        finally:
+            if slices is not None:
+                slices.close()  # a body that is itself a reply must not stay open
         self.windows.reached(origin.host)
         log.debug("%s: %d", where, response.status)
         reply = Reply(self, response, url, where, patience).opened(began)
@@ -262,7 +266,7 @@ def _headers(headers: Mapping[str, str] | None, body: Body | None) -> dict[str, 
     return out
 
 
-def _slices(body: Body) -> Iterator[memoryview]:
+def _slices(body: Body) -> Generator[memoryview, None, None]:
     for part in [body] if isinstance(body, bytes) else body:
         view = memoryview(part)
         yield from (view[at : at + PIECE] for at in range(0, len(view), PIECE))
