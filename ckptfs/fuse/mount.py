@@ -113,9 +113,15 @@ class MountSession:
 
 
 def mount_options(source: str, *, allow_other: bool) -> set[str]:
-    """Read-only, no devices, no set-user-id; permissions judged by the kernel by the image's modes."""
+    """Read-only, no devices, no set-user-id; permissions judged by the kernel by the image's modes.
+
+    But not where an ordinary user mounts for nobody else: the files are root's, mostly, and the kernel lets only that
+    user in, who could read the whole image anyway.
+    """
     name = source.replace("\\", "\\\\").replace(",", "\\,")
-    options = {f"fsname={name}", "subtype=ckptfs", "ro", "nodev", "nosuid", "default_permissions"}
+    options = {f"fsname={name}", "subtype=ckptfs", "ro", "nodev", "nosuid"}
+    if allow_other or os.geteuid() == 0:
+        options.add("default_permissions")
     if allow_other:
         options.add("allow_other")
     return options
