@@ -68,6 +68,7 @@ class Sizes:
     """Bytes, unless said otherwise."""
 
     grid: int = 256 * KiB  # decode unit of layers without chunks of their own: plain tar, gzip, zstd
+    gzip_grid: int = 1 * MiB  # the same for gzip, whose index has a window of 32 KiB for each
     toc_guess: int = 256 * KiB  # read at first from the end of an eStargz blob: footer and, mostly, the whole table
     random_extent: int = 1 * MiB  # most that one random miss fetches
     sequential_extent: int = 4 * MiB  # docker-registry reads 4 MiB of the blob for every range, however small

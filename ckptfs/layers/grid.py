@@ -1,18 +1,40 @@
 """The grid: chunks for layers that have none of their own.
 
 Chunk i of a grid is the decoded tar's bytes [i * unit, (i + 1) * unit). A file's extents are worked out when they are
-asked for and not kept: a header that claims 4 EiB costs as much as one that claims four bytes. Not for layers with a
-TOC, whose chunks come from it.
+asked for and not kept: a header that claims 4 EiB costs as much as one that claims four bytes. `Cuts` is the same for
+streams that somebody else has cut, at any places. Not for layers with a TOC, whose chunks come from it.
 """
 
 from abc import abstractmethod
 from bisect import bisect_right
-from collections.abc import Sequence
-from typing import overload
+from collections.abc import Callable, Sequence
+from typing import Protocol, overload
 
 from ckptfs.model.toc import Chunk, Extent, MadeExtents, derived_key
+from ckptfs.settings import Sizes
 
 KIND = "grid"
+_STREAM_CHUNKS = 512  # of compressed bytes at most, roughly; a gzip index has a window for each
+
+
+def stream_unit(blob_size: int, sizes: Sizes) -> int:
+    """The grid's unit of a gzip layer: a window of its index takes 32 KiB, so large layers have larger chunks."""
+    unit = sizes.gzip_grid
+    while blob_size // unit > _STREAM_CHUNKS and unit < sizes.sequential_extent:
+        unit *= 2
+    return unit
+
+
+class Partition(Protocol):
+    """A decoded stream cut into chunks."""
+
+    def index(self, position: int) -> int:
+        """Which chunk holds the byte at `position`."""
+
+    def start(self, index: int) -> int:
+        """Where a chunk begins; of the last one's successor, where the stream ends."""
+
+    def chunk(self, index: int) -> Chunk: ...
 
 
 class Grid:
@@ -21,29 +43,79 @@ class Grid:
     `end` is the stream's length where it is known (plain tar): the last chunk is shortened to it.
     """
 
-    def __init__(self, layer_digest: str, layer: int, unit: int, end: int | None = None) -> None:
+    def __init__(
+        self, layer_digest: str, layer: int, unit: int, end: int | None = None, *, compression: str = "none"
+    ) -> None:
         self.unit = unit
+        self._kind = f"{KIND}{unit}" if compression == "gzip" else KIND  # units differ: so must keys
         self._digest = layer_digest
         self._layer = layer
         self._end = end
         self._chunks: dict[int, Chunk] = {}
 
+    def index(self, position: int) -> int:
+        return position // self.unit
+
+    def start(self, index: int) -> int:
+        return index * self.unit
+
     def chunk(self, index: int) -> Chunk:
         found = self._chunks.get(index)
         if found is None:
-            offset = index * self.unit
-            length = self.unit if self._end is None else min(self.unit, self._end - offset)
-            key = derived_key(self._digest, offset, kind=KIND)
             # Two threads that meet here get the same object.
-            found = self._chunks.setdefault(index, Chunk(key, self._layer, offset, length, length))
+            found = self._chunks.setdefault(index, self._made(index))
         return found
+
+    def _made(self, index: int) -> Chunk:
+        offset = index * self.unit
+        length = self.unit if self._end is None else min(self.unit, self._end - offset)
+        return Chunk(self.key(index), self._layer, offset, length, length)
+
+    def key(self, index: int) -> bytes:
+        """What the node's cache calls a chunk, however it came."""
+        return derived_key(self._digest, index * self.unit, kind=self._kind)
 
     def extents(self, segments: Sequence[tuple[int, int, int]]) -> Sequence[Extent]:
         """See `tar_scanner.Placement`."""
-        runs = [_Run(self, start, length, position) for start, length, position in segments]
-        if not runs:
-            return ()
-        return runs[0] if len(runs) == 1 else _Runs(runs)
+        return placed(self, segments)
+
+
+class Cuts:
+    """A stream cut at `starts` (ascending, the first is 0, the last one is the stream's end)."""
+
+    def __init__(self, starts: Sequence[int], make: Callable[[int], Chunk]) -> None:
+        self._starts = starts
+        self._make = make
+        self._chunks: dict[int, Chunk] = {}
+
+    def index(self, position: int) -> int:
+        return bisect_right(self._starts, position) - 1
+
+    def start(self, index: int) -> int:
+        return self._starts[index]
+
+    def chunk(self, index: int) -> Chunk:
+        found = self._chunks.get(index)
+        return found if found is not None else self._chunks.setdefault(index, self._make(index))
+
+    def extents(self, segments: Sequence[tuple[int, int, int]]) -> Sequence[Extent]:
+        """See `tar_scanner.Placement`."""
+        return placed(self, segments)
+
+
+def placed(partition: Partition, segments: Sequence[tuple[int, int, int]]) -> "Sequence[Extent]":
+    """The extents of a file whose bytes [start, start + length) lie at `position` of the stream, for each segment."""
+    runs = [_Run(partition, start, length, position) for start, length, position in segments]
+    if not runs:
+        return ()
+    return runs[0] if len(runs) == 1 else _Runs(runs)
+
+
+def segments_of(extents: Sequence[Extent]) -> Sequence[tuple[int, int, int]]:
+    """What `placed` made the extents from."""
+    if isinstance(extents, _Run):
+        return (extents.segment,)
+    return [run.segment for run in extents.runs] if isinstance(extents, _Runs) else ()
 
 
 class _Made(MadeExtents):
@@ -72,41 +144,44 @@ class _Made(MadeExtents):
 class _Run(_Made):
     """File bytes [start, start + length) lie at `position` of the stream; length > 0."""
 
-    __slots__ = ("_grid", "_length", "_position", "_start")
+    __slots__ = ("_cuts", "_length", "_position", "_start")
 
-    def __init__(self, grid: Grid, start: int, length: int, position: int) -> None:
-        self._grid = grid
+    def __init__(self, cuts: Partition, start: int, length: int, position: int) -> None:
+        self._cuts = cuts
         self._start = start
         self._length = length
         self._position = position
 
+    @property
+    def segment(self) -> tuple[int, int, int]:
+        return self._start, self._length, self._position
+
     def __len__(self) -> int:
-        unit = self._grid.unit
         # Python's len() has to fit ssize_t; a file of 2**62 bytes is 2**44 chunks.
-        return (self._position + self._length - 1) // unit - self._position // unit + 1
+        return self._cuts.index(self._position + self._length - 1) - self._cuts.index(self._position) + 1
 
     def index_at(self, offset: int) -> int:
         if offset < self._start:
             return -1
-        unit = self._grid.unit
-        return min((self._position + offset - self._start) // unit - self._position // unit, len(self) - 1)
+        first = self._cuts.index(self._position)
+        return min(self._cuts.index(self._position + offset - self._start) - first, len(self) - 1)
 
     def _at(self, index: int) -> Extent:
-        grid, position = self._grid, self._position
-        first = position // grid.unit
-        low = max(position, (first + index) * grid.unit)
-        high = min(position + self._length, (first + index + 1) * grid.unit)
-        chunk = grid.chunk(first + index)
-        return Extent(self._start + low - position, high - low, chunk, low - chunk.offset)
+        cuts, position = self._cuts, self._position
+        number = cuts.index(position) + index
+        chunk, start = cuts.chunk(number), cuts.start(number)
+        low = max(position, start)
+        high = min(position + self._length, cuts.start(number + 1))
+        return Extent(self._start + low - position, high - low, chunk, low - start)
 
 
 class _Runs(_Made):
     """The runs of a sparse file, one after another; what is between them is a hole."""
 
-    __slots__ = ("_ends", "_runs")
+    __slots__ = ("_ends", "runs")
 
     def __init__(self, runs: list[_Run]) -> None:
-        self._runs = runs
+        self.runs = runs
         self._ends: list[int] = []  # number of extents up to and with run i
         total = 0
         for run in runs:
@@ -117,14 +192,14 @@ class _Runs(_Made):
         return self._ends[-1]
 
     def index_at(self, offset: int) -> int:
-        run = bisect_right(self._runs, offset, key=_start) - 1
+        run = bisect_right(self.runs, offset, key=_start) - 1
         if run < 0:
             return -1
-        return self._runs[run].index_at(offset) + (self._ends[run - 1] if run else 0)
+        return self.runs[run].index_at(offset) + (self._ends[run - 1] if run else 0)
 
     def _at(self, index: int) -> Extent:
         run = bisect_right(self._ends, index)
-        return self._runs[run]._at(index - (self._ends[run - 1] if run else 0))
+        return self.runs[run]._at(index - (self._ends[run - 1] if run else 0))
 
 
 def _start(run: _Run) -> int:

@@ -1,9 +1,9 @@
-"""What every layer format is to the rest of ckptfs: two protocols and one callback.
+"""What every layer format is to the rest of ckptfs: protocols and one callback.
 
 Owns no behaviour. Implemented by the modules of this package, used by image/ and engine/.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, Protocol
 
 from ckptfs.model.blob import Blob
@@ -49,3 +49,17 @@ class LayerFormat(Protocol):
 
     def open(self, blob: Blob, layer: int) -> Layer:
         """`layer` is what the chunks' `layer` field will say. Does no I/O."""
+
+
+class SideLayer(Layer, Protocol):
+    """A layer that was opened with the help of a side document."""
+
+    # Its entries where the document tells them; None: `scan` finds them.
+    entries: Sequence[Entry] | None
+
+
+class SideDocument(Protocol):
+    """What is known of a layer from outside of it: an index, a zTOC, a table of frames. Parsed and checked already."""
+
+    def open(self, blob: Blob, layer: int) -> SideLayer:
+        """Like `LayerFormat.open`; raises nothing."""

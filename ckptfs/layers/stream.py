@@ -1,22 +1,27 @@
 """Layers that can only be read from the front: one pass over the blob feeds every reader.
 
 Owns the machinery that gzip.py and zstd.py share: hash, decompress, cut to the grid, scan. Judges the compression by
-the bytes, because media types are often wrong about it.
+the bytes, because media types are often wrong about it. What one pass has learnt can be kept, as a `LayerIndex`.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from ckptfs.errors import FormatError, IntegrityError
 from ckptfs.layers.compression import DECOMPRESS, MAGIC_BYTES, Bytes, sniff
-from ckptfs.layers.grid import Grid
+from ckptfs.layers.grid import Grid, segments_of, stream_unit
+from ckptfs.layers.gzip_index import PointFinder, can_find_points
 from ckptfs.layers.protocols import Emit, Verification
 from ckptfs.layers.tar_scanner import TarScanner
 from ckptfs.model.blob import Blob
+from ckptfs.model.layer_index import Compression, GzipAccess, LayerIndex, runs
 from ckptfs.model.oci import Descriptor
 from ckptfs.model.toc import Chunk, Entry
 from ckptfs.settings import Settings
+
+_NATURE: dict[str, Compression] = {"tar": "none", "gzip": "gzip", "zstd": "zstd"}  # by the layer's format
 
 
 class StreamLayer:
@@ -29,26 +34,71 @@ class StreamLayer:
         self.format = format_
         self._blob = blob
         self._settings = settings
-        self._grid = Grid(str(blob.descriptor.digest), layer, settings.sizes.grid)
+        unit = stream_unit(blob.size, settings.sizes) if format_ == "gzip" else settings.sizes.grid
+        self._grid = Grid(str(blob.descriptor.digest), layer, unit, compression=format_)
+        self._learnt: _Learnt | None = None
 
     def scan(self, emit: Emit, *, attempt: int = 0) -> Iterator[Entry]:
         blob, grid, limits = self._blob, self._grid, self._settings.limits
         source = _Hashed(blob.stream(0, blob.size, attempt=attempt), blob.descriptor)
         scanner = TarScanner(grid, limits)
+        digests, length = bytearray(), 0
+        finder = PointFinder()
         try:
             compression, pieces = _sniffed(iter(source))
+            finding = compression == "gzip" and can_find_points()
+            decompress = finder.inflated if finding else DECOMPRESS[compression]
             # Behind the tar's end there may be padding and more: it is emitted as well, so that positions stay right.
-            for index, data in enumerate(DECOMPRESS[compression](pieces, grid.unit, limits)):
+            for index, data in enumerate(decompress(pieces, grid.unit, limits)):
                 yield from scanner.feed(data)
+                digests += hashlib.sha256(data).digest()
+                length += len(data)
                 emit(grid.chunk(index), data)
             scanner.close()
         except FormatError:
             source.check()  # the wrong bytes from the wire are another matter than a wrong image
             raise
         source.check()
+        self._learnt = _Learnt(compression, length, bytes(digests), finder.access)
+
+    def index(self, entries: Iterable[Entry]) -> LayerIndex | None:
+        """What a complete scan has learnt, `entries` being what it gave.
+
+        None where no index can be made: the media type is wrong about the compression, or gzip without access points.
+        """
+        learnt, blob, digest = self._learnt, self._blob, str(self._blob.descriptor.digest)
+        if learnt is None or _NATURE[self.format] != learnt.compression:
+            return None
+        if learnt.compression == "gzip" and learnt.access is None and learnt.length:
+            return None
+        return LayerIndex(
+            digest,
+            blob.size,
+            learnt.compression,
+            self._grid.unit,
+            learnt.length,
+            learnt.digests,
+            tuple(_as_run(entry, digest) for entry in entries),
+            learnt.access or (GzipAccess((), ()) if learnt.compression == "gzip" else None),
+        )
 
     def decode(self, chunk: Chunk, data: memoryview) -> bytes:
         raise FormatError(f"a chunk of a {self.format} layer cannot be decoded by itself")
+
+
+@dataclass(frozen=True, slots=True)
+class _Learnt:
+    compression: Compression
+    length: int
+    digests: bytes
+    access: GzipAccess | None
+
+
+def _as_run(entry: Entry, layer_digest: str) -> Entry:
+    inode = entry.inode
+    if inode is None or not inode.extents:
+        return entry
+    return Entry(entry.path, replace(inode, extents=runs(segments_of(inode.extents), layer_digest)), entry.link)
 
 
 class _Hashed:
@@ -73,7 +123,7 @@ class _Hashed:
             raise IntegrityError(f"layer {digest} arrived with digest {digest.algorithm}:{actual}")
 
 
-def _sniffed(pieces: Iterator[Bytes]) -> tuple[str, Iterator[Bytes]]:
+def _sniffed(pieces: Iterator[Bytes]) -> tuple[Compression, Iterator[Bytes]]:
     """What the pieces are compressed with, and all of them."""
     head = b""
     while len(head) < MAGIC_BYTES and (piece := next(pieces, b"")):

@@ -70,3 +70,8 @@ class TarLayer:
 
     def decode(self, chunk: Chunk, data: memoryview) -> memoryview:
         return data
+
+    def chunks(self) -> Iterator[Chunk]:
+        """All of the blob, in order: headers and padding too."""
+        for index in range(-(-self._blob.size // self._grid.unit)):
+            yield self._grid.chunk(index)

@@ -194,7 +194,7 @@ def test_a_stream_gives_entries_and_chunks_as_they_arrive(suffix: str) -> None:
     seen: list[Entry] = []
     for entry in select_format(blob.descriptor).open(Counting(blob.data, blob.descriptor), 0).scan(emit):
         if not seen:
-            assert sum(pieces) <= 512 * KiB
+            assert sum(pieces) <= (1024 if suffix == "+gzip" else 512) * KiB  # a chunk of the grid
         seen.append(entry)
         if entry.path == b"last":
             assert sum(pieces) > 8 * MiB
