@@ -120,12 +120,7 @@ def with_images(
                     images.append(image)
                     await image.ready()
                 result = await work(images)
-                traffic = Traffic(
-                    counters.bytes,
-                    sum(layer.size for image in images for layer in image.resolved.manifest.layers),
-                    counters.requests,
-                    counters.round_trips(math.inf),
-                )
+                traffic = _traffic(images, counters)
             nursery.cancel_scope.cancel()
         return result, traffic
 
@@ -135,6 +130,12 @@ def with_images(
         raise only_error(group) from None
     finally:
         cache.close()
+
+
+def _traffic(images: "Sequence[OpenImage]", counters: NetworkCounters) -> Traffic:
+    resolved = [image.resolved for image in images]
+    size = sum(blob.size for image in resolved for blob in (*image.manifest.layers, *image.loose_blobs))
+    return Traffic(counters.bytes, size, counters.requests, counters.round_trips(math.inf))
 
 
 async def _show_progress(counters: NetworkCounters, images: "Sequence[OpenImage]") -> None:

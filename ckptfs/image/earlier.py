@@ -75,7 +75,7 @@ class EarlierImages:
         """Fetch the table of cells for the images to come: they will ask for it when every byte counts."""
         try:
             if file.cells is not None:
-                self._bytes(file.cells, blob)
+                table_bytes(self._documents, file.cells, blob)
         except CkptfsError as error:
             log.info("the cells of %s are not kept: %s", file.entry.path.decode("utf-8", "replace"), error)
 
@@ -134,24 +134,25 @@ class EarlierImages:
     def _table(self, file: IndexedFile, blob: Blob, layer: int) -> Sequence[Extent]:
         if file.cells is None:
             return ()
-        return read_cells(file, self._bytes(file.cells, blob), layer, blob.size, self._limits)
+        return read_cells(file, table_bytes(self._documents, file.cells, blob), layer, blob.size, self._limits)
 
     def _extents(self, earlier: _Pages) -> Sequence[Extent]:
         inode, table = earlier.file.entry.inode, earlier.file.table
         if inode is None or table is None:
             return ()
-        load_table(earlier.file, self._bytes(table, earlier.blob), 0, earlier.blob.size, self._limits)
+        load_table(earlier.file, table_bytes(self._documents, table, earlier.blob), 0, earlier.blob.size, self._limits)
         return inode.extents
 
-    def _bytes(self, table: Table, blob: Blob) -> bytes:
-        """A table's bytes, which the node keeps: the next mount needs no network for them."""
-        key = f"table/{table.digest}"
-        data = self._documents.get_document(key)
-        if data is None:
-            data = blob.read_at(table.offset, table.size)
-            table.digest.check(data, "a table of cells")
-            self._documents.put_document(key, data)
-        return data
+
+def table_bytes(documents: Documents, table: Table, blob: Blob) -> bytes:
+    """A table's bytes, which the node keeps: the next mount needs no network for them."""
+    key = f"table/{table.digest}"
+    data = documents.get_document(key)
+    if data is None:
+        data = blob.read_at(table.offset, table.size)
+        table.digest.check(data, "a table of chunks")
+        documents.put_document(key, data)
+    return data
 
 
 def _within(chunks: Sequence[Extent], cells: Sequence[Extent]) -> Iterator[tuple[Extent, list[Extent]]]:

@@ -12,7 +12,7 @@ import logging
 import trio
 
 from ckptfs.errors import FormatError
-from ckptfs.image.earlier import EarlierImages
+from ckptfs.image.earlier import Documents, EarlierImages, table_bytes
 from ckptfs.model.blob import Blob
 from ckptfs.model.index import ANNOTATION_INDEX, ImageIndex, IndexedFile, decode_index, load_table
 from ckptfs.model.oci import Manifest
@@ -39,18 +39,19 @@ def inline_index(manifest: Manifest, first_layer: int, limits: Limits) -> ImageI
 
 
 class ChunkTables:
-    """Tables that have not been needed yet, by inode."""
+    """Tables that have not been needed yet, by inode. `with_cells`: (file, its blob, number of the layer)."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, documents: Documents, limits: Limits) -> None:
+        self._documents = documents
         self._limits = limits
         self._pending: dict[Inode, tuple[IndexedFile, Blob, int]] = {}
         self._locks: dict[Inode, trio.Lock] = {}  # one each: tables of several files are fetched at the same time
         self.earlier: EarlierImages | None = None
-        self._with_cells: list[tuple[IndexedFile, Blob]] = []
+        self.with_cells: list[tuple[IndexedFile, Blob, int]] = []
 
     def add(self, file: IndexedFile, blob: Blob, layer: int) -> None:
         if file.cells is not None:
-            self._with_cells.append((file, blob))
+            self.with_cells.append((file, blob, layer))
         shared = self.earlier is not None and self.earlier.share(file)
         if (file.table is not None or shared) and file.entry.inode is not None:
             self._pending[file.entry.inode] = (file, blob, layer)
@@ -76,12 +77,12 @@ class ChunkTables:
     async def keep_cells(self) -> None:
         """Fetch what later images of the repository will need to know of this one."""
         if self.earlier is not None:
-            for file, blob in self._with_cells:
+            for file, blob, _ in self.with_cells:
                 await trio.to_thread.run_sync(self.earlier.keep, file, blob, abandon_on_cancel=True)
 
     def _load(self, file: IndexedFile, blob: Blob, layer: int) -> None:
         if file.table is not None:
-            data = blob.read_at(file.table.offset, file.table.size)
+            data = table_bytes(self._documents, file.table, blob)
             load_table(file, data, layer, blob.size, self._limits)
         if self.earlier is not None and self.earlier.share(file):
             self.earlier.refine(file, blob, layer)

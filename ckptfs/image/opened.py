@@ -24,12 +24,13 @@ from ckptfs.engine.shared_cells import SharedCells
 from ckptfs.errors import CkptfsError, FormatError, IntegrityError, UnavailableError
 from ckptfs.image.indexed import ChunkTables
 from ckptfs.image.resolve import Resolved, resolve
+from ckptfs.image.whole import hash_layer
 from ckptfs.layers import Layer, select_format
 from ckptfs.layers.grid import Grid
-from ckptfs.layers.tar import TarFormat
+from ckptfs.layers.tar import TarFormat, TarLayer
 from ckptfs.model.blob import Blob
 from ckptfs.model.index import IndexedLayer
-from ckptfs.model.oci import Descriptor, Reference
+from ckptfs.model.oci import Descriptor, Digest, Reference
 from ckptfs.model.toc import Chunk, Entry, Inode
 from ckptfs.model.toc_document import decode_toc, encode_toc
 from ckptfs.model.tree import Node, Tree, Whiteouts
@@ -78,19 +79,21 @@ class OpenImage:
         self.cells = SharedCells(cache)
         self.fetcher = Fetcher(self.cells, MemoryCache(sizes.memory_cache), options.settings)
         self.reader = Reader(self.fetcher, _MAX_WAITING)
-        self.tables = ChunkTables(options.settings.limits)
+        self.tables = ChunkTables(cache, options.settings.limits)
         self._earlier: list[Tree] = []
         self.tree = self._new_tree()
         self.layout = ""
         self.errors: list[str] = []
         self.metadata_at: float | None = None  # monotonic: when all of CRIU's metadata had been fetched
         self.changed: Callable[[int, bytes], None] | None = None  # told of names whose inode was replaced
+        self.distrusted: Callable[[], None] | None = None  # told that bytes which were served may be wrong
         self.arrived: Callable[[], None] | None = None  # told when entries have come, to derive more from them
         self.dormant: dict[bytes, Callable[[], None]] = {}  # directory -> what starts to fill it once it is looked into
         self.progress = trio.Event()  # replaced and set whenever more is known
         self._scans: dict[int, LayerScan] = {}  # rank -> scan
         self._broken: dict[int, CkptfsError] = {}
-        self._layers: list[tuple[Descriptor, Layer]] = []
+        self._layers: dict[int, tuple[Descriptor, Layer]] = {}  # by the fetcher's number
+        self._whole: set[Digest] = set()  # layers without digests for chunks that have been hashed from end to end
 
     def show_new_tree(self) -> Tree:
         """Start the view's tree anew; what was built so far stays readable, see `find_in_checkpoint`."""
@@ -150,15 +153,19 @@ class OpenImage:
         def ended(error: CkptfsError | None) -> None:
             if error is None:
                 self.nursery.start_soon(self._remember, key, entries, layer, descriptor)
+                if layer.sequential and not descriptor.synthetic:
+                    self._whole.add(descriptor.digest)  # its scan has hashed all of it
             self.finish(tree, rank, error)
 
         # With the background switched off, a stream runs only as far as somebody waits for it.
         eager = self.options.background or not layer.sequential
-        scan = LayerScan(layer, self.fetcher, arrived, ended, known=known is not None, eager=eager)
+        scan = LayerScan(layer, self.fetcher, arrived, ended, number=index, known=known is not None, eager=eager)
         self.fetcher.add_layer(blob, layer, scan if layer.sequential else None)
         self._scans[rank] = scan
-        self._layers.append((descriptor, layer))
+        self._layers[index] = (descriptor, layer)
         if known is not None:
+            if layer.sequential and not descriptor.synthetic:
+                self._whole.add(descriptor.digest)  # only a complete scan is remembered
             self.add_entries(tree, prefixed(known, prefix), rank, whiteouts)
             self.finish(tree, rank, None)
         if known is None or layer.sequential:
@@ -169,7 +176,7 @@ class OpenImage:
         descriptor, number = blob.descriptor, self.fetcher.next_layer
         layer = TarFormat().open(blob, number)
         self.fetcher.add_layer(blob, layer)
-        self._layers.append((descriptor, layer))
+        self._layers[number] = (descriptor, layer)
         # A grid of its own: the chunks of a compressed layer are cut from the decoded stream and have the digest's.
         grid = Grid(f"{descriptor.digest}/raw", number, self.options.settings.sizes.grid, descriptor.size)
         extents = grid.extents(((0, descriptor.size, 0),)) if descriptor.size else ()
@@ -228,6 +235,8 @@ class OpenImage:
             log.error("layer %d: %s", rank, error)
             self.errors.append(str(error))
         self._broken[rank] = error
+        if isinstance(error, IntegrityError) and self.distrusted is not None:
+            self.distrusted()
 
     def notify(self) -> None:
         self.progress.set()
@@ -351,7 +360,7 @@ class OpenImage:
     @property
     def image_bytes(self) -> int:
         """Compressed bytes of the layers that the view shows."""
-        return sum(descriptor.size for descriptor, _ in self._layers)
+        return sum(descriptor.size for descriptor, _ in self._layers.values())
 
     def cached_bytes(self) -> int:
         """How many of `image_bytes` this node has; all of them only when every chunk of every file is here."""
@@ -376,7 +385,21 @@ class OpenImage:
     @property
     def verification(self) -> str:
         """What vouches for the bytes: a digest for every chunk, or for some layers only the transport."""
-        return "chunk" if all(layer.verification == "chunk" for _, layer in self._layers) else "transport"
+        checked = (layer.verification == "chunk" or d.digest in self._whole for d, layer in self._layers.values())
+        return "chunk" if all(checked) else "transport"
+
+    async def verify_whole_layers(self) -> None:
+        """Hash plain tars once everything else has been fetched."""
+        ranks = {id(scan.layer): rank for rank, scan in self._scans.items()}
+        for number, (descriptor, layer) in list(self._layers.items()):
+            if isinstance(layer, TarLayer) and id(layer) in ranks and not descriptor.synthetic:
+                try:
+                    await hash_layer(self.fetcher, descriptor, layer)
+                except IntegrityError as error:
+                    self.fetcher.condemn(number, error)
+                    self._fail(ranks[id(layer)], error)
+                else:
+                    self._whole.add(descriptor.digest)
 
 
 def prefixed(entries: Sequence[Entry], prefix: bytes) -> Sequence[Entry]:

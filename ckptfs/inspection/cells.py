@@ -8,38 +8,26 @@ import os
 from collections.abc import Iterator, Sequence
 
 from ckptfs.engine.shared_cells import Place
-from ckptfs.image.indexed import inline_index
+from ckptfs.image.earlier import table_bytes
 from ckptfs.inspection.image_files import ImageFiles
-from ckptfs.model.blob import Blob
-from ckptfs.model.index import IndexedFile, read_cells
+from ckptfs.model.index import read_cells
 from ckptfs.model.toc import Extent
 
 
 def take_apart(files: ImageFiles) -> None:
     """Give the image's pages files their cells as extents. Fetches the tables of the cells."""
     image = files.image
-    manifest, limits = image.resolved.manifest, image.options.settings.limits
-    index = inline_index(manifest, 0, limits)
-    if index is None:
-        return
-    for number, (descriptor, layer) in enumerate(zip(manifest.layers, index.layers, strict=True)):
-        for file in layer.files:
-            if file.cells is not None:
-                _take_apart(files, file, image.source.blob(descriptor), number)
-
-
-def _take_apart(files: ImageFiles, file: IndexedFile, blob: Blob, layer: int) -> None:
-    path, table, limits = os.fsdecode(file.entry.path), file.cells, files.image.options.settings.limits
-    inode = files.inode(path)
-    if inode is None or table is None:
-        return
-    files.load(path)
-    if not inode.extents or inode.extents[0].chunk.layer != layer:  # a file of another layer has taken its place
-        return
-    cells = read_cells(file, blob.read_at(table.offset, table.size), layer, blob.size, limits)
-    here = [chunk for chunk in inode.extents if files.image.cells.contains(chunk.chunk.key)]
-    files.image.cells.add({cell.chunk.key: place for cell, place in _inside(here, cells)})
-    inode.extents = cells
+    for file, blob, layer in image.tables.with_cells:
+        path = os.fsdecode(file.entry.path)
+        inode = files.inode(path)
+        if inode is None or inode is not file.entry.inode or file.cells is None:
+            continue  # a file of another layer has taken its place
+        files.load(path)
+        data = table_bytes(image.cache, file.cells, blob)
+        cells = read_cells(file, data, layer, blob.size, image.options.settings.limits)
+        here = [chunk for chunk in inode.extents if image.cells.contains(chunk.chunk.key)]
+        image.cells.add({cell.chunk.key: place for cell, place in _inside(here, cells)})
+        inode.extents = cells
 
 
 def _inside(chunks: Sequence[Extent], cells: Sequence[Extent]) -> Iterator[tuple[Extent, Place]]:
