@@ -1,0 +1,105 @@
+"""scripts/bench: runs rows, writes the results and the report.
+
+Owns the command line and what happens around a row: its tools are looked for, its failure costs that row only, the
+machine has to be quiet. Needs root, as criu does.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NoReturn
+
+from bench.lab import Lab, environment
+from bench.rows import Row, all_rows
+from ckptfs.bench.machine import stamp, wait_until_idle
+from ckptfs.bench.report import write_report
+from ckptfs.bench.results import Absent, ResultFile, read_results
+from tests.support.criu import why_criu_does_not_work
+from tests.support.tools import use_setup_tools
+from tests.support.workload import scratch
+
+RESULTS = Path(__file__).parent / "results"
+_QUIET = 0.15  # CPUs that others may use while we measure
+_PATIENCE = 60.0
+
+
+def main() -> int:
+    rows = all_rows()
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench",
+        description=(__doc__ or "").splitlines()[0],
+        epilog=f"rows: {', '.join(f'{row.name} ({row.title.lower()})' for row in rows)}",
+    )
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="which figures, e.g. P2 P7; all when none is named")
+    parser.add_argument("--quick", action="store_true", help="smaller images and fewer runs: a look, not a result")
+    parser.add_argument("--out", type=Path, default=RESULTS, help=f"where results go (default {RESULTS})")
+    parser.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="only make the report of these results")
+    options = parser.parse_args()
+    if options.report:
+        page = options.report[0].with_suffix(".html")
+        write_report(list(read_results(options.report)), page)
+        print(page)
+        return 0
+    names = {row.name.lower(): row for row in rows}
+    if unknown := [name for name in options.rows if name.lower() not in names]:
+        parser.error(f"no row {' '.join(unknown)}; there are {' '.join(row.name for row in rows)}")
+    if problem := _problem():
+        print(f"bench: {problem}", file=sys.stderr)
+        return 8
+    signal.signal(signal.SIGTERM, _stop)
+    return _run([names[name.lower()] for name in options.rows] or list(rows), options)
+
+
+def _run(rows: list[Row], options: argparse.Namespace) -> int:
+    environment()
+    here = stamp()
+    stem = f"{here.date[:16].replace(':', '')}-{here.commit or here.version}{'-quick' if options.quick else ''}"
+    results = ResultFile(options.out / f"{stem}.jsonl", here)
+    failed = []
+    with ExitStack() as stack:
+        lab = Lab(Path(stack.enter_context(scratch())), results, stack, quick=options.quick)
+        for row in rows:
+            lab.say(f"{row.name}: {row.title}")
+            if missing := [need for need in row.needs if shutil.which(need) is None]:
+                lab.add(Absent(row.name, f"needs {' '.join(missing)}"))
+                continue
+            busy = wait_until_idle(_QUIET, _PATIENCE)
+            if busy > _QUIET:
+                lab.say(f"  the machine is not quiet: {busy:.1f} CPUs are busy with something else")
+            began = time.monotonic()
+            try:
+                row.measure(lab)
+            except (RuntimeError, AssertionError, OSError, ArithmeticError, LookupError) as error:
+                failed.append(row.name)
+                lab.add(Absent(row.name, f"failed: {' '.join(str(error).split())[:500]}"))
+                if os.environ.get("BENCH_TRACEBACK"):
+                    raise
+            lab.say(f"  took {time.monotonic() - began:.0f} s")
+    page = results.path.with_suffix(".html")
+    write_report(results.facts, page)
+    print(results.path)
+    print(page)
+    return 1 if failed else 0
+
+
+def _problem() -> str:
+    use_setup_tools()
+    if not Path("/dev/fuse").exists():
+        return "no /dev/fuse, so nothing can be mounted"
+    return why_criu_does_not_work()
+
+
+def _stop(*_: object) -> NoReturn:
+    sys.exit(143)  # unwinds: everything is ended and unmounted
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

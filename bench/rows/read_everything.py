@@ -1,0 +1,53 @@
+"""P1: mount and read every file, cold, on loopback; beside `skopeo copy`, tar and the same reads."""
+
+import time
+
+from bench.flows import children_cpu, read_all
+from bench.lab import LOOPBACK, Image, Lab
+from bench.rows import Row
+from ckptfs.bench.machine import usage
+from tests.support.command import mounted
+from tests.support.images import extract
+
+_MOUNT = "mount, read all"
+_PULL = "skopeo, tar, read all"
+
+
+def _measure(lab: Lab) -> None:
+    image = lab.image(lab.sizes[-2])
+    mounts, pulls = [], []
+    for number in range(max(lab.few, 3)):  # in turns: the machine's speed changes from minute to minute
+        mounts.append(_mounting(lab, image, number))
+        pulls.append(_pulling(lab, image, number))
+    pulled = lab.figure("P1", f"{_PULL}, {image.megabytes} MB", pulls, "s")
+    ours = lab.figure("P1", f"{_MOUNT}, {image.megabytes} MB", mounts, "s", peer=_PULL, peer_value=pulled.value)
+    ratios = [mount / pull for mount, pull in zip(mounts, pulls, strict=True)]
+    note = f"{image.plain / 1e6 / ours.value:.0f} MB/s of files"
+    name = "read everything through a cold mount ÷ pull, unpack, read"
+    lab.figure("P1", name, ratios, "×", limit=0.7, peer=_PULL, peer_value=1.0, note=note)
+
+
+def _mounting(lab: Lab, image: Image, number: int) -> float:
+    with lab.room() as room:
+        lab.cold()
+        began = time.time()
+        with mounted(image.reference(lab.registry.host), room) as mount:
+            _, count = read_all(mount.path)
+            took, cpu = time.time() - began, usage(mount.pid).cpu
+        assert count == image.plain, (count, image.plain)
+    lab.sample("P1", _MOUNT, number, {"megabytes": image.megabytes}, seconds=took, cpu=cpu)
+    return took
+
+
+def _pulling(lab: Lab, image: Image, number: int) -> float:
+    with lab.room() as room:
+        lab.cold()
+        before, began = children_cpu(), time.time()
+        read_all(extract(image.reference(lab.registry.host), room / "eager"))
+        took = time.time() - began
+    conditions = {**LOOPBACK.conditions, "megabytes": image.megabytes}
+    lab.sample("P1", _PULL, number, conditions, seconds=took, cpu=children_cpu() - before)
+    return took
+
+
+ROW = Row("P1", "Read everything", _measure, ("criu", "skopeo"))

@@ -1,0 +1,142 @@
+"""Reads of a checkpoint's directory as a list, made before the clock starts and replayed under it.
+
+Owns the order (as criu would read, as a recorded trace says, or everything) and the replay, which only calls pread: it
+does the same on a mount and on an unpacked copy. Called by `ckptfs bench` and the benchmark's rows.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ckptfs.criu.restore_plan import PageRun, RestorePlan, Stage, plan_restore
+from ckptfs.errors import FormatError
+from ckptfs.settings import MiB
+
+_PIECE = (
+    1 * MiB
+)  # most that CRIU's lazy-pages daemon reads at once (criu/uffd.c); plain restores read as fast as they can
+
+
+class Piece(NamedTuple):
+    """Bytes [offset, offset + length) of the file `path`, relative to the directory that is read."""
+
+    path: str
+    offset: int
+    length: int
+
+
+Stream = tuple[Piece, ...]  # read one after another
+Step = tuple[Stream, ...]  # streams that are read at the same time
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """`start`: what is read before the process runs; `rest`: what follows. Steps wait for one another."""
+
+    what: str
+    start: tuple[Step, ...]
+    rest: tuple[Step, ...] = ()
+
+    @property
+    def start_bytes(self) -> int:
+        return sum(_bytes(step) for step in self.start)
+
+    @property
+    def bytes(self) -> int:
+        return self.start_bytes + sum(_bytes(step) for step in self.rest)
+
+
+def reading_of(directory: Path, *, lazy: bool) -> Reading:
+    """What a restore reads of the directory, with lazy pages or without; everything where it holds no checkpoint."""
+    images = directory / "checkpoint"
+    if not (images / "inventory.img").exists():
+        return Reading("every file, one after another", ((whole_files(directory),),))
+    sizes = {path.name: path.stat().st_size for path in images.iterdir() if path.is_file()}
+
+    def read(name: str) -> bytes | None:
+        return (images / name).read_bytes() if name in sizes else None
+
+    plan = plan_restore(read, sizes, lazy=lazy)
+    start = (_metadata(plan, sizes), *(_step(stage) for stage in plan.stages if stage.name != "transfer"))
+    rest = tuple(_step(stage) for stage in plan.stages if stage.name == "transfer")
+    return Reading("what criu reads" + (" with lazy pages" if lazy else ""), start, rest)
+
+
+def recorded_reading(trace: Path) -> Reading:
+    """A trace of accesses: JSON lines with path, offset and length, in their order. FormatError for other lines."""
+    pieces = []
+    for number, line in enumerate(trace.read_text().splitlines(), 1):
+        try:
+            value = json.loads(line)
+            pieces.append(Piece(str(value["path"]), int(value["offset"]), int(value["length"])))
+        except (ValueError, KeyError, TypeError):
+            raise FormatError(
+                f"{trace}, line {number} is no access", hint='write lines like {"path": …, "offset": 0, "length": 4096}'
+            ) from None
+    return Reading(f"the trace {trace.name}", ((tuple(pieces),),))
+
+
+def whole_files(directory: Path) -> Stream:
+    """Every regular file below the directory, whole, by name."""
+    found = []
+    for top, names, files in os.walk(directory):
+        names.sort()
+        for name in sorted(files):
+            path = Path(top, name)
+            if path.is_file() and not path.is_symlink():
+                found.append(Piece(str(path.relative_to(directory)), 0, path.stat().st_size))
+    return tuple(found)
+
+
+def replay(directory: Path, steps: Sequence[Step]) -> int:
+    """Reads the steps; returns the number of bytes that came. OSError where a file is not there or cannot be read."""
+    count = 0
+    for step in steps:
+        if len(step) == 1:
+            count += _replay_stream(directory, step[0])
+            continue
+        with ThreadPoolExecutor(max_workers=len(step) or 1) as pool:
+            count += sum(pool.map(lambda stream: _replay_stream(directory, stream), step))
+    return count
+
+
+def _replay_stream(directory: Path, stream: Stream) -> int:
+    count, buffer = 0, memoryview(bytearray(_PIECE))
+    with ExitStack() as stack:
+        opened: dict[str, int] = {}
+        for path, offset, length in _pieces(stream):
+            if path not in opened:
+                if len(opened) == 64:  # as many files as criu has open; a tree may have thousands
+                    stack.close()
+                    opened.clear()
+                opened[path] = os.open(directory / path, os.O_RDONLY)
+                stack.callback(os.close, opened[path])
+            count += os.preadv(opened[path], [buffer[:length]], offset)
+    return count
+
+
+def _pieces(stream: Stream) -> Iterator[Piece]:
+    for path, offset, length in stream:
+        for at in range(offset, offset + length, _PIECE):
+            yield Piece(path, at, min(_PIECE, offset + length - at))
+
+
+def _metadata(plan: RestorePlan, sizes: dict[str, int]) -> Step:
+    return (tuple(Piece(f"checkpoint/{name}", 0, sizes[name]) for name in plan.metadata if name in sizes),)
+
+
+def _step(stage: Stage) -> Step:
+    return tuple(_stream(runs) for runs in stage.streams)
+
+
+def _stream(runs: Iterable[PageRun]) -> Stream:
+    return tuple(Piece(f"checkpoint/{run.file}", run.offset, run.length) for run in runs)
+
+
+def _bytes(step: Step) -> int:
+    return sum(piece.length for stream in step for piece in stream)
