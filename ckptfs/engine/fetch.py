@@ -7,6 +7,7 @@ reaches a waiter before its digest has been checked. Used by reader.py and prefe
 
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -82,6 +83,7 @@ class Fetcher:
         self._flying: set[bytes] = set()
         self._failed: dict[bytes, tuple[float, CkptfsError]] = {}
         self._kept: dict[bytes, bytes] = {}
+        self._condemned: dict[int, CkptfsError] = {}
         self._plan: Iterator[Chunk] | None = None
         self._wake = trio.Event()
         self._regions = RegionClaims(cache)
@@ -176,6 +178,8 @@ class Fetcher:
     def _ask(self, chunk: Chunk, priority: Priority) -> Waiter:
         waiter = self._waiters.get(chunk.key)
         failed = self._failed.get(chunk.key)
+        if chunk.layer in self._condemned:
+            failed = (math.inf, self._condemned[chunk.layer])
         if failed is not None:
             until, failure = failed
             if time.monotonic() < until:
@@ -385,3 +389,7 @@ class Fetcher:
         for key in keys:
             self.memory.drop(key)
             self.cache.drop(key)
+
+    def condemn(self, layer: int, error: CkptfsError) -> None:
+        """Nothing of this layer is handed out any more: as a whole it is not what its digest says."""
+        self._condemned[layer] = error

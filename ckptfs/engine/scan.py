@@ -38,16 +38,21 @@ class LayerScan:
         on_entries: Callable[[list[Entry]], None],
         on_end: Callable[[CkptfsError | None], None],
         *,
+        number: int | None = None,
         known: bool = False,
         eager: bool = True,
     ) -> None:
-        """`known`: the entries are known, only content can be missing. `eager`: run without being asked."""
+        """`number`: the layer's in the fetcher, if it has one. `known`: the entries are known, only content can be missing.
+
+        `eager`: run without being asked.
+        """
         self.layer = layer
         self.position = 0  # decoded bytes of a sequential layer that have passed
         self.complete = known
         self.error: CkptfsError | None = None
         self.dormant = False  # nobody has looked into it yet, and nobody waits for it
         self._fetcher = fetcher
+        self._number = number
         self._on_entries = on_entries
         self._on_end = on_end
         self._known = known
@@ -126,6 +131,8 @@ class LayerScan:
         self.error = failure
         if isinstance(failure, IntegrityError):
             self._fetcher.discard(self._keys)
+            if self._number is not None:
+                self._fetcher.condemn(self._number, failure)
         first = not self.complete
         self.complete = self.complete or failure is None
         asked, self._asked = self._asked, {}

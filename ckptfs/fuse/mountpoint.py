@@ -99,6 +99,8 @@ def prepare(path: str) -> None:
         )
     if os.geteuid() != 0 and shutil.which("fusermount3") is None:
         raise MountError("fusermount3 is missing", hint="install the package fuse3, or run as root")
+    if os.geteuid() != 0 and not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        raise MountError("/dev/fuse is not open to you", hint="ask for: chmod 666 /dev/fuse, or run as root")
 
 
 def detach(path: str) -> None:

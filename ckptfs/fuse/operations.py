@@ -5,11 +5,13 @@ CkptfsError into its errno and a bug into one EIO with a traceback in the log. A
 pinned to a digest, so the kernel may keep entries, attributes, absences and pages for as long as it likes.
 """
 
+import contextlib
 import errno
 import functools
 import logging
 import os
 import stat
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, cast
@@ -73,6 +75,7 @@ class Operations(pyfuse3.Operations):
         self._next_handle = 1
         self._last_bug: dict[str, float] = {}
         image.changed = self._changed
+        image.distrusted = self._distrusted
 
     # -- names ---------------------------------------------------------------------------------------------------------
 
@@ -228,6 +231,17 @@ class Operations(pyfuse3.Operations):
     def _changed(self, parent: int, name: bytes) -> None:
         """A repeated tar entry replaced what the kernel may know: it asks again."""
         pyfuse3.invalidate_entry_async(parent, name, ignore_enoent=True)
+
+    def _distrusted(self) -> None:
+        """What was read may be wrong: the kernel forgets all pages. From a thread, since it can wait for reads."""
+        numbers = [number for number, inode in self._tree.inodes.items() if inode.is_file]
+
+        def forget() -> None:
+            for number in numbers:
+                with contextlib.suppress(OSError):
+                    pyfuse3.invalidate_inode(number)
+
+        threading.Thread(target=forget, name="invalidate", daemon=True).start()
 
     def _attributes(self, inode: Inode) -> pyfuse3.EntryAttributes:
         out = pyfuse3.EntryAttributes()

@@ -70,6 +70,8 @@ async def _everything(image: OpenImage) -> None:
         pages = _order(image, eager_only=False).plan(image.tree)
         image.fetcher.fill(chain(pages, Background().plan(image.tree)))
         await image.tables.keep_cells()
+        await image.fetcher.settled()
+        await image.verify_whole_layers()
 
 
 def _order(image: OpenImage, *, eager_only: bool) -> RestoreOrder:

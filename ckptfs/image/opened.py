@@ -7,7 +7,7 @@ of an image goes through `OpenImage`; who asks (FUSE, ls, cat, inspect) makes no
 import logging
 import stat
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -353,8 +353,8 @@ class OpenImage:
     # -- facts ---------------------------------------------------------------------------------------------------------
 
     @property
-    def layers(self) -> Sequence[tuple[Descriptor, Layer]]:
-        """What was opened, those of the manifest first; chunks carry their position."""
+    def layers(self) -> Mapping[int, tuple[Descriptor, Layer]]:
+        """What was opened, by the number that chunks carry."""
         return self._layers
 
     @property

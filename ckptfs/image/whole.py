@@ -1,0 +1,35 @@
+"""Layers that only the transport vouches for, hashed as a whole once the node has all of them.
+
+A plain tar has one digest, of everything: a wrong byte shows only when the last one is here. Until then the mount says
+`transport`; from then on, if the digest fits, `chunk`. If it does not, nothing of the layer is served any more.
+"""
+
+import hashlib
+import logging
+
+import trio
+
+from ckptfs.engine.fetch import Fetcher
+from ckptfs.engine.schedule import Priority
+from ckptfs.errors import IntegrityError
+from ckptfs.layers.tar import TarLayer
+from ckptfs.model.oci import Descriptor
+
+log = logging.getLogger(__name__)
+
+
+async def hash_layer(fetcher: Fetcher, descriptor: Descriptor, layer: TarLayer) -> None:
+    """Read the layer through the node's cache, fetching what is missing; IntegrityError when it is another's."""
+    digest = hashlib.new(descriptor.digest.algorithm)
+    keys = []
+    for chunk in layer.chunks():
+        data = await fetcher.get(chunk, Priority.BACKGROUND)
+        keys.append(chunk.key)
+        await trio.to_thread.run_sync(digest.update, data)
+    if digest.hexdigest() != descriptor.digest.hex:
+        fetcher.discard(keys)
+        raise IntegrityError(
+            f"layer {descriptor.digest} arrived with digest {descriptor.digest.algorithm}:{digest.hexdigest()}",
+            hint="what was read of it is not to be trusted; unmount, and ask the registry's operator",
+        )
+    log.info("layer %s is verified as a whole", descriptor.digest)
