@@ -14,19 +14,20 @@ from pathlib import Path
 
 from ckptfs.errors import FormatError, NotFoundError, UsageError
 from ckptfs.layers.zstd_chunked_writer import Member, WrittenLayer, write_layer
+from ckptfs.model.annotations import BASE_DIGEST, BASE_NAME, ROLE, ROOTFS_DIGEST
 from ckptfs.model.index import ANNOTATION_INDEX
 from ckptfs.model.oci import OCI_MANIFEST, Descriptor, Digest, Reference
 from ckptfs.push.archive import FileBlob
 from ckptfs.push.checkpoint_files import Checkpoint, CheckpointFile, under_checkpoint
 from ckptfs.push.containerd import nested, raw_index
 from ckptfs.push.directory import read_directory
-from ckptfs.push.facts import BASE_DIGEST, BASE_NAME, read_facts
+from ckptfs.push.facts import read_facts
 from ckptfs.push.image_files import LayerFiles, read_image, select_manifest
 from ckptfs.push.manifest import CONFIG_TYPE, BuiltLayer, encode_config, encode_inline_index, encode_manifest
 from ckptfs.push.pages import PagesFile, find_pages
-from ckptfs.push.plan import ANNOTATION_ROLE, PlannedLayer, plan_layers
+from ckptfs.push.plan import PlannedLayer, plan_layers
 from ckptfs.push.publisher import Progress, Publisher
-from ckptfs.push.rootfs import ANNOTATION_ROOTFS, BaseImage, RootfsImage
+from ckptfs.push.rootfs import BaseImage, RootfsImage
 from ckptfs.push.spool import MemoryBlob, Spool, Work
 from ckptfs.push.target import Target, open_target
 from ckptfs.settings import Settings
@@ -144,7 +145,7 @@ def push(
             rootfs.add_blobs(publisher, _origin(base, target), options.threads)
             root = publisher.publish(rootfs.raw, OCI_MANIFEST, f"{tag}-rootfs" if tag else "")
             annotations |= {
-                ANNOTATION_ROOTFS: str(root),
+                ROOTFS_DIGEST: str(root),
                 BASE_NAME: base.name,
                 BASE_DIGEST: str(base.manifest.digest),
             }
@@ -190,7 +191,7 @@ def _write(
     return write_layer(
         map(member, planned.files),
         spool.write,
-        annotations={ANNOTATION_ROLE: planned.role},
+        annotations={ROLE: planned.role},
         threads=options.threads,
         progress=publisher.packed,
     )

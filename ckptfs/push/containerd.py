@@ -13,6 +13,7 @@ from functools import partial
 from ckptfs.errors import FormatError
 from ckptfs.image.views import CONTAINERD_CONFIG, CRIU_TAR, criu_descriptors, spec_of
 from ckptfs.layers.zstd_chunked_writer import Payload
+from ckptfs.model.annotations import BASE_NAME
 from ckptfs.model.blob import Blob
 from ckptfs.model.oci import (
     ANNOTATION_REF_NAME,
@@ -26,7 +27,6 @@ from ckptfs.model.oci import (
 )
 from ckptfs.model.toc import Inode
 from ckptfs.push.checkpoint_files import CheckpointFile
-from ckptfs.push.facts import BASE_NAME
 from ckptfs.push.image_files import LayerFiles, kept_annotations
 from ckptfs.push.spool import PiecesPayload, Work, keep
 from ckptfs.settings import Settings

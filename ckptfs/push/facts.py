@@ -11,6 +11,7 @@ from typing import Any
 
 import ckptfs
 from ckptfs.errors import FormatError
+from ckptfs.model.annotations import BASE_DIGEST, BASE_NAME, VERSION
 from ckptfs.model.oci import Digest, parse_json
 from ckptfs.push.checkpoint_files import Checkpoint
 from ckptfs.settings import Limits
@@ -18,9 +19,6 @@ from ckptfs.settings import Limits
 CRIU = "org.criu.checkpoint."
 CRIO_NAME = "io.kubernetes.cri-o.annotations.checkpoint.name"
 PODMAN = "io.podman.annotations.checkpoint."
-BASE_NAME = "org.opencontainers.image.base.name"
-BASE_DIGEST = "org.opencontainers.image.base.digest"
-VERSION = "dev.ckptfs.version"
 
 _NAMES = (CRIU + "container.name", CRIO_NAME, PODMAN + "name")
 _MANAGERS = {"libpod": "Podman", "cri-o": "CRI-O"}  # io.container.manager, as checkpointctl tells the engine

@@ -17,6 +17,7 @@ from typing import BinaryIO, Protocol, Self
 from ckptfs.errors import CacheError, FormatError, IntegrityError
 from ckptfs.layers import Layer, select_format
 from ckptfs.layers.zstd_chunked_writer import Payload
+from ckptfs.model.annotations import OURS
 from ckptfs.model.blob import Blob
 from ckptfs.model.oci import Manifest, parse_document, parse_json
 from ckptfs.model.toc import Chunk, Extent, Inode
@@ -126,7 +127,7 @@ def read_image(source: Source, manifest: Manifest, layers: LayerFiles) -> Checkp
 
 def kept_annotations(annotations: Mapping[str, str]) -> dict[str, str]:
     """The source's own annotations; buildah writes empty base names, which say nothing, and ours are made anew."""
-    return {key: value for key, value in annotations.items() if value and not key.startswith("dev.ckptfs.")}
+    return {key: value for key, value in annotations.items() if value and not key.startswith(OURS)}
 
 
 # -- reading chunks ----------------------------------------------------------------------------------------------------

@@ -15,8 +15,6 @@ from ckptfs.settings import MiB
 
 Role = Literal["meta", "data", "pages", "rootfs-diff"]
 
-ANNOTATION_ROLE = "dev.ckptfs.role"
-
 _LARGE = 4 * MiB  # a pages file from here on has a layer of its own: a process that slept shares the whole blob
 _MOST_LARGE = 64  # layers of that kind: overlay stacks at most 128, containers/storage fewer
 _DATA_KINDS = frozenset(("ghost-file", "tmpfs", "tmpfs-dev", "ipcns-shm"))

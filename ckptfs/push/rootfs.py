@@ -16,20 +16,17 @@ from ckptfs.errors import FormatError
 from ckptfs.layers.compression import DECOMPRESS
 from ckptfs.layers.paths import normalise
 from ckptfs.layers.zstd_chunked_writer import Member, write_layer
+from ckptfs.model.annotations import BASE_DIGEST, BASE_NAME, ROLE, VERSION
 from ckptfs.model.oci import Descriptor, Digest, Manifest, parse_json
 from ckptfs.model.toc import Inode
 from ckptfs.model.tree import OPAQUE, WHITEOUT, Tree
 from ckptfs.push.checkpoint_files import Checkpoint, CheckpointFile
-from ckptfs.push.facts import BASE_DIGEST, BASE_NAME, VERSION
 from ckptfs.push.image_files import LayerFiles
 from ckptfs.push.manifest import CONFIG_TYPE, created, encode_manifest, to_json
-from ckptfs.push.plan import ANNOTATION_ROLE
 from ckptfs.push.publisher import Publisher
 from ckptfs.push.spool import MemoryBlob, Work, keep
 from ckptfs.settings import MiB, Settings
 from ckptfs.sources import Source
-
-ANNOTATION_ROOTFS = "dev.ckptfs.rootfs.digest"
 
 _DELTA = b"rootfs-diff.tar"
 _DELETED = b"deleted.files"
@@ -113,7 +110,7 @@ class RootfsImage:
         if not members:
             return None
         out = self._work.spool()
-        written = write_layer(members, out.write, annotations={ANNOTATION_ROLE: "rootfs-diff"}, threads=threads)
+        written = write_layer(members, out.write, annotations={ROLE: "rootfs-diff"}, threads=threads)
         out.complete(written.descriptor)
         publisher.add(written.descriptor, out, done=out.close)
         return written.descriptor, written.diff_id
