@@ -20,6 +20,7 @@ from tests.support.fake_registry import (
     WrongRange,
 )
 from tests.support.faulty import BLOB, DATA, TAR, Faulty, Record, secure_source
+from tests.support.registry_faults import Fault
 from tests.support.sources import QUICK, Client, client, layers
 
 # -- N5, N6: tokens ----------------------------------------------------------------------------------------------------
@@ -212,7 +213,7 @@ def test_nothing_secret_is_said(caplog: pytest.LogCaptureFixture, record_propert
     caplog.set_level("DEBUG")
     said: list[str] = []
     secret = Credentials("user", "canary-password", origin="auth.json")
-    faults = [
+    faults: list[Fault] = [
         Status(500, body=b"canary-error-body"),
         Status(404, body=b'{"errors":[{"code":"canary-error-body","message":"canary-error-body"}]}'),
         Status(403, body=b"canary-error-body"),

@@ -77,7 +77,7 @@ class FakeRegistry:
 
     def __init__(
         self,
-        script: Script | None = None,
+        script: Mapping[Any, Fault] | None = None,
         *,
         auth: Literal["", "basic", "bearer"] = "",
         anonymous: bool = False,
