@@ -168,15 +168,12 @@ def second_pull(before: OpenImage, after: OpenImage) -> int:
     Layers without random access come whole or not at all; of the others, only chunks that `before` has not.
     """
     have = {descriptor.digest for descriptor in before.resolved.manifest.layers}
-    whole = [
-        descriptor.size
-        for descriptor, (_, layer) in zip(after.resolved.manifest.layers, after.layers, strict=False)
-        if layer.sequential and descriptor.digest not in have
-    ]
-    return sum(whole) + fetch_bytes(_chunks(before), _chunks(after))
+    sequential = {descriptor.digest for descriptor, layer in after.layers.values() if layer.sequential}
+    whole = {d.digest: d.size for d in after.resolved.manifest.layers if d.digest in sequential - have}
+    return sum(whole.values()) + fetch_bytes(_chunks(before), _chunks(after))
 
 
 def _chunks(image: OpenImage) -> list[Chunk]:
     """Those that can be fetched one by one."""
-    sequential = {number for number, (_, layer) in enumerate(image.layers) if layer.sequential}
-    return [chunk for chunk in image.chunks().values() if chunk.layer >= 0 and chunk.layer not in sequential]
+    single = {number for number, (_, layer) in image.layers.items() if not layer.sequential}
+    return [chunk for chunk in image.chunks().values() if chunk.layer in single]
