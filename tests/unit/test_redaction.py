@@ -37,7 +37,7 @@ def test_what_looks_like_a_secret_is_masked(text: str) -> None:
         "GET 127.0.0.1:5000/v2/repo/blobs/sha256:12 (try 2): 503; trying again in 0.25 s",
         "log in with `podman login host.example`; basic authentication, bearer of bad news",
         "what? a = b: the token has expired",
-        "File \"auth.py\", line 3, in header\n    token = self._acquire(attempts)",
+        'File "auth.py", line 3, in header\n    token = self._acquire(attempts)',
         "/mnt/a b\ttab ünïcode 日本",
     ],
 )
