@@ -226,7 +226,7 @@ class Fetcher:
                 self._refill()
                 while (job := self.scheduler.next_job()) is not None:
                     if not self.scheduler.running:
-                        self.link.busy(time.monotonic())
+                        self.link.busy()
                     self.scheduler.running.append(job)
                     self._flying.update(chunk.key for chunk in job.chunks)
                     nursery.start_soon(self._perform, job)
@@ -275,6 +275,8 @@ class Fetcher:
             if waiter is not None:
                 waiter.data = data
                 waiter.event.set()
+        if self.scheduler.waiting:
+            self._kick()  # what has arrived makes room on the link for the next request
 
     def deliver_cached(self, chunk: Chunk) -> bool:
         """Hand the chunk to its waiters if this node has it after all."""
@@ -337,11 +339,13 @@ class Fetcher:
         pending = 0
         began = time.monotonic()
         for piece in blob.stream(start, end - start, attempt=job.attempt):
+            now = time.monotonic()
             if not filled:
-                self.link.first_byte(time.monotonic() - began)
+                self.link.first_byte(now - began)
             view[filled : filled + len(piece)] = piece
             filled += len(piece)
-            self.link.received(len(piece))
+            job.received = filled
+            self.link.received(len(piece), now)
             ready: list[tuple[bytes, Data]] = []
             while at < len(chunks) and chunks[at].offset + chunks[at].size - start <= filled:
                 chunk = chunks[at]

@@ -7,11 +7,13 @@ loop only, apart from `received`.
 
 from collections import deque
 
-from ckptfs.settings import MiB, Sizes
+from ckptfs.settings import KiB, MiB, Sizes
 
 _SAMPLE = 0.05  # seconds; shorter intervals measure bursts of the receive buffer, not the link
+_SAMPLE_BYTES = 512 * KiB
 _SLACK = 0.08  # seconds of data on top of two round trips: covers the pauses between requests of one connection
 _FLOOR = 1 * MiB
+_GUESS = 25e6  # bytes per second until the first sample: 2 MB at no delay, 12 MB at 200 ms
 
 
 class LinkEstimate:
@@ -36,24 +38,26 @@ class LinkEstimate:
 
     @property
     def window(self) -> int:
-        if not self._rates:
-            return min(4 * MiB, self._ceiling)
-        return int(min(max(self.rate * (2 * self.delay + _SLACK), _FLOOR), self._ceiling))
+        rate = self.rate or _GUESS
+        return int(min(max(rate * (2 * self.delay + _SLACK), _FLOOR), self._ceiling))
 
     def first_byte(self, seconds: float) -> None:
         self._delays.append(seconds)
 
-    def received(self, count: int) -> None:
+    def received(self, count: int, now: float) -> None:
         """Called from the fetching threads; a lost update would only blur one sample."""
+        if not self._bytes:
+            self._since = now  # the round trip before the first byte says nothing of the bandwidth
         self._bytes += count
 
-    def busy(self, now: float) -> None:
+    def busy(self) -> None:
         """The link goes from idle to busy: start measuring."""
-        self._since, self._bytes = now, 0
+        self._bytes = 0
 
     def sample(self, now: float) -> None:
         """The link has been busy since the last call of `busy` or `sample`."""
         elapsed = now - self._since
-        if elapsed >= _SAMPLE:
+        # A few chunks that came in one burst, or one small request, would make the estimate far too high or low.
+        if self._bytes and elapsed >= _SAMPLE and (self._bytes >= _SAMPLE_BYTES or elapsed >= 20 * _SAMPLE):
             self._rates.append(self._bytes / elapsed)
-            self._since, self._bytes = now, 0
+            self._bytes = 0

@@ -42,7 +42,7 @@ class LayerScan:
         known: bool = False,
         eager: bool = True,
     ) -> None:
-        """`number`: the layer's in the fetcher, if it has one. `known`: the entries are known, only content can be missing.
+        """`number`: the layer's in the fetcher, if it has one. `known`: the entries are known, only content can miss.
 
         `eager`: run without being asked.
         """

@@ -29,10 +29,16 @@ class Job:
     chunks: list[Chunk]
     priority: Priority
     attempt: int = 0
+    received: int = 0  # bytes that have arrived; written by the fetching thread
 
     @property
     def size(self) -> int:
         return self.end - self.start
+
+    @property
+    def outstanding(self) -> int:
+        """Bytes that are still on the way."""
+        return self.size - self.received
 
 
 @dataclass(slots=True, eq=False)
@@ -83,6 +89,11 @@ class Scheduler:
         """How many chunks are queued at this priority (an upper bound: raised ones are counted twice)."""
         return len(self._queues[priority])
 
+    @property
+    def waiting(self) -> bool:
+        """Whether anything is queued."""
+        return bool(self._wanted)
+
     def next_job(self) -> Job | None:
         """The job to start now, None when nothing is queued or enough is under way; the caller adds it to `running`."""
         jobs = self.sizes.jobs
@@ -109,7 +120,7 @@ class Scheduler:
         limit = self.sizes.jobs if priority == Priority.PREFETCH else self.sizes.background_jobs
         if len(others) >= limit:
             return False
-        return not others or sum(job.size for job in self.running) < self.window
+        return not others or sum(job.outstanding for job in self.running) < self.window
 
     def _grow(self, first: Chunk, priority: Priority) -> Job:
         """The extent that starts at `first` and goes on over whatever wanted chunks follow it in the blob."""
