@@ -14,6 +14,8 @@ from ckptfs import __version__
 from ckptfs.errors import CkptfsError, UsageError
 from ckptfs.redaction import redact
 
+PROGRAM = "ckptfs"
+
 # Command -> module of this package that has a function of that name (dashes as underscores).
 COMMANDS = {
     "mount": "mount",
@@ -28,6 +30,7 @@ COMMANDS = {
     "memparse": "memparse",
     "cache": "cache",
     "config": "config",
+    "completion": "completion",
 }
 
 
@@ -56,16 +59,16 @@ def main() -> None:
     """
 
 
-def run(arguments: list[str]) -> int:
-    """Run one command; returns the exit code. Every failure is one line on stderr."""
+def run(arguments: list[str], program: str = PROGRAM) -> int:
+    """Run one command; returns the exit code. Every failure is one line on stderr. `program`: how it was called."""
     try:
-        result = main.main(args=arguments, prog_name="ckptfs", standalone_mode=False)
+        result = main.main(args=arguments, prog_name=program, standalone_mode=False)
         return result if isinstance(result, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         return UsageError.exit_code
     except click.ClickException as error:
-        where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx is not None else "ckptfs"
+        where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx is not None else program
         return fail(f"{error.format_message()} See `{where} --help`.", UsageError.exit_code)
     except CkptfsError as error:
         return fail(str(error), error.exit_code)

@@ -43,7 +43,7 @@ _PARTS = {
 @click.option("--mounts", is_flag=True, help="Mounts of the container.")
 @click.option("--stats", is_flag=True, help="Statistics of the dump.")
 @click.option("--metadata", is_flag=True, help="Annotations, pod and namespace.")
-@click.option("-p", "--pid", type=click.IntRange(1), help="Only this process and its descendants.")
+@click.option("-p", "--pid", metavar="PID", type=click.IntRange(1), help="Only this process and its descendants.")
 @click.option("--format", "form", type=click.Choice(["tree", "json"]), default="tree", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
 @image_options
