@@ -2,11 +2,13 @@
 
 The footer names the table's place, the manifest's annotation its digest (stargz-snapshotter docs/estargz.md). A layer
 without that annotation is read as plain gzip. Landmarks and stargz.index.json are files like others: an extraction by
-tools that know nothing of eStargz shows them too.
+tools that know nothing of eStargz shows them too. The table can also be in an image of its own, <tag>-esgztoc
+(`ExternalTable`): the footer says so, and the digest in the manifest covers it all the same.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from ckptfs.errors import FormatError, LimitExceeded
 from ckptfs.layers.compression import Bytes, gunzip_chunk, gunzipped
@@ -39,25 +41,52 @@ class EStargzFormat:
         return EStargzLayer(blob, layer, self.settings)
 
 
+@dataclass(frozen=True, slots=True)
+class ExternalTable:
+    """A side document for any eStargz layer: where its table is to be had if it is not in the layer.
+
+    `fetch` gives the compressed archive with the table; called, in a worker thread, only when the footer says so.
+    """
+
+    fetch: Callable[[], bytes]
+    settings: Settings
+
+    def open(self, blob: Blob, layer: int) -> "EStargzLayer":
+        return EStargzLayer(blob, layer, self.settings, self.fetch)
+
+
 class EStargzLayer(TocLayer):
     format = "estargz"
+    entries: Sequence[Entry] | None = None
 
-    def __init__(self, blob: Blob, layer: int, settings: Settings) -> None:
+    def __init__(self, blob: Blob, layer: int, settings: Settings, external: Callable[[], bytes] | None = None) -> None:
         super().__init__(blob, layer, settings)
         self._digest = Digest.parse(blob.descriptor.annotations[ANNOTATION_TOC_DIGEST])
+        self._external = external
 
     def _table(self, attempt: int) -> tuple[bytes, int, list[Entry]]:
         blob, limits = self._blob, self._settings.limits
         start = max(0, blob.size - self._settings.sizes.toc_guess)
         tail = blob.read_at(start, blob.size - start, attempt=attempt) if blob.size else b""
+        if self._external is not None and _is_external(tail):
+            text, _, _ = self._unpacked(memoryview(self._external()))
+            return text, blob.size - _EXTERNAL[0], []
         offset, footer = _find_table(tail, blob.size)
         if footer - offset > limits.toc_compressed_bytes:
             raise LimitExceeded(f"the eStargz table of contents has {footer - offset} bytes")
         if offset < start:
             tail = blob.read_at(offset, start - offset, attempt=attempt) + tail
             start = offset
+        text, entry, position = self._unpacked(memoryview(tail)[offset - start : footer - start])
+        if entry.inode is not None:
+            entry.inode.extents = self._index_extents(text, position, offset, footer)
+        return text, offset, [entry]
+
+    def _unpacked(self, member: memoryview) -> tuple[bytes, Entry, int]:
+        """The table out of its compressed archive, its digest checked; the file that it is there, and its place."""
+        limits = self._settings.limits
         archive = bytearray()
-        for piece in gunzipped(iter((memoryview(tail)[offset - start : footer - start],)), 1 << 20, limits):
+        for piece in gunzipped(iter((member,)), 1 << 20, limits):
             archive += piece
             if len(archive) > limits.toc_bytes:
                 raise LimitExceeded(f"the eStargz table of contents has more than {limits.toc_bytes} bytes")
@@ -67,9 +96,8 @@ class EStargzLayer(TocLayer):
             raise FormatError(f"the eStargz table of contents is not {_INDEX.decode()}")
         ((_, length, position),) = place.segments
         text = bytes(memoryview(archive)[position : position + length])
-        self._digest.check(text, f"the table of contents of layer {blob.descriptor.digest}")
-        found[0].inode.extents = self._index_extents(text, position, offset, footer)
-        return text, offset, found
+        self._digest.check(text, f"the table of contents of layer {self._blob.descriptor.digest}")
+        return text, found[0], position
 
     def _index_extents(self, text: bytes, position: int, offset: int, footer: int) -> tuple[Extent, ...]:
         """The table as a file of the layer: chunks of its gzip member."""
@@ -111,9 +139,14 @@ def _find_table(tail: bytes, size: int) -> tuple[int, int]:
         if not 0 < offset < size - length:
             raise FormatError("the eStargz footer points outside the layer")
         return offset, size - length
-    if _EXTERNAL[1] in tail[-_EXTERNAL[0] :]:
+    if _is_external(tail):
         raise FormatError(
             "the table of contents of this eStargz layer is in an image of its own",
-            hint="convert the image without --estargz-external-toc",
+            hint="mount the image from the registry that has it, by its tag",
         )
     raise FormatError("the layer has an eStargz digest and no eStargz footer")
+
+
+def _is_external(tail: bytes) -> bool:
+    """Whether the footer says that the table is elsewhere."""
+    return tail[-_EXTERNAL[0] :].startswith(_EMPTY_MEMBER) and _EXTERNAL[1] in tail[-_EXTERNAL[0] :]

@@ -208,16 +208,7 @@ class _Parser:
         known = self._times.get(text)
         if known is not None:
             return known
-        match = _TIME.match(text)
-        try:
-            if match is None:
-                raise ValueError(text)
-            whole, fraction, zone = match.groups()
-            moment = datetime.fromisoformat(whole + ("+00:00" if zone == "Z" else zone))
-        except ValueError:
-            raise FormatError(f"the table of contents has the time {text!r:.60}") from None
-        since = moment - _EPOCH
-        value = (since.days * 86400 + since.seconds) * 1_000_000_000 + int((fraction or "0").ljust(9, "0"))
+        value = rfc3339(text)
         self._times[text] = value
         return value
 
@@ -236,6 +227,20 @@ class _Parser:
             check_xattr(name, raw, self._limits)
             found[name] = raw
         return found
+
+
+def rfc3339(text: str) -> int:
+    """Nanoseconds since the epoch; FormatError for what is no time."""
+    match = _TIME.match(text)
+    try:
+        if match is None:
+            raise ValueError(text)
+        whole, fraction, zone = match.groups()
+        moment = datetime.fromisoformat(whole + ("+00:00" if zone == "Z" else zone))
+    except ValueError:
+        raise FormatError(f"the table of contents has the time {text!r:.60}") from None
+    since = moment - _EPOCH
+    return (since.days * 86400 + since.seconds) * 1_000_000_000 + int((fraction or "0").ljust(9, "0"))
 
 
 def _integer(item: Mapping[str, Any], key: str, most: int = _MAX_INT) -> int:

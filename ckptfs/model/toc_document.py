@@ -29,7 +29,7 @@ from ckptfs.settings import Limits
 _MAGIC = b"CKPTTOC1"
 _LEVEL = 3
 _PACK = 64  # a file of more whole chunks keeps them as columns in memory, too
-_KINDS = ("raw", "grid")  # of derived keys; a chunk's flag is the index, or one of:
+_KINDS = ("raw", "grid", "frame")  # of derived keys; a chunk's flag is the index, or one of:
 _HAS_DIGEST = 254
 _HAS_KEY = 255
 _HASH = 32

@@ -70,7 +70,7 @@ class ScannedLayer:
 
     def _emit(self, chunk: Chunk, data: bytes) -> None:
         assert type(data) is bytes and len(data) <= chunk.length
-        assert chunk.key not in self.emitted
+        assert self.emitted.get(chunk.key, data) == data
         self.emitted[chunk.key] = data
 
     def chunk(self, chunk: Chunk) -> bytes:
