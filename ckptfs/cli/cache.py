@@ -90,7 +90,8 @@ def verify(as_json: bool, cache_dir: Path | None, verbose: int, quiet: bool) -> 
     \b
     ckptfs cache verify
     """
-    with _opened(cache_dir, verbose, quiet) as found, _sign_of_life("reading the whole cache", quiet):
+    # What is damaged is told once, at the end.
+    with _opened(cache_dir, verbose, quiet or not verbose) as found, _sign_of_life("reading the whole cache", quiet):
         checked, bad = found.verify()
     if as_json:
         click.echo(json.dumps({"checked": checked, "damaged": bad}))

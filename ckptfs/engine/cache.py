@@ -235,6 +235,7 @@ class ChunkCache:
         """
         with suppress(OSError):
             self._index.refresh()
+            self._log.refresh()
 
     # -- who fetches ---------------------------------------------------------------------------------------------------
 

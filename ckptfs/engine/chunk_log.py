@@ -60,13 +60,25 @@ class ChunkLog:
                 chunks = chunks[self._write(writer, chunks) :]
 
     def _writer_for(self, length: int) -> SegmentWriter:
+        self._drop_removed()
         writer = self._writer
-        if writer is not None and not self._files.exists(writer.data):
-            self._index.forget(writer.segment)
-            writer = self._writer = None
         if writer is None or writer.size + length > self._cap or len(writer.segment) >= MAX_RECORDS - 1:
             writer = self._rotate(length)
         return writer
+
+    def refresh(self) -> None:
+        """Let go of the segment that is being written if somebody has removed it, though nothing more is written."""
+        if self._lock.acquire(blocking=False):  # whoever writes sees it by himself
+            try:
+                self._drop_removed()
+            finally:
+                self._lock.release()
+
+    def _drop_removed(self) -> None:
+        writer = self._writer
+        if writer is not None and not self._files.exists(writer.data):
+            self._index.forget(writer.segment)
+            self._writer = None
 
     def _write(self, writer: SegmentWriter, chunks: Sequence[_Chunk]) -> int:
         """Append as many from the front as the segment takes, in one go; returns how many."""

@@ -21,21 +21,23 @@ from ckptfs.engine.reader import Handle, Reader
 from ckptfs.engine.scan import LayerScan
 from ckptfs.engine.schedule import Priority
 from ckptfs.engine.shared_cells import SharedCells
-from ckptfs.errors import CkptfsError, FormatError, IntegrityError, UnavailableError
+from ckptfs.errors import CkptfsError, IntegrityError, UnavailableError
 from ckptfs.image.indexed import ChunkTables
+from ckptfs.image.remembered import LayerMemory
 from ckptfs.image.resolve import Resolved, resolve
 from ckptfs.image.whole import hash_layer
 from ckptfs.layers import Layer, select_format
 from ckptfs.layers.grid import Grid
+from ckptfs.layers.protocols import SideDocument
 from ckptfs.layers.tar import TarFormat, TarLayer
 from ckptfs.model.blob import Blob
 from ckptfs.model.index import IndexedLayer
 from ckptfs.model.oci import Descriptor, Digest, Reference
 from ckptfs.model.toc import Chunk, Entry, Inode
-from ckptfs.model.toc_document import decode_toc, encode_toc
 from ckptfs.model.tree import Node, Tree, Whiteouts
 from ckptfs.settings import Settings
 from ckptfs.sources import Source
+from ckptfs.sources.offline import offline
 from ckptfs.telemetry import NetworkCounters
 
 log = logging.getLogger(__name__)
@@ -80,6 +82,7 @@ class OpenImage:
         self.fetcher = Fetcher(self.cells, MemoryCache(sizes.memory_cache), options.settings)
         self.reader = Reader(self.fetcher, _MAX_WAITING)
         self.tables = ChunkTables(cache, options.settings.limits)
+        self.memory = LayerMemory(cache, options.settings)
         self._earlier: list[Tree] = []
         self.tree = self._new_tree()
         self.layout = ""
@@ -120,23 +123,27 @@ class OpenImage:
         tree: Tree | None = None,
         whiteouts: Whiteouts = "merge",
         indexed: IndexedLayer | None = None,
+        side: SideDocument | None = None,
     ) -> None:
         """Show a layer's entries under `prefix`; what the node remembers of it is shown at once, the rest as it comes.
 
-        `indexed` is what the image's own index says of the layer. IntegrityError when strict and the layer cannot be
-        verified.
+        `indexed` is what the image's own index says of the layer, `side` what was found elsewhere (side.py).
+        IntegrityError when strict and the layer cannot be verified.
         """
         descriptor = blob.descriptor
         index = self.fetcher.next_layer
-        layer = select_format(descriptor).open(blob, index)
-        key = f"toc/{descriptor.digest}"
-        known: Sequence[Entry] | None = None
+        layer: Layer
+        known: Sequence[Entry] | None
         if indexed is not None:
-            known = indexed.entries
+            layer, known = select_format(descriptor).open(blob, index), indexed.entries
             for file in indexed.files:
                 self.tables.add(file, blob, index)
+        elif (side := self.memory.index(descriptor) or side) is not None:
+            layer = beside = side.open(blob, index)
+            known = beside.entries if beside.entries is not None else self.memory.entries(layer, index, descriptor)
         else:
-            known = self._remembered(key, index, descriptor)
+            layer = select_format(descriptor).open(blob, index)
+            known = self.memory.entries(layer, index, descriptor)
         if self.options.strict and layer.verification != "chunk":
             raise IntegrityError(
                 f"layer {descriptor.digest} ({layer.format}) cannot be verified chunk by chunk",
@@ -152,7 +159,7 @@ class OpenImage:
 
         def ended(error: CkptfsError | None) -> None:
             if error is None:
-                self.nursery.start_soon(self._remember, key, entries, layer, descriptor)
+                self.nursery.start_soon(self.memory.keep, entries, layer, descriptor)
                 if layer.sequential and not descriptor.synthetic:
                     self._whole.add(descriptor.digest)  # its scan has hashed all of it
             self.finish(tree, rank, error)
@@ -207,28 +214,6 @@ class OpenImage:
         if self.arrived is not None:
             self.arrived()
         self.notify()
-
-    def _remembered(self, key: str, index: int, descriptor: Descriptor) -> Sequence[Entry] | None:
-        document = self.cache.get_document(key)
-        if document is None:
-            return None
-        try:
-            return decode_toc(document, layer=index, layer_digest=str(descriptor.digest)).entries
-        except FormatError as error:
-            log.warning("%s; reading the layer's own again", error)
-            self.cache.delete_document(key)
-            return None
-
-    async def _remember(self, key: str, entries: Sequence[Entry], layer: Layer, descriptor: Descriptor) -> None:
-        """Keep the layer's table of contents on this node: the next mount needs no scan and no network."""
-
-        def keep() -> None:
-            digest, format_, verification = str(descriptor.digest), layer.format, layer.verification
-            document = encode_toc(entries, layer_digest=digest, format=format_, verification=verification)
-            self.cache.put_document(key, document)
-
-        # 0.3 s for 100 000 files: not in the event loop
-        await trio.to_thread.run_sync(keep, abandon_on_cancel=True)
 
     def _fail(self, rank: int, error: CkptfsError) -> None:
         if rank not in self._broken:
@@ -427,6 +412,8 @@ async def open_image(
     from ckptfs.image.ahead import fetch_ahead
     from ckptfs.image.arrange import arrange
 
+    if options.offline:
+        source = offline(source)
     began = time.monotonic()
     resolved = await trio.to_thread.run_sync(
         lambda: resolve(source, cache, options.settings.limits, offline=options.offline), abandon_on_cancel=True

@@ -17,6 +17,7 @@ from ckptfs.image.resolve import Resolved, resolve
 from ckptfs.model.annotations import BASE_DIGEST, BASE_NAME, ROOTFS_DIGEST
 from ckptfs.model.oci import Digest, Reference, parse_json
 from ckptfs.sources import Source
+from ckptfs.sources.offline import offline
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ async def show_rootfs(image: OpenImage, open_source: OpenSource | None, base: Re
 
 async def _open(image: OpenImage, open_source: OpenSource, reference: Reference) -> tuple[Source, Resolved]:
     source = open_source(reference)
+    if image.options.offline:
+        source = offline(source)
     options = image.options
     try:
         resolved = await trio.to_thread.run_sync(
