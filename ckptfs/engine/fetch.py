@@ -39,6 +39,7 @@ class ChunkStore(Protocol):
     """What the fetcher needs of the node's cache (engine/cache.py)."""
 
     def get(self, key: bytes) -> bytes | None: ...
+    def read_into(self, key: bytes, offset: int, buffer: memoryview) -> bool: ...
     def contains(self, key: bytes) -> bool: ...
     def put_many(self, chunks: list[tuple[bytes, Data]]) -> None: ...
     def refresh(self) -> None: ...
@@ -120,6 +121,22 @@ class Fetcher:
                 self.disk_hits += 1
                 self.memory.put(chunk.key, data)
         return data
+
+    def lookup_into(self, chunk: Chunk, skip: int, buffer: memoryview) -> bool:
+        """Fill `buffer` with the chunk's bytes from `skip` on if this node has it; memory is left as it is."""
+        data = self.memory.get(chunk.key) or self._kept.get(chunk.key)
+        if data is None:
+            if not self.cache.read_into(chunk.key, skip, buffer):
+                return False
+            self.disk_hits += 1
+        else:
+            piece = memoryview(data)[skip : skip + len(buffer)]
+            if len(piece) != len(buffer):
+                raise IntegrityError(f"a chunk is {len(buffer) - len(piece)} bytes shorter than the file that it holds")
+            buffer[:] = piece
+        if self._unused:
+            self.prefetched_used += self._unused.pop(chunk.key, 0)
+        return True
 
     def has(self, chunk: Chunk) -> bool:
         """Whether `lookup` would find the chunk; without reading it."""

@@ -17,6 +17,7 @@ from ckptfs.errors import IntegrityError
 from ckptfs.model.toc import Chunk, Extent, Inode, overlapping
 from ckptfs.settings import KiB, MiB
 
+_STRAIGHT = 512 * KiB  # reads of this size and more are of large files, front to back: the kernel keeps the pages
 _SEQUENTIAL = 512 * KiB  # read in one go before running ahead: CRIU's lazy daemon starts over at 64 KiB after a fault
 
 
@@ -74,6 +75,8 @@ class Reader:
         size = min(size, inode.size - offset)
         if size <= 0:
             return b""
+        if size >= _STRAIGHT:
+            return self._straight(inode, offset, size)
         parts: list[tuple[Extent, Data]] = []
         for extent in overlapping(inode.extents, offset, size):
             data = self.fetcher.lookup(extent.chunk)
@@ -81,6 +84,18 @@ class Reader:
                 return None
             parts.append((extent, data))
         return _assemble(parts, offset, size)
+
+    def _straight(self, inode: Inode, offset: int, size: int) -> Data | None:
+        """A large read: chunks come from the disk into the answer, not through memory, which they would only flush."""
+        out = bytearray(size)
+        view = memoryview(out)
+        end = offset + size
+        for extent in overlapping(inode.extents, offset, size):
+            lo, hi = max(extent.start, offset), min(extent.start + extent.length, end)
+            skip = extent.skip + lo - extent.start
+            if not self.fetcher.lookup_into(extent.chunk, skip, view[lo - offset : hi - offset]):
+                return None
+        return out
 
     async def read(self, inode: Inode, offset: int, size: int) -> Data:
         """The bytes, fetched where this node does not have them."""

@@ -43,6 +43,15 @@ class SharedCells:
         self._places.pop(key, None)
         return None
 
+    def read_into(self, key: bytes, offset: int, buffer: memoryview) -> bool:
+        if self._cache.read_into(key, offset, buffer):
+            return True
+        data = self.get(key) if key in self._places else None
+        if data is None or offset + len(buffer) > len(data):
+            return False
+        buffer[:] = data[offset : offset + len(buffer)]
+        return True
+
     def contains(self, key: bytes) -> bool:
         if self._cache.contains(key):
             return True
