@@ -54,6 +54,7 @@ class Timeouts:
     stall_window: float = 5.0
     read_deadline: float = 60.0
     resolve_deadline: float = 30.0
+    side_documents: float = 5.0  # until an image is opened without whatever index it may have
     retry_first: float = 0.25
     retry_factor: float = 2.0
     retry_cap: float = 3.0
@@ -61,6 +62,9 @@ class Timeouts:
     tries_per_host: int = 5
     drain: float = 5.0
     mount_ready: float = 30.0
+    lazy_daemon: float = 10.0  # until `criu lazy-pages` takes connections
+    stop: float = 10.0  # between the stop signal and SIGKILL for a restored container, as podman and docker wait
+    tool: float = 60.0  # for a tool that only asks something: criu check, podman image mount
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,3 +122,8 @@ def runtime_dir() -> Path:
         return Path("/run/ckptfs")
     base = os.environ.get("XDG_RUNTIME_DIR")
     return Path(base) / "ckptfs" if base else Path(f"/tmp/ckptfs-{os.geteuid()}")
+
+
+def state_dir() -> Path:
+    """Where restored containers keep what they write: /var/lib/ckptfs, a real disk; overlay cannot use all others."""
+    return Path("/var/lib/ckptfs")

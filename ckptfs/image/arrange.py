@@ -44,9 +44,10 @@ async def arrange(image: OpenImage, open_source: OpenSource | None, base: Refere
             await _find_earlier(image)
     if image.resolved.loose_blobs:
         _lay_out(image)
+    side = await image.find_side_documents(image.source, manifest) if index is None else {}
     for rank, descriptor in enumerate(manifest.layers, start=1):
         indexed = index.layers[rank - 1] if index is not None else None
-        image.add_layer(image.source.blob(descriptor), rank, indexed=indexed)
+        image.add_layer(image.source.blob(descriptor), rank, indexed=indexed, side=side.get(descriptor.digest))
     await image.ready()
     if image.options.view == "raw":
         return

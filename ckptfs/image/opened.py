@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import trio
 
@@ -32,13 +32,16 @@ from ckptfs.layers.protocols import SideDocument
 from ckptfs.layers.tar import TarFormat, TarLayer
 from ckptfs.model.blob import Blob
 from ckptfs.model.index import IndexedLayer
-from ckptfs.model.oci import Descriptor, Digest, Reference
+from ckptfs.model.oci import Descriptor, Digest, Manifest, Reference
 from ckptfs.model.toc import Chunk, Entry, Inode
 from ckptfs.model.tree import Node, Tree, Whiteouts
 from ckptfs.settings import Settings
 from ckptfs.sources import Source
 from ckptfs.sources.offline import offline
 from ckptfs.telemetry import NetworkCounters
+
+if TYPE_CHECKING:
+    from ckptfs.image.side import Found
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +116,14 @@ class OpenImage:
     def next_rank(self) -> int:
         """A rank above all that are used."""
         return max(self._scans, default=0) + 1
+
+    async def find_side_documents(self, source: Source, manifest: Manifest) -> "Found":
+        """What is known of an image's layers outside of them; see side.py."""
+        from ckptfs.image.side import find_side_documents  # not for images that bring their index along
+
+        options = self.options
+        how = {"offline": options.offline, "strict": options.strict}
+        return await find_side_documents(source, manifest, self.cache, self.memory, options.settings, **how)
 
     def add_layer(
         self,

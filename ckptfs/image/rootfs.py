@@ -42,8 +42,9 @@ async def show_rootfs(image: OpenImage, open_source: OpenSource | None, base: Re
         delta = await image.find_in_checkpoint(b"rootfs-diff.tar")
     tree = image.show_new_tree()
     first = image.next_rank
+    side = await image.find_side_documents(source, resolved.manifest)
     for rank, descriptor in enumerate(resolved.manifest.layers, start=first):
-        image.add_layer(source.blob(descriptor), rank)
+        image.add_layer(source.blob(descriptor), rank, side=side.get(descriptor.digest))
     if delta is not None and delta.inode is not None:
         Unpacked(image, tree, b"", delta.inode, "merge", b"deleted.files").now()
     await image.ready()

@@ -34,13 +34,15 @@ _GUESS = 16 * 1024  # of the blob's end: the table of 2000 frames
 class SeekTable:
     """Frame i are the blob's bytes [offsets[i], offsets[i+1]) and decoded [positions[i], positions[i+1]).
 
-    Frames that decode to nothing are left out of it. `checksums`: low halves of XXH64, or nothing.
+    Frames that decode to nothing are left out of it. `checksums`: low halves of XXH64, or nothing. `raw`: the table as
+    it stands at the blob's end.
     """
 
     offsets: Sequence[int]
     sizes: Sequence[int]
     positions: Sequence[int]
     checksums: Sequence[int]
+    raw: bytes
     settings: Settings
 
     def open(self, blob: Blob, layer: int) -> "ZstdSeekableLayer":
@@ -54,28 +56,41 @@ def read_seek_table(blob: Blob, settings: Settings) -> SeekTable | None:
     one by one.
     """
     tail = blob.read_at(max(0, blob.size - _GUESS), min(_GUESS, blob.size)) if blob.size else b""
+    size = _table_size(tail, blob.size, settings)
+    if size > len(tail):
+        tail = blob.read_at(blob.size - size, size - len(tail)) + tail
+    return parse_seek_table(tail[-size:], blob.size, settings) if size else None
+
+
+def parse_seek_table(table: bytes, blob_size: int, settings: Settings) -> SeekTable:
+    """From `SeekTable.raw` of a blob of that size. Raises as `read_seek_table`."""
+    size = _table_size(table, blob_size, settings)
+    if size != len(table) or _SKIPPABLE.unpack_from(table) != (_SKIPPABLE_MAGIC, size - _SKIPPABLE.size):
+        raise FormatError("the zstd seek table does not begin where it should")
+    _, descriptor, _ = _FOOTER.unpack_from(table, size - _FOOTER.size)
+    return _parsed(table, 3 if descriptor & _HAS_CHECKSUM else 2, blob_size - size, settings)
+
+
+def _table_size(tail: bytes, blob_size: int, settings: Settings) -> int:
+    """How many of a blob's last bytes are a seek table; 0 where there is none."""
     if len(tail) < _SKIPPABLE.size + _FOOTER.size:
-        return None
+        return 0
     frames, descriptor, magic = _FOOTER.unpack_from(tail, len(tail) - _FOOTER.size)
     if magic != _FOOTER_MAGIC:
-        return None
+        return 0
     if descriptor & _RESERVED:
         raise FormatError("the zstd seek table has reserved bits")
     if frames > settings.limits.toc_entries:
         raise LimitExceeded(f"the zstd seek table has {frames} frames")
     width = 3 if descriptor & _HAS_CHECKSUM else 2
-    size = _SKIPPABLE.size + 4 * width * frames + _FOOTER.size
-    if size > blob.size:
+    size = int(_SKIPPABLE.size + 4 * width * frames + _FOOTER.size)
+    if size > blob_size:
         raise FormatError("the zstd seek table is larger than its layer")
-    if size > len(tail):
-        tail = blob.read_at(blob.size - size, size - len(tail)) + tail
-    table = tail[-size:]
-    if _SKIPPABLE.unpack_from(table) != (_SKIPPABLE_MAGIC, size - _SKIPPABLE.size):
-        raise FormatError("the zstd seek table does not begin where it should")
-    return _parsed(table[_SKIPPABLE.size : -_FOOTER.size], width, blob.size - size, settings)
+    return size
 
 
-def _parsed(rows: bytes, width: int, end: int, settings: Settings) -> SeekTable | None:
+def _parsed(raw: bytes, width: int, end: int, settings: Settings) -> SeekTable:
+    rows = raw[_SKIPPABLE.size : -_FOOTER.size]
     numbers = struct.unpack(f"<{len(rows) // 4}I", rows)
     encoded, decoded = numbers[0::width], numbers[1::width]
     if sum(encoded) != end or 0 in encoded:
@@ -91,6 +106,7 @@ def _parsed(rows: bytes, width: int, end: int, settings: Settings) -> SeekTable 
         array("I", (encoded[i] for i in full)),
         array("Q", accumulate((decoded[i] for i in full), initial=0)),
         array("I", (checksums[i] for i in full)) if checksums else (),
+        raw,
         settings,
     )
 

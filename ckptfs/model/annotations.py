@@ -9,3 +9,17 @@ OURS = "dev.ckptfs."  # made anew by every push, never copied from the source
 ROLE = "dev.ckptfs.role"  # on a layer: what it holds, see push/plan.py
 ROOTFS_DIGEST = "dev.ckptfs.rootfs.digest"  # on a checkpoint image: the manifest of its root file system image
 VERSION = "dev.ckptfs.version"  # on an image: what pushed it
+
+# Our index of another's image: an artifact whose subject is the image, one blob for each layer.
+INDEX_ARTIFACT = "application/vnd.ckptfs.index.v1+json"
+INDEX_BLOB = "application/vnd.ckptfs.layer-index.v1"
+INDEX_LAYER = "dev.ckptfs.layer.digest"
+
+# awslabs/soci-snapshotter soci/soci_index.go: types of the index, the digest of a v2 index on an image, the layer of a
+# zTOC.
+SOCI_V1 = "application/vnd.amazon.soci.index.v1+json"
+SOCI_V2 = "application/vnd.amazon.soci.index.v2+json"
+SOCI_INDEX_DIGEST = "com.amazon.soci.index-digest"
+SOCI_LAYER = "com.amazon.soci.image-layer-digest"
+
+ESTARGZ_LAYER = "containerd.io/snapshot/stargz/layer.digest"  # on a table of contents in an image of its own

@@ -3,10 +3,10 @@
 A new source is one module and one branch in `open_source`. Calls block and are made from worker threads.
 """
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from ckptfs.model.blob import Blob
-from ckptfs.model.oci import Descriptor, Index, Manifest, Reference
+from ckptfs.model.oci import Descriptor, Digest, Index, Manifest, Reference
 from ckptfs.settings import Settings
 from ckptfs.telemetry import NetworkCounters
 
@@ -28,6 +28,17 @@ class Source(Protocol):
 
     def blob(self, descriptor: Descriptor) -> Blob:
         """A layer to be read in ranges. No I/O until it is read."""
+
+
+@runtime_checkable
+class Repository(Protocol):
+    """What a source can do besides when it is a repository that may hold more than the one image."""
+
+    def document(self, name: str) -> Manifest | Index:
+        """Another manifest or index, by tag or digest; NotFoundError where there is none."""
+
+    def referrers(self, digest: Digest, artifact_type: str = "") -> tuple[Descriptor, ...]:
+        """What was attached to the manifest `digest`; nothing where there is no way to ask."""
 
 
 def open_source(

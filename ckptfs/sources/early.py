@@ -2,9 +2,10 @@
 
 import threading
 
+from ckptfs.errors import NotFoundError
 from ckptfs.model.blob import Blob
-from ckptfs.model.oci import Descriptor, Index, Manifest, Reference
-from ckptfs.sources import Source
+from ckptfs.model.oci import Descriptor, Digest, Index, Manifest, Reference
+from ckptfs.sources import Repository, Source
 
 
 class EarlySource:
@@ -32,6 +33,14 @@ class EarlySource:
 
     def blob(self, descriptor: Descriptor) -> Blob:
         return self._source.blob(descriptor)
+
+    def document(self, name: str) -> Manifest | Index:
+        if isinstance(self._source, Repository):
+            return self._source.document(name)
+        raise NotFoundError(f"{self.reference} has no other images")
+
+    def referrers(self, digest: Digest, artifact_type: str = "") -> tuple[Descriptor, ...]:
+        return self._source.referrers(digest, artifact_type) if isinstance(self._source, Repository) else ()
 
     def _resolve(self) -> None:
         try:

@@ -78,6 +78,12 @@ class RegistrySource:
         raw, media_type = self._manifest(str(reference.digest or reference.tag), reference.digest, wanted)
         return parse_document(raw, media_type)
 
+    def document(self, name: str) -> Manifest | Index:
+        """Another manifest of the repository, by tag or digest."""
+        digest = Digest.parse(name) if ":" in name else None
+        raw, media_type = self._manifest(name, digest, f"manifest {name}")
+        return parse_document(raw, media_type)
+
     def fetch(self, descriptor: Descriptor) -> bytes:
         check_limit(descriptor, self._limits)
         if descriptor.media_type in MANIFEST_TYPES:
