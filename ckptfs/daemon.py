@@ -19,7 +19,7 @@ from ckptfs.engine.recording import ReadRecorder
 from ckptfs.errors import CkptfsError
 from ckptfs.fuse.mount import MountSession, mount_options
 from ckptfs.fuse.operations import Operations
-from ckptfs.hardening import settle_garbage_collector
+from ckptfs.hardening import release_memory, settle_garbage_collector
 from ckptfs.image import ImageOptions, OpenImage, open_image
 from ckptfs.model.oci import Reference
 from ckptfs.mounting import MountRequest
@@ -29,6 +29,7 @@ from ckptfs.telemetry import NetworkCounters
 
 log = logging.getLogger(__name__)
 
+_AT_REST = 15.0  # seconds without a read or a byte from the network after which the memory cache is given back
 _REFRESH = 5.0  # seconds; looks at one directory and at the end of the files that others write: 0.1 ms
 
 
@@ -115,7 +116,7 @@ async def _serve(
 
         recorder = ReadRecorder(request.record, image.tree, request.started) if request.record is not None else None
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_keep_house, cache)
+            nursery.start_soon(_keep_house, cache, image)
             if recorder is not None:
                 nursery.start_soon(recorder.run)
             nursery.start_soon(ControlServer(files, {"status": status, "stop": stop}).run)
@@ -128,11 +129,18 @@ async def _serve(
                 nursery.cancel_scope.cancel()
 
 
-async def _keep_house(cache: ChunkCache) -> None:
-    """Let go of files that other processes have evicted: until then they take up disk space."""
+async def _keep_house(cache: ChunkCache, image: OpenImage) -> None:
+    """Let go of what is not needed: files that other processes have evicted, and memory when nobody reads any more."""
+    seen, quiet = (0, 0), 0.0
     while True:
         await trio.sleep(_REFRESH)
         await trio.to_thread.run_sync(cache.refresh, abandon_on_cancel=True)
+        now = (image.reader.counters.count, image.counters.bytes)
+        quiet = quiet + _REFRESH if now == seen else 0.0
+        seen = now
+        if _AT_REST <= quiet < _AT_REST + _REFRESH:
+            image.fetcher.memory.clear()
+            release_memory()
 
 
 def mount_status(image: OpenImage, mountpoint: str, request: MountRequest) -> dict[str, Any]:

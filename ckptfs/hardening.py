@@ -36,3 +36,10 @@ def settle_garbage_collector() -> None:
     """
     gc.freeze()
     gc.enable()
+
+
+def release_memory() -> None:
+    """Hand freed memory back to the kernel: glibc keeps what lies between living blocks, 100 MB after a restore."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):  # musl has no malloc_trim
+        ctypes.CDLL(None).malloc_trim(0)

@@ -32,6 +32,10 @@ class MemoryCache:
         with self._lock:
             self._chunks.pop(key, None)
 
+    def clear(self) -> None:
+        with self._lock:
+            self._chunks.clear()
+
     def __contains__(self, key: bytes) -> bool:
         return key in self._chunks
 
