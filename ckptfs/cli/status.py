@@ -12,21 +12,27 @@ from ckptfs.cli.options import configure_logging, verbosity_options
 @click.command()
 @click.argument("directory", metavar="[DIR]", required=False, type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="One JSON object for DIR, a list without.")
+@click.option("--prometheus", is_flag=True, help="Prometheus' text format, for a textfile collector.")
 @click.option("--watch", is_flag=True, help="Show it again every second until Ctrl-C.")
 @verbosity_options
-def status(directory: str | None, as_json: bool, watch: bool, verbose: int, quiet: bool) -> None:
+def status(directory: str | None, as_json: bool, prometheus: bool, watch: bool, verbose: int, quiet: bool) -> None:
     """What each mount has fetched, served and is waiting for.
 
     \b
     ckptfs status
     ckptfs status /mnt/ckpt --json
+    ckptfs status --prometheus > /var/lib/node_exporter/ckptfs.prom
     """
     configure_logging(verbose, quiet)
     from ckptfs import mounting
 
     while True:
         found = mounting.statuses(directory)
-        if as_json:
+        if prometheus:
+            from ckptfs.cli.prometheus import exposition
+
+            click.echo("\n".join(exposition(found)))
+        elif as_json:
             click.echo(json.dumps(found[0] if directory is not None else found, indent=2))
         else:
             if watch:

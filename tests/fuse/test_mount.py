@@ -309,3 +309,12 @@ def _until(condition: object, seconds: float = 10) -> None:
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.02)
+
+
+def test_status_for_prometheus(tmp_path: Path) -> None:
+    with mounted(f"oci:{LAYOUT}", tmp_path) as mount:
+        lines = ckptfs("status", mount.path, "--prometheus").out.splitlines()
+    samples = [line for line in lines if not line.startswith("#")]
+    assert any(line.startswith("ckptfs_up{") and line.endswith(" 1") for line in samples)
+    image_bytes = next(line for line in samples if line.startswith("ckptfs_image_bytes{"))
+    assert f'mountpoint="{mount.path}"' in image_bytes and float(image_bytes.rpartition(" ")[2]) > 0
