@@ -39,7 +39,7 @@ def exposition(mounts: Sequence[dict[str, Any]]) -> Iterator[str]:
             value: Any = mount
             for key in path:
                 value = value[key]
-            yield f"{name}{_labels(mount)} {value / 1000 if path == ('ready_ms',) else float(value):g}"
+            yield f"{name}{_labels(mount)} {value / 1000 if path == ('ready_ms',) else int(value)}"
 
 
 def _labels(mount: dict[str, Any]) -> str:
