@@ -133,5 +133,7 @@ def _first_read(path: str) -> None:
             file.read(1)
     except IsADirectoryError:
         return  # the image has no files
+    except FileNotFoundError:
+        return  # a layer above, which came meanwhile, deletes it; that is an answer too
     except OSError as error:
         raise UnavailableError(f"the first read, of {path}, failed: {error.strerror}") from None
