@@ -29,12 +29,27 @@ if TYPE_CHECKING:
 
 @click.command()
 @reference_argument
-@click.option("-p", "--pid", metavar="PID", type=click.IntRange(1), help="Only this process; without --search its memory is shown.")
+@click.option(
+    "-p",
+    "--pid",
+    metavar="PID",
+    type=click.IntRange(1),
+    help="Only this process; without --search its memory is shown.",
+)
 @click.option("-s", "--search", metavar="TEXT", help="Search for a string.")
 @click.option("-r", "--search-regex", metavar="REGEX", help="Search for a regular expression over bytes.")
 @click.option("-x", "--search-hex", metavar="HEX", help="Search for bytes: 'de ad be ef'.")
-@click.option("-c", "--context", metavar="BYTES", type=click.IntRange(0, 4096), default=0, help="To show around each match.")
-@click.option("--limit", metavar="N", type=click.IntRange(1), default=10_000, show_default=True, help="Stop after so many matches.")
+@click.option(
+    "-c", "--context", metavar="BYTES", type=click.IntRange(0, 4096), default=0, help="To show around each match."
+)
+@click.option(
+    "--limit",
+    metavar="N",
+    type=click.IntRange(1),
+    default=10_000,
+    show_default=True,
+    help="Stop after so many matches.",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the raw memory to FILE.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @image_options
@@ -190,7 +205,11 @@ def _write(files: "ImageFiles", pid: int, output: Path, as_json: bool) -> dict[s
 @contextmanager
 def _new_file(path: Path) -> "Iterator[BinaryIO]":
     """Only its owner may read what was in a process's memory; a file that is not complete goes away."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as out:
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from None
+    with open(fd, "wb") as out:
         try:
             yield out
         except BaseException:

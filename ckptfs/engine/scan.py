@@ -75,6 +75,7 @@ class LayerScan:
         """Scan, and stream again whenever it is needed; ends when all is known of a layer with random access."""
         self._token = trio.lowlevel.current_trio_token()
         if not self._known:
+            self._go = trio.Event()  # who asked before the start is served by this run: no second one for them
             await self._once()
             if not self.layer.sequential:
                 return

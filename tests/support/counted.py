@@ -21,7 +21,7 @@ from ckptfs.telemetry import NetworkCounters
 
 T = TypeVar("T")
 
-_DELAY = 0.02  # seconds
+_DELAY = 0.1  # seconds; more than a thread takes to start on a busy machine
 
 
 class CountedSource:

@@ -1,0 +1,76 @@
+"""How ckptfs is found by others: checkpointctl's plugins, shells, man."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.command import ckptfs
+from tests.support.criu_images import CORPUS
+from tests.support.tools import ROOT
+
+PLUGIN = "import sys; from ckptfs.__main__ import checkpointctl_plugin; sys.exit(checkpointctl_plugin())"
+
+
+def plugin(*arguments: object) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-c", PLUGIN, *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False, timeout=60)
+
+
+def test_checkpointctl_asks_for_a_description() -> None:
+    """cmd/plugin.go: exit code 42, the first line of the output, within half a second."""
+    began = time.monotonic()
+    asked = plugin("--plugin-description")
+    assert asked.returncode == 42 and asked.stderr == ""
+    assert "without pulling" in asked.stdout and len(asked.stdout.splitlines()) == 1
+    assert time.monotonic() - began < 0.5
+    heavy = "import sys, ckptfs.__main__; sys.exit(bool({'click', 'trio', 'ckptfs.cli'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", heavy], cwd=ROOT, check=False).returncode == 0
+
+
+def test_checkpointctl_runs_the_commands(tmp_path: Path) -> None:
+    done = plugin("inspect", f"oci:{CORPUS}/counter/k8s-zstdchunked.oci", "--ps-tree-cmd", "--cache-dir", tmp_path)
+    assert done.returncode == 0 and "[1] /counter 1536 /data/out" in done.stdout
+    wrong = plugin("inspect")
+    assert wrong.returncode == 2 and "See `checkpointctl ckptfs inspect --help`" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("shell", "words"), [("bash", "complete -o"), ("zsh", "#compdef ckptfs"), ("fish", "complete ")]
+)
+def test_completion_scripts(shell: str, words: str) -> None:
+    script = ckptfs("completion", shell)
+    assert script.code == 0 and words in script.out and "_CKPTFS_COMPLETE" in script.out
+    if shutil.which(shell):
+        assert subprocess.run([shell, "-n"], input=script.out, text=True, check=False).returncode == 0
+    assert ckptfs("completion", "tcsh").code == 2
+
+
+def test_completion_of_commands_and_options() -> None:
+    def complete(*typed: str) -> list[str]:
+        words = {"COMP_WORDS": " ".join(("ckptfs", *typed)), "COMP_CWORD": str(len(typed))}
+        out = ckptfs(env={**words, "_CKPTFS_COMPLETE": "bash_complete"}).out
+        return [line.partition(",")[2] for line in out.splitlines()]
+
+    assert complete("insp") == ["inspect"]
+    assert {"mount", "memparse", "completion"} <= set(complete(""))
+    assert complete("inspect", "--ps-tree-") == ["--ps-tree-cmd", "--ps-tree-env"]
+
+
+def test_man_pages(tmp_path: Path) -> None:
+    script = [sys.executable, ROOT / "scripts" / "man_pages.py", tmp_path]
+    subprocess.run(script, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert {"ckptfs.1", "ckptfs-mount.1", "ckptfs-cache-verify.1", "ckptfs-inspect.1"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
+    page = (tmp_path / "ckptfs-inspect.1").read_text()
+    assert ".SH SYNOPSIS" in page and r"ckptfs inspect localhost:5000/counter:1 \-\-ps\-tree\-cmd" in page
+    groff = shutil.which("groff")
+    if groff:
+        for file in tmp_path.iterdir():
+            done = subprocess.run([groff, "-man", "-Tutf8", "-ww", file], capture_output=True, text=True, check=False)
+            assert done.returncode == 0 and done.stderr == "" and "OPTIONS" in done.stdout
