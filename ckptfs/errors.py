@@ -9,7 +9,8 @@
     ├── FormatError         7   a manifest, layer, TOC or image file is not what it claims to be
     │   └── LimitExceeded   7   ... or is larger than settings.Limits allows
     ├── MountError          8   the mount point is missing, busy, stale or not permitted
-    └── CacheError          8   the cache directory cannot be used as it is
+    ├── CacheError          8   the cache directory cannot be used as it is
+    └── RestoreError        8   this machine cannot restore, or criu or the runtime said no
 
 A class carries what it means elsewhere: `exit_code` for the command line, `errno` for a reader of the mount,
 `retryable` for the fetcher. Foreign exceptions are translated into these where they enter (sources/, layers/,
@@ -84,4 +85,8 @@ class MountError(CkptfsError):
 
 
 class CacheError(CkptfsError):
+    exit_code = 8
+
+
+class RestoreError(CkptfsError):
     exit_code = 8

@@ -42,6 +42,7 @@ class MountRequest:
     strict: bool = False
     prefetch: bool = True
     background: bool = True
+    publish_index: bool = False
     base: Reference | None = None
     allow_other: bool = False
     plain_http: bool = False
@@ -69,7 +70,7 @@ def begin(request: MountRequest) -> "Pending":
             _become_daemon(claim.files.log)
             _serve(request, claim, writer)
         os.close(writer)
-        return Pending(reader, child, claim.files)
+        return Pending(reader, child, claim.path)
 
 
 def mount_foreground(request: MountRequest) -> None:
@@ -235,19 +236,20 @@ def _serve(request: MountRequest, claim: _Claim, writer: int) -> None:
 class Pending:
     """A mount whose daemon has been started. `pid` is the daemon's, a child of this process."""
 
-    def __init__(self, reader: int, pid: int, files: MountFiles) -> None:
+    def __init__(self, reader: int, pid: int, path: str) -> None:
         self.pid = pid
         self._reader = reader
-        self._files = files
+        self._path = path
+        self._files = MountFiles.of(path)
 
     def wait(self) -> dict[str, Any]:
         """The first status, once a read has worked; raises what kept the daemon from that. To be called once."""
         with os.fdopen(self._reader, "rb") as pipe:
+            self._reader = -1
             try:
                 line = pipe.readline()
             except KeyboardInterrupt:
-                os.kill(self.pid, signal.SIGTERM)
-                os.waitpid(self.pid, 0)
+                self.end()
                 raise
         if not line:
             _, status = os.waitpid(self.pid, 0)
@@ -259,6 +261,26 @@ class Pending:
             self._files.log.unlink(missing_ok=True)  # all that it says is said here
             raise _rebuilt(message)
         return dict(message)
+
+    def cancel(self) -> None:
+        """Ask the daemon to end and do not wait; `end` must still be called."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGTERM)
+
+    def end(self) -> None:
+        """End the mount, ready or not; nothing of it stays. For the process that has begun it."""
+        if self._reader != -1:
+            os.close(self._reader)
+            self._reader = -1
+        with contextlib.suppress(ChildProcessError, ProcessLookupError):
+            if os.waitpid(self.pid, os.WNOHANG)[0] == 0:
+                os.kill(self.pid, signal.SIGTERM)
+                os.waitpid(self.pid, 0)
+        if (left := mount_at(self._path)) is not None and left.ours:
+            detach(self._path)
+        with contextlib.suppress(MountError), _Lock(self._path) as lock:
+            lock.remove()
+        self._files.log.unlink(missing_ok=True)
 
 
 def _rebuilt(message: dict[str, Any]) -> CkptfsError:

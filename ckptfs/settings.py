@@ -49,6 +49,8 @@ class Timeouts:
 
     connect: float = 3.0
     first_byte: float = 5.0
+    hedge: float = 1.0  # a host that used to answer sooner and does not: ask on another connection or at a mirror
+    mirror_fill: float = 15.0  # until a pull-through mirror that is still fetching a blob serves ranges of it
     commit: float = 120.0  # first byte after an upload: registries hash and move the whole blob before they answer
     stall_bytes: int = 32 * KiB  # fewer than this in `stall_window` means that the connection is dead
     stall_window: float = 5.0
@@ -92,12 +94,16 @@ class Sizes:
 class Registries:
     """What the user has set for registries by name: host[:port] as in references.
 
-    plain_http   these speak http.
-    mirrors      registry -> where else its images can be had, host[:port] or an http(s) URL, the best first.
+    plain_http    these speak http.
+    mirrors       registry -> where else its images can be had, host[:port] or an http(s) URL, the best first.
+    mirror_tags   these mirrors also say which image a tag is; otherwise only the registry itself does.
+    system_files  read what podman and containerd have configured on this machine, too.
     """
 
     plain_http: frozenset[str] = frozenset()
     mirrors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    mirror_tags: bool = False
+    system_files: bool = False
 
 
 @dataclass(frozen=True, slots=True)

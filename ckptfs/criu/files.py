@@ -96,7 +96,7 @@ class OpenFile(NamedTuple):
     """An open file description; several descriptors may have it. `kind` is CRIU's name of the type (REG, PIPE, ...).
 
     `path` is a path for REG, and otherwise a word that tells files of the kind apart ("pipe[12]", "memfd:cache").
-    `size` is the size that the file must have at restore, where CRIU noted it.
+    `size` is the size that the file must have at restore, and `mode` its st_mode, where CRIU noted them.
     """
 
     id: int
@@ -106,6 +106,7 @@ class OpenFile(NamedTuple):
     position: int = 0
     size: int | None = None
     socket: Socket | None = None
+    mode: int | None = None
 
 
 class Descriptor(NamedTuple):
@@ -152,7 +153,8 @@ def _open_file(number: int, kind: str, m: Message | None) -> OpenFile:
 
 
 def _regular(number: int, m: Message) -> OpenFile:
-    return OpenFile(number, "REG", m.text(6), m.uint(2), m.uint(3), m.uint(8) if 8 in m else None)
+    size, mode = (m.uint(field) if field in m else None for field in (8, 10))
+    return OpenFile(number, "REG", m.text(6), m.uint(2), m.uint(3), size, mode=mode)
 
 
 def _pipe(number: int, m: Message) -> OpenFile:

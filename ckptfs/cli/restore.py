@@ -1,0 +1,187 @@
+"""ckptfs restore."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from ckptfs.cli.options import (
+    F,
+    RegistryReference,
+    configure_logging,
+    deadline,
+    make_settings,
+    read_cache_key,
+    reference_argument,
+    registry_options,
+)
+from ckptfs.errors import UsageError
+from ckptfs.model.oci import Reference
+from ckptfs.settings import default_cache_dir
+
+STORE = "containers-storage:"
+
+
+class BaseImage(RegistryReference):
+    """A reference, or an image in the storage of podman and CRI-O by name or id."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        text = str(value)
+        return text if text.startswith(STORE) else super().convert(value, param, ctx)
+
+
+def base_options(function: F) -> F:
+    """Where the container's base image comes from, if not from where the checkpoint says."""
+    directory = click.Path(path_type=Path, file_okay=False, exists=True)
+    function = click.option("--rootfs", type=directory, help="The base image's files as a directory.")(function)
+    return click.option(
+        "--base", type=BaseImage(), help=f"The base image: a REF, or {STORE}IMAGE for one that podman has."
+    )(function)
+
+
+@click.command()
+@reference_argument
+@click.argument("extra", metavar="[-- OPTION...]", nargs=-1)
+@click.option("--name", default="", help="The container's name here. [default: made from REF]")
+@click.option(
+    "--runtime",
+    type=click.Choice(["auto", "runc", "crun", "criu"]),
+    default="auto",
+    show_default=True,
+    help="auto: what wrote the checkpoint, if it can restore here; criu for processes without a container.",
+)
+@click.option("--engine", type=click.Choice(["podman"]), help="Have an engine restore it and keep it as its own.")
+@click.option("-d", "--detach", is_flag=True, help="Return when it runs; what serves it ends when it ends.")
+@click.option("--lazy-pages/--no-lazy-pages", default=True, help="Run before the memory is here. [default: on]")
+@click.option("--eager", is_flag=True, help="Pull and unpack everything first, to compare; without lazy pages.")
+@base_options
+@click.option("--bind", "binds", metavar="DEST=SOURCE", multiple=True, help="What is mounted on DEST; repeatable.")
+@click.option("--network", default="", metavar="PATH", help="A network namespace to join instead of an empty one.")
+@click.option(
+    "--dir",
+    "directory",
+    type=click.Path(path_type=Path),
+    help="Where it works. [default: /var/lib/ckptfs/restores/NAME]",
+)
+@click.option("--keep", is_flag=True, help="Leave mounts, bundle and logs when it has ended.")
+@click.option("--offline", is_flag=True, help="Send nothing; use only what the node's cache has.")
+@click.option("--read-deadline", default="60", show_default=True, help="Seconds until a read gets EIO, or `hard`.")
+@click.option("--json", "as_json", is_flag=True, help="One object per event: running, resident, ended.")
+@registry_options
+def restore(
+    reference: Reference,
+    extra: tuple[str, ...],
+    name: str,
+    runtime: Literal["auto", "runc", "crun", "criu"],
+    engine: str | None,
+    detach: bool,
+    lazy_pages: bool,
+    eager: bool,
+    base: Reference | str | None,
+    rootfs: Path | None,
+    binds: tuple[str, ...],
+    network: str,
+    directory: Path | None,
+    keep: bool,
+    offline: bool,
+    read_deadline: str,
+    as_json: bool,
+    plain_http: bool,
+    cache_dir: Path | None,
+    cache_size: int | None,
+    cache_key_file: Path | None,
+    memory: int | None,
+    verbose: int,
+    quiet: bool,
+) -> None:
+    """Run the checkpointed container REF again, before it has been pulled.
+
+    Stays until it ends; Ctrl-C stops it. Nothing stays behind. Options after -- go to the runtime's restore
+    (or to podman's): --tcp-established, --file-locks, ...
+
+    \b
+    ckptfs restore localhost:5000/counter:1
+    ckptfs restore localhost:5000/counter:1 --base containers-storage:docker.io/library/alpine -- --file-locks
+    ckptfs restore localhost:5000/counter:1 --engine podman --name counter
+    """
+    configure_logging(verbose, quiet)
+    if base is not None and rootfs is not None:
+        raise UsageError("--base and --rootfs name the same thing", hint="give one of them")
+    from ckptfs.mounting import MountRequest
+    from ckptfs.restore import keeper
+    from ckptfs.restore.flow import RestoreRequest
+
+    request = RestoreRequest(
+        mount=MountRequest(
+            reference=reference,
+            mountpoint="",
+            cache_dir=(cache_dir or default_cache_dir()).absolute(),
+            cache_key=read_cache_key(cache_key_file),
+            offline=offline,
+            background=not offline,
+            plain_http=plain_http,
+            settings=make_settings(cache_size, memory, deadline(read_deadline)),
+        ),
+        name=name,
+        runtime=runtime,
+        engine=engine,
+        lazy=lazy_pages,
+        eager=eager,
+        keep=keep,
+        base=base if isinstance(base, Reference) else None,
+        image_store=base.removeprefix(STORE) if isinstance(base, str) else "",
+        rootfs=rootfs,
+        binds=_pairs(binds),
+        network=network,
+        extra=extra,
+        directory=directory.absolute() if directory is not None else None,
+        output=None if detach else (2, 2) if as_json else (1, 2),
+    )
+    report = _Printer(as_json, quiet)
+    if detach:
+        keeper.restore_detached(request, report)
+    else:
+        keeper.restore(request, report)
+
+
+def _pairs(binds: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for text in binds:
+        destination, equals, source = text.partition("=")
+        if not equals or not destination.startswith("/"):
+            raise UsageError(f"--bind {text!r} is not DEST=SOURCE", hint="for example --bind /data=/srv/data")
+        found[destination] = source
+    return found
+
+
+class _Printer:
+    """Events as JSON lines, or as sentences: what matters on standard output, the steps on a terminal only."""
+
+    def __init__(self, as_json: bool, quiet: bool) -> None:
+        self._json = as_json
+        self._quiet = quiet
+
+    def __call__(self, event: str, **facts: Any) -> None:
+        if self._json:
+            if event != "step":
+                click.echo(json.dumps({"event": event, **facts}))
+            return
+        if self._quiet:
+            return
+        if event == "running":
+            click.echo(
+                f"{facts['name']} runs as process {facts['pid']} after {facts['running_ms'] / 1000:.2f} s", err=True
+            )
+        elif sys.stderr.isatty():
+            click.echo(_sentence(event, facts), err=True)
+
+
+def _sentence(event: str, facts: dict[str, Any]) -> str:
+    if event == "resident":
+        return f"all its memory is here after {facts['resident_ms'] / 1000:.2f} s"
+    if event == "ended":
+        code = facts["exit_code"]
+        return "it has ended" if code is None else f"it has ended with exit code {code}"
+    return str(facts["text"])

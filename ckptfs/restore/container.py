@@ -1,0 +1,154 @@
+"""A container restored by runc or crun, or processes by criu: root file system, bundle, runtime, and staying with it.
+
+Owns the order from an open image to the end of the container, and where its root file system comes from. Called by
+keeper.py.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ckptfs.errors import CkptfsError, NotFoundError
+from ckptfs.fuse.mountpoint import detach
+from ckptfs.mounting import Pending
+from ckptfs.restore import runtimes
+from ckptfs.restore.bundle import Bundle, cgroup
+from ckptfs.restore.facts import check_runtime, root_mode
+from ckptfs.restore.flow import Flow
+from ckptfs.restore.image_store import local_image, mounted_image
+from ckptfs.restore.lazy_pages import LazyPages
+from ckptfs.restore.rootfs import mount_rootfs
+from ckptfs.restore.supervise import Console, Relay, Watch, become_subreaper, end_orphans
+
+
+def finish(flow: Flow) -> None:
+    """Restore what `flow` has begun to mount, and stay until it has ended."""
+    image = flow.open_image()
+    spec, config = flow.document("spec.dump"), flow.document("config.dump") or {}
+    wanted = flow.request.runtime
+    flow.require(check_runtime(wanted, container=spec is not None, settings=flow.settings))
+    flow.check_machine()
+    lazy = flow.start_lazy_pages()
+    if spec is None:
+        _run(flow, "criu", lazy, None, None)
+        return
+    runtime = runtimes.choose(wanted, str(config.get("runtime", "")), flow.settings)
+    bundle = Bundle(flow.place, image, spec, config, flow.request.binds, flow.request.network)
+    root = _Root(flow)
+    bundle.write(root.mount(config), flow.name)
+    flow.stack.callback(_remove_cgroups, flow.name)
+    _run(flow, runtime, lazy, bundle, root.origin)
+
+
+def _run(flow: Flow, runtime: str, lazy: LazyPages | None, bundle: Bundle | None, rootfs: str | None) -> None:
+    become_subreaper()
+    work, output = flow.place / "work", flow.request.output
+    console = Console(work / "console") if bundle is not None and bundle.terminal else None
+    if console is not None:
+        flow.stack.callback(console.close)
+    runtimes.require_free(runtime, flow.name)
+    flow.stack.callback(end_orphans, flow.daemons)
+    flow.stack.callback(runtimes.delete, runtime, flow.name)
+    with _output(flow) as (stdout, stderr, relays):
+        where = console.path if console is not None else None
+        job = runtimes.Job(
+            flow.images,
+            work,
+            flow.place / "bundle",
+            flow.name,
+            lazy is not None,
+            flow.request.extra,
+            stdout,
+            stderr,
+            where,
+        )
+        pid = runtimes.restore(runtime, job, flow.settings)
+    flow.place.record(pid=pid, lazy_pid=lazy.pid if lazy is not None else None)
+    if console is not None:
+        relays.append(Relay(console.master(), output[0] if output is not None else None))
+    flow.running(pid, runtime=runtime, rootfs=rootfs)
+    watch = Watch(pid, _stop_signal(bundle), flow.settings.timeouts.stop, relays)
+    code = watch.run(lazy, flow.resident)
+    flow.tell("ended", exit_code=code, ended_ms=flow.now())
+
+
+class _Root:
+    """The container's root. `origin` says where the base came from once it is mounted."""
+
+    def __init__(self, flow: Flow) -> None:
+        self._flow = flow
+        self.origin = ""
+
+    def mount(self, config: Mapping[str, Any]) -> Path:
+        """From the user's directory or image store; else from the registry, else from the image store."""
+        flow, request = self._flow, self._flow.request
+        if request.rootfs is not None:
+            self.origin = str(request.rootfs)
+            return self._overlay(request.rootfs.resolve(), delta=True)
+        stored = request.image_store
+        failure: CkptfsError | None = None
+        if flow.base is not None:
+            if request.base is None and (stored := local_image(config)):
+                flow.base.cancel()
+            else:
+                try:
+                    return self._from_registry(flow.base)
+                except CkptfsError as error:
+                    failure = error
+        if failure is not None:
+            if failure.exit_code == NotFoundError.exit_code:
+                hint = "name it: --base REF, --base containers-storage:IMAGE, or --rootfs DIR"
+                raise NotFoundError(f"the base image is missing: {failure.message}", hint=hint)
+            raise failure
+        self.origin = f"containers-storage:{stored}"
+        lower = flow.stack.enter_context(mounted_image(stored, flow.settings, keep=request.keep))
+        return self._overlay(lower, delta=True)
+
+    def _from_registry(self, base: Pending) -> Path:
+        base.wait()
+        self.origin = "registry"
+        flow = self._flow
+        return self._overlay(flow.unpack(base, "base") if flow.request.eager else flow.place / "base", delta=False)
+
+    def _overlay(self, lower: Path, *, delta: bool) -> Path:
+        """`delta`: `lower` is the base only, what the container had changed goes over it."""
+        flow = self._flow
+        above = flow.images.parent / "rootfs-diff" if delta else None
+        merged = mount_rootfs(flow.place, lower, above, root_mode(flow.files, flow.settings.limits))
+        if not flow.request.keep:  # before what is below it
+            flow.stack.callback(detach, str(merged))
+        return merged
+
+
+@contextlib.contextmanager
+def _output(flow: Flow) -> Iterator[tuple[int, int, list[Relay]]]:
+    """(stdout, stderr, relays) for the container. Its stderr passes through us: a runtime that fails is not heard."""
+    if flow.request.output is None:
+        yield subprocess.DEVNULL, subprocess.DEVNULL, []
+        return
+    reader, writer = os.pipe()
+    flow.stack.callback(os.close, reader)
+    try:
+        yield flow.request.output[0], writer, [Relay(reader, flow.request.output[1])]
+    finally:
+        os.close(writer)
+
+
+def _stop_signal(bundle: Bundle | None) -> int:
+    annotations = bundle.spec.get("annotations") if bundle is not None else None
+    text = str(annotations.get("org.opencontainers.image.stopSignal", "")) if isinstance(annotations, dict) else ""
+    with contextlib.suppress(ValueError, KeyError):
+        return int(text) if text.isdigit() else signal.Signals[text].value
+    return signal.SIGTERM
+
+
+def _remove_cgroups(name: str) -> None:
+    """The cgroup and the directory above it, in every hierarchy; runtimes remove only the first."""
+    for top in [Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir()]:
+        for path in (top / cgroup(name).lstrip("/"), top / "ckptfs"):
+            with contextlib.suppress(OSError):
+                path.rmdir()

@@ -1,0 +1,89 @@
+"""What a checkpoint says of itself that a restore must know: its documents, its architecture, its root directory.
+
+Reads through CheckpointFiles, so a mount, an unpacked directory and an image without a mount are the same. Called by
+container.py, podman.py and `ckptfs check`.
+"""
+
+import stat
+from collections.abc import Iterator
+from typing import Any
+
+from ckptfs.criu.core import parse_core
+from ckptfs.criu.files import parse_files
+from ckptfs.criu.pstree import parse_pstree
+from ckptfs.errors import FormatError
+from ckptfs.inspection.source import CheckpointFiles, read_whole
+from ckptfs.model.oci import machine_architecture, parse_json
+from ckptfs.restore.checking import Finding
+from ckptfs.restore.runtimes import RUNTIMES, why_not
+from ckptfs.settings import Limits, Settings
+
+
+def check_runtime(wanted: str, *, container: bool, settings: Settings) -> Iterator[Finding]:
+    """Whether a runtime can restore the checkpoint. `container`: it has a specification that runtimes want."""
+    if not container:
+        ok = wanted in ("auto", "criu")
+        detail = "plain criu" if ok else f"the checkpoint has no spec.dump, which {wanted} needs"
+        yield Finding("runtime", ok, detail, "restore it with --runtime criu", FormatError)
+        return
+    if wanted == "criu":
+        hint = "leave --runtime out, or say runc"
+        yield Finding("runtime", False, "the checkpoint is of a container, not of processes on a host", hint)
+        return
+    reasons = {name: why_not(name, settings) for name in (RUNTIMES if wanted == "auto" else (wanted,))}
+    usable = [name for name, reason in reasons.items() if not reason]
+    detail = ", ".join(usable) if usable else "; ".join(reasons.values())
+    yield Finding("runtime", bool(usable), detail, "install runc, or crun built with criu")
+
+
+def check_checkpoint(files: CheckpointFiles, settings: Settings) -> Iterator[Finding]:
+    """Whether the image holds a checkpoint of one container or process tree, of this architecture."""
+    if files.size("checkpoint/inventory.img") is None:
+        pod = [name for name in files.list("") if files.size(f"{name}checkpoint/inventory.img") is not None]
+        if pod:
+            detail = f"the checkpoint is of a pod: {', '.join(name.rstrip('/') for name in pod)}"
+            yield Finding("checkpoint", False, detail, "containers of pods cannot be restored one by one", FormatError)
+            return
+        hint = "`ckptfs ls REF` shows what it holds"
+        yield Finding("checkpoint", False, "the image holds no checkpoint (no inventory.img)", hint, FormatError)
+        return
+    spec = files.size("spec.dump") is not None
+    yield Finding("checkpoint", True, "a container" if spec else "processes without a container")
+    theirs, ours = _architecture(files, settings), machine_architecture()
+    detail = theirs if theirs == ours else f"the checkpoint is of a {theirs} machine, this one is {ours}"
+    yield Finding("architecture", theirs == ours, detail, "restore it on a machine of its kind", FormatError)
+
+
+def document(files: CheckpointFiles, name: str, limits: Limits) -> dict[str, Any] | None:
+    """A JSON object of the checkpoint; None where it has none."""
+    raw = read_whole(files, name, limits.dump_bytes)
+    if raw is None:
+        return None
+    value = parse_json(raw, name)
+    if not isinstance(value, dict):
+        raise FormatError(f"{name} is not a JSON object")
+    return value
+
+
+def root_mode(files: CheckpointFiles, limits: Limits) -> int | None:
+    """The permissions that criu expects of the root directory, which no delta records; None if it does not say."""
+    data = read_whole(files, "checkpoint/files.img", limits.criu_image_bytes)
+    if data is None:
+        return None
+    for file in parse_files(data, limits=limits):
+        if file.kind == "REG" and file.path in ("/", ".", "") and file.mode is not None and stat.S_ISDIR(file.mode):
+            return stat.S_IMODE(file.mode)
+    return None
+
+
+def _architecture(files: CheckpointFiles, settings: Settings) -> str:
+    """GOARCH of the machine that dumped, from the root task's registers; "unknown" for one we have no name for."""
+    limits = settings.limits
+    tree = read_whole(files, "checkpoint/pstree.img", limits.criu_image_bytes)
+    if tree is None:
+        raise FormatError("the checkpoint has no checkpoint/pstree.img", hint="it is not a complete CRIU checkpoint")
+    name = f"core-{parse_pstree(tree, limits=limits)[0].pid}.img"
+    core = read_whole(files, f"checkpoint/{name}", limits.criu_image_bytes)
+    if core is None:
+        raise FormatError(f"the checkpoint has no checkpoint/{name}", hint="it is not a complete CRIU checkpoint")
+    return parse_core(core, name, limits).machine or "unknown"

@@ -1,0 +1,106 @@
+"""Who stays with the container: this command, or a process that it leaves behind (`--detach`).
+
+Owns the fork and what comes back over the pipe, and who does the rest: container.py or podman.py. Called by the command
+line.
+"""
+
+import json
+import os
+import signal
+import sys
+from typing import Any
+
+from ckptfs.control.ready import notify
+from ckptfs.errors import CkptfsError
+from ckptfs.restore.flow import Report, RestoreRequest, begun
+
+_NOTIFY = "NOTIFY_SOCKET"
+
+
+def restore(request: RestoreRequest, report: Report) -> None:
+    """Restore, tell systemd when it runs, stay until the container has ended (or the engine has it)."""
+    # The daemons of mounts would say that they are ready, and runc would wait for the container to say so.
+    listener = os.environ.pop(_NOTIFY, None)
+
+    def tell(event: str, **facts: object) -> None:
+        if event == "running" and listener is not None:
+            os.environ[_NOTIFY] = listener
+            notify("READY=1")
+            del os.environ[_NOTIFY]
+        report(event, **facts)
+
+    own = request.engine is None
+    if not own:
+        from ckptfs.restore import podman
+
+        podman.refuse_options(request)
+    with begun(request, tell, base=own and request.rootfs is None and not request.image_store) as flow:
+        if own:
+            from ckptfs.restore import container
+
+            container.finish(flow)
+        else:
+            podman.finish(flow)
+
+
+def restore_detached(request: RestoreRequest, report: Report) -> None:
+    """Return when the container runs; a child stays, without a terminal, and cleans up when it has ended."""
+    reader, writer = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        _keep(request, writer)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        try:
+            for line in pipe:
+                message = json.loads(line)
+                if "error" in message:
+                    os.waitpid(child, 0)
+                    error = CkptfsError(message["error"], hint=message["hint"])
+                    error.exit_code = message["code"]
+                    raise error
+                report(message.pop("event"), **message)
+                if "pid" in message:
+                    return
+        except KeyboardInterrupt:
+            os.kill(child, signal.SIGTERM)
+            os.waitpid(child, 0)
+            raise
+    os.waitpid(child, 0)
+    raise CkptfsError("the process that stays with the container ended early")
+
+
+def _keep(request: RestoreRequest, writer: int) -> None:
+    """The child's whole life; never returns."""
+    pipe: int | None = writer
+
+    def send(message: dict[str, Any]) -> None:
+        if pipe is not None:
+            os.write(pipe, json.dumps(message).encode() + b"\n")
+
+    def report(event: str, **facts: object) -> None:
+        nonlocal pipe
+        send({"event": event, **facts})
+        if event == "running" and pipe is not None:
+            os.close(pipe)
+            pipe = None
+
+    code = 0
+    try:
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDWR)
+        for descriptor in (0, 1, 2):
+            os.dup2(null, descriptor)
+        os.chdir("/")
+        restore(request, report)
+    except CkptfsError as error:
+        code = error.exit_code
+        send({"error": error.message, "hint": error.hint, "code": code})
+    except BaseException as error:
+        code = 1
+        send({"error": f"internal error: {error!r}", "hint": "", "code": code})
+    finally:
+        os._exit(code)

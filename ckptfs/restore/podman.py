@@ -1,0 +1,80 @@
+"""Restores by podman, unmodified: it is given a stub, and criu reads the mount (stub.py says how).
+
+Owns the calls of podman. The container is podman's afterwards and needs nothing of us once all its memory is there.
+Called by keeper.py.
+"""
+
+import contextlib
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ckptfs.errors import NotFoundError, RestoreError, UsageError
+from ckptfs.restore.flow import Flow, RestoreRequest
+from ckptfs.restore.runtimes import criu_complaint
+from ckptfs.restore.stub import redirect, write_stub
+from ckptfs.restore.supervise import wait_resident
+from ckptfs.restore.workplace import check_name
+
+
+def refuse_options(request: RestoreRequest) -> None:
+    """UsageError for what only means something when the container is restored here."""
+    for option, given in (
+        ("--eager", request.eager),
+        ("--base", request.base or request.image_store),
+        ("--rootfs", request.rootfs),
+        ("--bind", request.binds),
+        ("--network", request.network),
+        ("--runtime", request.runtime != "auto"),
+    ):
+        if given:
+            raise UsageError(
+                f"{option} means nothing to podman", hint="options of podman container restore go after --"
+            )
+
+
+def finish(flow: Flow) -> None:
+    """Restore and stay until all pages are in; then the container is podman's alone."""
+    flow.open_image()
+    config = flow.document("config.dump") or {}
+    name = check_name(flow.request.name or str(config.get("name", "")) or flow.name)
+    with ThreadPoolExecutor(1) as worker:
+        taken = worker.submit(_exists, name)
+        flow.check_machine()
+        lazy = flow.start_lazy_pages()
+        redirection = redirect(flow.place.path, flow.images, lazy=lazy is not None)
+        archive = flow.place / "stub.tar"
+        write_stub(flow.files, archive, redirection.config, flow.settings.limits)
+        if taken.result():
+            raise RestoreError(f"podman has a container {name} already", hint="give another --name")
+    undo = flow.stack.enter_context(contextlib.ExitStack())
+    undo.callback(_podman, "rm", "--force", "--time=0", "--ignore", name)
+    done = _podman("container", "restore", f"--import={archive}", f"--name={name}", *flow.request.extra)
+    if done.returncode != 0:
+        raise _failure(done, redirection.work)
+    pid = int(_podman("container", "inspect", "--format={{.State.Pid}}", name).stdout.strip() or 0)
+    flow.name = name
+    flow.running(pid, runtime=config.get("runtime"), engine="podman", container=done.stdout.strip())
+    if lazy is not None and pid and not wait_resident(pid, lazy):
+        return  # interrupted: a container without the rest of its memory is of no use
+    undo.pop_all()
+    if lazy is not None:
+        flow.resident()
+
+
+def _exists(name: str) -> bool:
+    return _podman("container", "exists", name).returncode == 0
+
+
+def _podman(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["podman", *words], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+
+
+def _failure(done: subprocess.CompletedProcess[str], work: Path) -> RestoreError:
+    said = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1].removeprefix("Error: ")
+    if "image" in said and ("not known" in said or "manifest unknown" in said or "unable to copy" in said):
+        return NotFoundError(f"podman lacks the base image: {said}", hint="pull or build it first")  # type: ignore[return-value]
+    complaint = criu_complaint(work / "restore.log")
+    return RestoreError(
+        f"podman could not restore: {complaint or said}", hint=f"the logs are in {work} (stay with --keep)"
+    )

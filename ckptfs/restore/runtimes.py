@@ -1,0 +1,171 @@
+"""runc, crun and criu as programs: which can restore, how they are told to, what they say when they cannot.
+
+Owns the command lines and the reading of logs. What differs: runc has --lazy-pages; crun 1.21 has not, but the criu
+that it starts reads a configuration file named by the environment; both leave their words in a log that they are given.
+Called by flow.py.
+"""
+
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptfs.errors import RestoreError
+from ckptfs.settings import Settings
+
+RUNTIMES = ("runc", "crun")
+# criu says these in every restore without CAP_SYS_RESOURCE, and after every failure.
+_HARMLESS = ("RLIMIT_NOFILE", "Restoring FAILED", "exited, status", "cgroupd: recv req")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One restore: where the images are, where logs go, and what the container's output is."""
+
+    images: Path
+    work: Path
+    bundle: Path
+    name: str
+    lazy: bool
+    extra: Sequence[str]
+    stdout: int
+    stderr: int
+    console: Path | None = None
+
+    @property
+    def pid_file(self) -> Path:
+        return self.work / "container.pid"
+
+
+def choose(wanted: str, writer: str, settings: Settings) -> str:
+    """The runtime for a container: `wanted`, or for auto the one that wrote the checkpoint if it is usable."""
+    if wanted != "auto":
+        return wanted
+    order = sorted(RUNTIMES, key=lambda name: name != os.path.basename(writer))
+    return next((name for name in order if not why_not(name, settings)), "runc")
+
+
+def why_not(name: str, settings: Settings) -> str:
+    """Why runtime `name` cannot restore here; "" when it can. Not every crun is built with criu."""
+    if shutil.which(name) is None:
+        return f"{name} is not in PATH"
+    return "" if "--image-path" in _help(name, settings.timeouts.tool) else f"this {name} is built without criu"
+
+
+def require_free(runtime: str, name: str) -> None:
+    """RestoreError when the runtime has a container of that name: it is someone else's and must not be touched."""
+    if runtime == "criu":
+        return
+    done = subprocess.run([runtime, "state", name], capture_output=True, check=False, stdin=subprocess.DEVNULL)
+    if done.returncode == 0:
+        raise RestoreError(f"{runtime} has a container {name} already", hint="give another --name")
+
+
+def restore(runtime: str, job: Job, settings: Settings) -> int:
+    """Bring the container to life; returns the pid of its first process on this machine. RestoreError."""
+    environment = dict(os.environ)
+    lazy = ["--lazy-pages"] if job.lazy else []
+    if job.lazy and runtime != "criu" and "--lazy-pages" not in _help(runtime, settings.timeouts.tool):
+        lazy = []
+        environment["CRIU_CONFIG_FILE"] = str(write_criu_config(job.work / "criu.conf", lazy=True))
+    if runtime == "criu":
+        command = ["criu", "restore", "--restore-detached", "--images-dir", str(job.images), "--work-dir"]
+        command += [
+            str(job.work),
+            "--log-file",
+            "restore.log",
+            "-v2",
+            "--pidfile",
+            str(job.pid_file),
+            *lazy,
+            *job.extra,
+        ]
+    else:
+        command = [runtime, "--log", str(job.work / "runtime.log"), "--log-format", "json", "restore", "--detach"]
+        command += ["--image-path", str(job.images), "--work-path", str(job.work), "--bundle", str(job.bundle)]
+        command += ["--pid-file", str(job.pid_file), *lazy, *job.extra]
+        command += ["--console-socket", str(job.console)] if job.console else []
+        command.append(job.name)
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=job.stdout,
+            stderr=job.stderr,
+            env=environment,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise RestoreError(f"{command[0]} cannot be started: {error.strerror}") from None
+    try:
+        code = process.wait()
+    except BaseException:  # interrupted: with the criu that it has started
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    if code != 0:
+        raise failure(runtime, job.work)
+    return int(job.pid_file.read_text())
+
+
+def delete(runtime: str, name: str) -> None:
+    """Have the runtime forget the container, and end it if it still runs."""
+    if runtime != "criu":
+        subprocess.run([runtime, "delete", "--force", name], capture_output=True, check=False, stdin=subprocess.DEVNULL)
+
+
+def write_criu_config(path: Path, *, lazy: bool, **options: Path) -> Path:
+    """A configuration file of criu: one option per line, without dashes (criu.conf(5))."""
+    lines = [f"{name.replace('_', '-')} {value}" for name, value in options.items()]
+    path.write_text("\n".join([*lines, *(["lazy-pages"] if lazy else [])]) + "\n")
+    return path
+
+
+def failure(runtime: str, work: Path) -> RestoreError:
+    """What kept the container from running, from criu's log or else from the runtime's."""
+    said = criu_complaint(work / "restore.log") or _last_message(work / "runtime.log") or "it does not say why"
+    return RestoreError(f"{runtime} could not restore: {said}", hint=f"the logs are in {work} (stay with --keep)")
+
+
+def criu_complaint(log: Path) -> str:
+    """The first error in a log of criu that explains something; "" when there is none."""
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        _, found, text = line.partition("Error ")
+        if found and not any(word in text for word in _HARMLESS):
+            return text.strip()
+    return ""
+
+
+def _last_message(log: Path) -> str:
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+        entry = json.loads(lines[-1]) if lines else {}
+    except (OSError, ValueError):
+        return ""
+    message = entry.get("msg", "") if isinstance(entry, dict) else ""
+    return " ".join(str(message).split())
+
+
+@functools.cache
+def _help(name: str, patience: float) -> str:
+    try:
+        done = subprocess.run(
+            [name, "restore", "--help"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=patience,
+            stdin=subprocess.DEVNULL,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""

@@ -1,0 +1,219 @@
+"""Staying with a restored container until it ends, or until somebody wants it to end.
+
+Owns the signals of this process from the start of a restore on, the relaying of the container's output, and the two
+ways to stop it: its stop signal first, SIGKILL after a while. Called by flow.py and podman.py.
+"""
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from ckptfs.restore.lazy_pages import LazyPages
+from ckptfs.restore.workplace import wait_gone
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
+_PIECE = 64 * 1024
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """The first signal becomes KeyboardInterrupt; those that follow are ignored: cleaning up must not be disturbed."""
+
+    def stop(*_: object) -> NoReturn:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def become_subreaper() -> None:
+    """Restored processes become our children when criu or the runtime has ended, so we learn how they end."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+class Relay:
+    """What comes in at `source` goes out at `target` (None: nowhere); both are descriptors."""
+
+    def __init__(self, source: int, target: int | None) -> None:
+        self.source = source
+        self._target = target
+
+    def pump(self) -> bool:
+        """Pass on what is there; False at the end."""
+        try:
+            data = os.read(self.source, _PIECE)
+        except OSError:  # EIO: the last holder of a terminal is gone
+            return False
+        view = memoryview(data)
+        while view and self._target is not None:
+            try:
+                view = view[os.write(self._target, view) :]
+            except BrokenPipeError:
+                self._target = None  # whoever watched has left; the container goes on
+        return bool(data)
+
+    def drain(self) -> None:
+        """Pass on what was said until now."""
+        while select.select([self.source], [], [], 0)[0] and self.pump():
+            pass
+
+
+class Watch:
+    """Waits for the container `pid`. `stop_signal` is its own; `patience` are the seconds from that to SIGKILL."""
+
+    def __init__(self, pid: int, stop_signal: int, patience: float, relays: list[Relay]) -> None:
+        self._pid = pid
+        self._stop_signal = stop_signal
+        self._patience = patience
+        self._relays = relays
+        self._signals: list[int] = []
+
+    def run(self, lazy: LazyPages | None, resident: Callable[[], None]) -> int | None:
+        """Until the container has ended; returns its exit code, 128 + N for signal N, None where nobody can know.
+
+        `resident` is called when all pages are in. UnavailableError, and no container, when they cannot be had.
+        """
+        with contextlib.ExitStack() as stack:
+            poll = select.poll()
+            container = stack.enter_context(_pidfd(self._pid))
+            poll.register(container, select.POLLIN)
+            relays = {relay.source: relay for relay in self._relays}
+            for source in relays:
+                poll.register(source, select.POLLIN)
+            daemon = stack.enter_context(_pidfd(lazy.pid)) if lazy is not None else -1
+            if lazy is not None:
+                poll.register(daemon, select.POLLIN)
+            poll.register(stack.enter_context(_collected(self._signals)), select.POLLIN)
+            while True:
+                ready = {descriptor for descriptor, _ in poll.poll()}
+                for source in ready & relays.keys():
+                    if not relays[source].pump():
+                        poll.unregister(source)
+                        del relays[source]
+                if container in ready:
+                    break
+                if daemon in ready and lazy is not None:
+                    poll.unregister(daemon)
+                    lazy.require()
+                    resident()
+                if self._signals:
+                    self._stop()
+            for relay in relays.values():
+                relay.drain()
+        return _exit_code(self._pid)
+
+    def _stop(self) -> None:
+        """The container's own signal, then SIGKILL: after a while, or at once when a second signal comes."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._pid, self._stop_signal)
+            asked = len(self._signals)
+            with _pidfd(self._pid) as container:
+                waited = 0.0
+                while waited < self._patience and len(self._signals) == asked:
+                    if select.select([container], [], [], 0.1)[0]:
+                        return
+                    waited += 0.1
+            os.kill(self._pid, signal.SIGKILL)
+
+
+def wait_resident(pid: int, lazy: LazyPages) -> bool:
+    """Until the container has all its pages, or has ended without; False when a signal came first.
+
+    UnavailableError when its pages cannot be had.
+    """
+    signals: list[int] = []
+    with contextlib.ExitStack() as stack:
+        poll = select.poll()
+        container = stack.enter_context(_pidfd(pid))
+        daemon = stack.enter_context(_pidfd(lazy.pid))
+        for descriptor in (container, daemon, stack.enter_context(_collected(signals))):
+            poll.register(descriptor, select.POLLIN)
+        ready = {descriptor for descriptor, _ in poll.poll()}
+        if daemon in ready and container not in ready:
+            lazy.require()
+    return not signals
+
+
+class Console:
+    """Where a runtime sends the terminal of a container that has one: a socket at `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(str(path))
+        self._listener.listen(1)
+        self._master = -1
+
+    def master(self) -> int:
+        """The terminal's other end; to be called when the runtime has restored."""
+        sender, _ = self._listener.accept()
+        with sender:
+            _, descriptors, _, _ = socket.recv_fds(sender, 4096, 1)
+        self._master = descriptors[0]
+        return self._master
+
+    def close(self) -> None:
+        self._listener.close()
+        if self._master != -1:
+            os.close(self._master)
+
+
+def end_orphans(known: set[int]) -> None:
+    """Kill what is left of a restored tree, also of one half restored: all our children but the `known` ones."""
+    while orphans := _children() - known:
+        for pid in orphans:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            wait_gone(pid, 5.0)
+
+
+def _children() -> set[int]:
+    me = os.getpid()
+    return {int(pid) for pid in Path(f"/proc/{me}/task/{me}/children").read_text().split()}
+
+
+@contextlib.contextmanager
+def _collected(signals: list[int]) -> Iterator[int]:
+    """Signals go into the list instead of interrupting; yields a descriptor that is readable when there are some."""
+    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    before = {number: signal.signal(number, lambda n, _: signals.append(n)) for number in SIGNALS}
+    try:
+        yield reader
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup)
+        os.close(reader)
+        os.close(writer)
+
+
+@contextlib.contextmanager
+def _pidfd(pid: int) -> Iterator[int]:
+    descriptor = os.pidfd_open(pid)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _exit_code(pid: int) -> int | None:
+    try:
+        _, status = os.waitpid(pid, 0)
+    except ChildProcessError:
+        return None
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code

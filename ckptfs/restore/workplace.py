@@ -1,0 +1,147 @@
+"""The directory of one restore: where everything of it stands, and how nothing of it stays.
+
+    DIR/image       the checkpoint, mounted               DIR/merged   the container's root: an overlay
+    DIR/base        its root file system, mounted         DIR/upper    what the container writes
+    DIR/bundle      config.json and stand-ins for mounts  DIR/work     criu's logs and sockets
+
+Owns making, locking and removing such directories, those too whose restore was killed. Never looks into an image.
+Called by flow.py and podman.py.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Self
+
+from ckptfs.errors import CkptfsError, MountError, RestoreError
+from ckptfs.fuse.mountpoint import detach, mounts
+from ckptfs.mounting import umount
+
+_STATE = "state.json"
+_KEPT = "kept"
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}")  # runc takes more, paths and cgroups do not get longer
+
+
+class Workplace:
+    """A new directory of our own, locked while the block lasts and removed with all mounts below it afterwards.
+
+    keep    leave everything as it is for whoever wants to look.
+    """
+
+    def __init__(self, path: Path, *, keep: bool = False) -> None:
+        self.path = path.parent.resolve() / path.name
+        self.kept = keep
+        self._lock = -1
+
+    def __enter__(self) -> Self:
+        try:
+            self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            for dead in _dead(self.path.parent):
+                clear(dead)
+            # Others may pass: with user namespaces the container's root is not ours.
+            self.path.mkdir(mode=0o711)
+            self._lock = os.open(self.path / _STATE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for name in ("image", "base", "merged", "upper", "overlay", "bundle", "work"):
+                (self.path / name).mkdir(mode=0o755)
+        except FileExistsError:
+            hint = f"another restore has it, or left it: give --name, or run: rm -r {self.path}"
+            raise RestoreError(f"{self.path} exists", hint=hint) from None
+        except OSError as error:
+            raise RestoreError(f"{self.path} cannot be made: {error.strerror}", hint="name a place: --dir") from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.kept:
+            (self.path / _KEPT).touch()
+        else:
+            clear(self.path)
+        os.close(self._lock)
+
+    def record(self, **facts: object) -> None:
+        """Note what runs from here (`pid`, `lazy_pid`): whoever finds the directory later must know."""
+        data = json.dumps(facts).encode()
+        os.pwrite(self._lock, data, 0)
+        os.ftruncate(self._lock, len(data))
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+
+def check_name(name: str) -> str:
+    """A container's name as runtimes and paths take it. RestoreError."""
+    if not _NAME.fullmatch(name):
+        raise RestoreError(f"{name!r} cannot be a container's name", hint="letters, digits and . _ - only: --name")
+    return name
+
+
+def clear(path: Path) -> None:
+    """Unmount everything below `path`, ours by its daemon, and remove the directory. What is gone already is fine."""
+    below = [m for m in mounts() if Path(m.path).is_relative_to(path)]
+    for mount in reversed(below):
+        with contextlib.suppress(CkptfsError):
+            if mount.ours:
+                umount(mount.path)
+            else:
+                detach(mount.path)
+    if left := [m.path for m in mounts() if Path(m.path).is_relative_to(path)]:
+        raise MountError(f"{left[0]} cannot be unmounted", hint=f"run: umount -l {left[0]}; rm -r {path}")
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def mount(source: str, target: Path, kind: str, options: str) -> None:
+    """mount(2), without flags. RestoreError with the kernel's reason."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    words = [os.fsencode(word) for word in (source, target, kind)]
+    if libc.mount(*words, 0, os.fsencode(options)) != 0:
+        number = ctypes.get_errno()
+        hint = "the kernel's log (dmesg) says more"
+        if number == errno.EINVAL and kind == "overlay":
+            hint = f"{target.parent} must be on a disk that overlay can write to: --dir"
+        raise RestoreError(f"{kind} cannot be mounted on {target}: {os.strerror(number)}", hint=hint)
+
+
+def _dead(parent: Path) -> list[Path]:
+    """Directories whose restore was killed and whose container has ended: nobody will remove them but us."""
+    found = []
+    for path in parent.iterdir():
+        if (path / _KEPT).exists() or not (path / _STATE).is_file():
+            continue
+        with contextlib.suppress(OSError, ValueError), open(path / _STATE, "r+b") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            state = json.loads(file.read() or b"{}")
+            if not _alive(state.get("pid")):
+                if (lazy := state.get("lazy_pid")) and _runs_criu(lazy):
+                    os.kill(lazy, signal.SIGKILL)
+                found.append(path)
+    return found
+
+
+def _alive(pid: object) -> bool:
+    return isinstance(pid, int) and Path(f"/proc/{pid}").exists()
+
+
+def _runs_criu(pid: object) -> bool:
+    with contextlib.suppress(OSError):
+        return b"lazy-pages" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    return False
+
+
+def wait_gone(pid: int, seconds: float) -> bool:
+    """Whether the process ends within `seconds`; reaps it if it is our child."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+        if not _alive(pid):
+            return True
+        time.sleep(0.005)
+    return False
