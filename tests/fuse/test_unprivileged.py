@@ -1,0 +1,58 @@
+"""Mounting without root, where fusermount3 and /dev/fuse allow it."""
+
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.tools import ROOT, require
+
+pytestmark = pytest.mark.fuse
+
+LAYOUT = Path(__file__).parent.parent / "data" / "corpus" / "counter" / "k8s-zstdchunked.oci"
+NOBODY = 65534
+
+
+@pytest.fixture
+def open_device() -> Iterator[None]:
+    """/dev/fuse as distributions have it, open to everybody; some sandboxes close it."""
+    require("fusermount3", root=True)
+    before = stat.S_IMODE(os.stat("/dev/fuse").st_mode)
+    os.chmod("/dev/fuse", 0o666)
+    yield
+    os.chmod("/dev/fuse", before)
+
+
+def test_an_ordinary_user_mounts_reads_and_unmounts(open_device: None, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    for folder in (home, home / "mnt", home / "run"):
+        folder.mkdir(mode=0o700)
+        os.chown(folder, NOBODY, NOBODY)
+    for parent in (tmp_path, *tmp_path.parents[:2]):
+        parent.chmod(parent.stat().st_mode | 0o011)
+    # The interpreter may lie in root's home directory: this one right lets the user's processes read it.
+    rights = ["--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search", "--bounding-set=+all"]
+    user = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", *rights]
+    env = {**os.environ, "HOME": str(home), "XDG_RUNTIME_DIR": str(home / "run"), "PYTHONPATH": str(ROOT)}
+    env.pop("XDG_CACHE_HOME", None)
+
+    def ckptfs(*words: str) -> None:
+        command = [*user, sys.executable, "-m", "ckptfs", *words]
+        done = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+
+    def as_user(*words: str) -> str:
+        command = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+    ckptfs("mount", f"oci:{LAYOUT}", str(home / "mnt"))
+    try:
+        assert '"name": "counter"' in as_user("cat", str(home / "mnt" / "config.dump"))
+        assert "inventory.img" in as_user("ls", str(home / "mnt" / "checkpoint"))
+    finally:
+        ckptfs("umount", str(home / "mnt"))
+    assert not os.path.ismount(home / "mnt")
