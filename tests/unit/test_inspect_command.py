@@ -228,3 +228,29 @@ def test_nothing_is_fetched_twice(pushed: dict[str, Path], tmp_path: Path) -> No
     _, first = fetched(COUNTER / "k8s-zstdchunked.oci", tmp_path)
     _, second = fetched(COUNTER / "k8s-zstdchunked.oci", tmp_path)
     assert second.requests == 1 < first.requests  # the manifest: a layout has no name for what it had last
+
+
+def test_a_gigabyte_that_we_pushed(tmp_path: Path) -> None:
+    """At most 256 KiB; the chunks of such a pages file are listed in its layer, not in the manifest."""
+    images = tmp_path / "images"
+    images.mkdir()
+    size, start = 1 << 30, 0x10000000
+    strings = start + size - 4096
+    (images / "inventory.img").write_bytes(image("inventory", {1: 1, 3: 1}))
+    (images / "pstree.img").write_bytes(image("pstree", task(5)))
+    (images / "core-5.img").write_bytes(image("core", {1: 1, 3: {1: 1, 2: 0, 3: 0, 4: 0, 5: 0, 6: "big"}}))
+    (images / "ids-5.img").write_bytes(image("ids", {1: 1, 2: 1, 3: 1, 4: 1}))
+    addresses = (strings, strings + 9, strings + 9, strings + 13)
+    (images / "mm-5.img").write_bytes(mm(vma(start, start + size), strings=addresses))
+    (images / "pagemap-5.img").write_bytes(pagemap(1, (start, size // 4096, 6)))
+    with open(images / "pages-1.img", "wb") as pages:
+        for chunk in range(size >> 18):  # every chunk is another, and none takes long to compress
+            pages.write(chunk.to_bytes(8, "big").ljust(1 << 18, b"x"))
+        pages.seek(size - 4096)
+        pages.write(b"/bin/big\0A=1\0".ljust(4096, b"\0"))
+    push_to_layout(images, tmp_path / "image")
+    (images / "pages-1.img").unlink()
+    overview, counters = fetched(tmp_path / "image", tmp_path / "cache")
+    (process,) = overview.processes
+    assert (process.memory, process.arguments, process.environment) == (size, ("/bin/big",), ("A=1",))
+    assert counters.bytes <= 256 * 1024 and counters.round_trips(math.inf) <= 3
