@@ -119,6 +119,8 @@ async def _serve(
             nursery.start_soon(_keep_house, cache, image)
             if recorder is not None:
                 nursery.start_soon(recorder.run)
+            if request.publish_index and not request.offline:
+                nursery.start_soon(_publish_index, image, request)
             nursery.start_soon(ControlServer(files, {"status": status, "stop": stop}).run)
             try:
                 await session.run(mount_options(str(request.reference), allow_other=request.allow_other), ready)
@@ -127,6 +129,14 @@ async def _serve(
                     with suppress(OSError):
                         request.stats.write_text(json.dumps(status({}), indent=2) + "\n")
                 nursery.cancel_scope.cancel()
+
+
+async def _publish_index(image: OpenImage, request: MountRequest) -> None:
+    from ckptfs.image.publishing import publish_when_streamed
+    from ckptfs.sources.upload import RegistryTarget
+
+    target = RegistryTarget(request.reference, request.settings, image.counters, plain_http=request.plain_http)
+    await publish_when_streamed(image, target)
 
 
 async def _keep_house(cache: ChunkCache, image: OpenImage) -> None:

@@ -47,6 +47,11 @@ from ckptfs.settings import default_cache_dir
     default=True,
     help="Fetch the rest of the image when nobody waits for anything else. [default: on]",
 )
+@click.option(
+    "--publish-index",
+    is_flag=True,
+    help="Attach to the image what its streamed layers have taught, as `ckptfs index` does. Needs the right to push.",
+)
 @click.option("--record", type=click.Path(path_type=Path, dir_okay=False), help="Write every read to FILE.")
 @click.option(
     "--stats", type=click.Path(path_type=Path, dir_okay=False), help="Write the last status to FILE at the end."
@@ -67,6 +72,7 @@ def mount(
     verify: str,
     prefetch: str,
     background_fetch: bool,
+    publish_index: bool,
     record: Path | None,
     stats: Path | None,
     ready_fd: int | None,
@@ -105,6 +111,7 @@ def mount(
         strict=verify == "strict",
         prefetch=prefetch == "auto",
         background=background_fetch and not offline,
+        publish_index=publish_index,
         allow_other=allow_other,
         plain_http=plain_http,
         record=record.absolute() if record else None,

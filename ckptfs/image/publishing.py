@@ -1,0 +1,186 @@
+"""Our own index of an image that somebody else pushed: made by streaming its layers once, attached to it as a referrer.
+
+An artifact whose subject is the image, with one document for each layer that has no table of contents of its own
+(model/layer_index.py). The same image gives the same artifact. Called by `ckptfs index` and, with `--publish-index`, by
+a mount when its streams have ended. Blocks, but for `publish_when_streamed`.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import trio
+
+from ckptfs.errors import CkptfsError, IntegrityError
+from ckptfs.image.opened import OpenImage
+from ckptfs.image.remembered import LayerMemory
+from ckptfs.layers import select_format
+from ckptfs.layers.stream import StreamLayer
+from ckptfs.model.annotations import INDEX_ARTIFACT, INDEX_BLOB, INDEX_LAYER
+from ckptfs.model.blob import Blob
+from ckptfs.model.layer_index import LayerIndex, encode_layer_index
+from ckptfs.model.oci import OCI_MANIFEST, Descriptor, Digest, Manifest
+from ckptfs.model.toc import Chunk
+from ckptfs.settings import Settings
+from ckptfs.sources import Source
+
+log = logging.getLogger(__name__)
+
+_EMPTY = b"{}"
+_EMPTY_TYPE = "application/vnd.oci.empty.v1+json"  # image-spec manifest.md, "Guidance for an Empty Descriptor"
+_THREADS = 2
+_STREAMED = ("gzip", "zstd", "tar")
+_POLL = 0.2  # seconds between two looks at whether the last index has been written
+
+Documents = Mapping[Digest, bytes]
+
+
+class Sink(Protocol):
+    """Where artifacts go: a part of push.target.Target."""
+
+    def has(self, descriptor: Descriptor) -> bool: ...
+    def put_blob(self, descriptor: Descriptor, blob: Blob, sent: Callable[[int], None]) -> None: ...
+    def put_manifest(self, raw: bytes, media_type: str, tag: str) -> Digest: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedIndex:
+    """`manifest` names the artifact; `layers` are its documents, by layer. `sent` bytes were not there yet."""
+
+    manifest: Descriptor
+    layers: Mapping[Digest, Descriptor]
+    sent: int
+
+
+def index_layers(
+    source: Source,
+    manifest: Manifest,
+    memory: LayerMemory,
+    settings: Settings,
+    report: Callable[[int], None] = lambda _: None,
+) -> Documents:
+    """An index of every layer that needs one and can have one; those that this node has streamed are not read again.
+
+    `report` is told of bytes of layers as they have been dealt with, from several threads.
+    """
+    wanted = {d.digest: d for d in manifest.layers if select_format(d).name in _STREAMED}
+
+    def one(descriptor: Descriptor) -> bytes | None:
+        known = memory.document(descriptor)
+        if known is not None:
+            report(descriptor.size)
+            return known
+        index = _indexed(source.blob(descriptor), settings, report)
+        if index is None:
+            log.warning("layer %s gets no index: random access to it is not possible", descriptor.digest)
+        return encode_layer_index(index) if index is not None else None
+
+    with ThreadPoolExecutor(_THREADS, "index") as pool:
+        made = zip(wanted, pool.map(one, wanted.values()), strict=True)
+        return {digest: document for digest, document in made if document is not None}
+
+
+def _indexed(blob: Blob, settings: Settings, report: Callable[[int], None]) -> LayerIndex | None:
+    counted = _Counted(blob, report)
+    layer = StreamLayer(select_format(blob.descriptor).name, counted, 0, settings)
+    try:
+        return layer.index(list(layer.scan(_ignore)))
+    except IntegrityError as error:
+        log.warning("%s; trying again", error)
+        report(-counted.passed)
+        return layer.index(list(layer.scan(_ignore, attempt=1)))
+
+
+def publish_index(sink: Sink, manifest: Manifest, documents: Documents) -> PublishedIndex:
+    """Attach the documents to the image: blobs first, the artifact last."""
+    layers = {
+        digest: Descriptor(INDEX_BLOB, Digest.of(document), len(document), {INDEX_LAYER: str(digest)})
+        for digest, document in documents.items()
+    }
+    empty = Descriptor(_EMPTY_TYPE, Digest.of(_EMPTY), len(_EMPTY))
+    sent = 0
+    for descriptor, data in ((empty, _EMPTY), *((layers[digest], documents[digest]) for digest in layers)):
+        if not sink.has(descriptor):
+            sink.put_blob(descriptor, _Bytes(descriptor, data), _nothing)
+            sent += descriptor.size
+    artifact = {
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST,
+        "artifactType": INDEX_ARTIFACT,
+        "config": empty.to_json(),
+        "layers": [descriptor.to_json() for descriptor in layers.values()],
+        "subject": Descriptor(manifest.media_type, manifest.digest, len(manifest.raw)).to_json(),
+    }
+    raw = json.dumps(artifact, separators=(",", ":")).encode()
+    digest = sink.put_manifest(raw, OCI_MANIFEST, "")
+    return PublishedIndex(Descriptor(OCI_MANIFEST, digest, len(raw), artifact_type=INDEX_ARTIFACT), layers, sent)
+
+
+async def publish_when_streamed(image: OpenImage, sink: Sink) -> None:
+    """Let a mount's streams run to their ends, then publish what they have taught. An error is logged, nothing more."""
+    manifest = image.resolved.manifest
+    ours = {descriptor.digest for descriptor in manifest.layers}
+    try:
+        image.run_on()
+        await image.all_known()
+        streamed = {d.digest: d for d, layer in image.layers.values() if isinstance(layer, StreamLayer)}
+        wanted = {digest: descriptor for digest, descriptor in streamed.items() if digest in ours}
+        documents: dict[Digest, bytes] = {}
+        with trio.move_on_after(image.options.settings.timeouts.read_deadline):
+            while len(documents) < len(wanted):
+                await trio.sleep(_POLL)
+                for digest, descriptor in wanted.items():
+                    if digest not in documents and (document := image.memory.document(descriptor)) is not None:
+                        documents[digest] = document
+        if documents:
+            published = await trio.to_thread.run_sync(publish_index, sink, manifest, documents, abandon_on_cancel=True)
+            log.info("the index of %s is published as %s", image.resolved.reference, published.manifest.digest)
+    except CkptfsError as error:
+        log.error("the index is not published: %s", error)
+        image.errors.append(f"the index is not published: {error}")
+
+
+class _Bytes:
+    """A document as a blob."""
+
+    def __init__(self, descriptor: Descriptor, data: bytes) -> None:
+        self.descriptor = descriptor
+        self.size = len(data)
+        self._data = data
+
+    def read_at(self, offset: int, length: int, *, attempt: int = 0) -> bytes:
+        return self._data[offset : offset + length]
+
+    def stream(self, offset: int, length: int, *, attempt: int = 0) -> Iterator[bytes | memoryview]:
+        yield memoryview(self._data)[offset : offset + length]
+
+
+class _Counted:
+    """A blob that tells how much of it has been streamed."""
+
+    def __init__(self, blob: Blob, report: Callable[[int], None]) -> None:
+        self.descriptor = blob.descriptor
+        self.size = blob.size
+        self.passed = 0
+        self._blob = blob
+        self._report = report
+
+    def read_at(self, offset: int, length: int, *, attempt: int = 0) -> bytes:
+        return self._blob.read_at(offset, length, attempt=attempt)
+
+    def stream(self, offset: int, length: int, *, attempt: int = 0) -> Iterator[bytes | memoryview]:
+        for piece in self._blob.stream(offset, length, attempt=attempt):
+            yield piece
+            self.passed += len(piece)
+            self._report(len(piece))
+
+
+def _ignore(chunk: Chunk, data: bytes) -> None:
+    pass
+
+
+def _nothing(count: int) -> None:
+    pass
