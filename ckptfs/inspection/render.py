@@ -24,10 +24,12 @@ _ROW = 16  # bytes in a line of a hex dump
 
 def print_summaries(console: Console, rows: Iterable[tuple[str, Container, Sizes]]) -> None:
     """`show`: a line per checkpoint, (its name, container, sizes)."""
-    table = _table("Checkpoint", "Container", "Image", "ID", "Runtime", "Created", "Engine", "Size", "Root fs diff")
+    table = _table("Container", "Image", "!ID", "Engine", "Created", "!Size", "!Delta", "Checkpoint")
     for name, container, sizes in rows:
-        words = (name, container.name, container.image, container.id[:12], container.runtime, container.created or "")
-        table.add_row(*map(_text, words), _text(container.engine), size_text(sizes.total), size_text(sizes.rootfs_diff))
+        engine = "/".join(filter(None, (container.engine, container.runtime)))
+        created = (container.created or "")[:16].replace("T", " ")
+        words = (container.name, container.image, container.id[:12], engine, created)
+        table.add_row(*map(_text, words), size_text(sizes.total), size_text(sizes.rootfs_diff), _text(name))
     console.print(table)
 
 
@@ -208,9 +210,10 @@ def _duration(microseconds: int) -> str:
 
 
 def _table(*columns: str) -> Table:
+    """A table whose columns fold where the terminal is narrow, but for those with a "!"."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column.lstrip("!"), overflow="fold", no_wrap=column.startswith("!"))
     return table
 
 
