@@ -16,7 +16,7 @@ from ckptfs.control.ready import notify, tell
 from ckptfs.control.server import ControlServer
 from ckptfs.engine.cache import ChunkCache
 from ckptfs.engine.recording import ReadRecorder
-from ckptfs.errors import CkptfsError
+from ckptfs.errors import only_error
 from ckptfs.fuse.mount import MountSession, mount_options
 from ckptfs.fuse.operations import Operations
 from ckptfs.hardening import release_memory, settle_garbage_collector
@@ -188,19 +188,3 @@ def mount_status(image: OpenImage, mountpoint: str, request: MountRequest) -> di
         "verify": image.verification,
         "errors": [redact(error) for error in image.errors[-20:]],
     }
-
-
-def only_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The one error that the tasks of a mount ended with: ours before any other."""
-    found = list(_leaves(group))
-    for error in found:
-        if isinstance(error, CkptfsError):
-            return error
-    return found[0]
-
-
-def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
-    out: list[BaseException] = []
-    for error in group.exceptions:
-        out.extend(_leaves(error) if isinstance(error, BaseExceptionGroup) else [error])
-    return out

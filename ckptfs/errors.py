@@ -90,3 +90,19 @@ class CacheError(CkptfsError):
 
 class RestoreError(CkptfsError):
     exit_code = 8
+
+
+def only_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one error that several tasks ended with: ours before any other."""
+    found = list(_leaves(group))
+    for error in found:
+        if isinstance(error, CkptfsError):
+            return error
+    return found[0]
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    out: list[BaseException] = []
+    for error in group.exceptions:
+        out.extend(_leaves(error) if isinstance(error, BaseExceptionGroup) else [error])
+    return out

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ckptfs.cli.options import F, configure_logging, make_settings, open_cache, registry_options
+from ckptfs.errors import only_error
 from ckptfs.model.oci import Reference
 from ckptfs.telemetry import NetworkCounters
 
@@ -82,7 +83,6 @@ def with_images(
     configure_logging(options["verbose"], options["quiet"])
     import trio
 
-    from ckptfs.daemon import only_error
     from ckptfs.image import ImageOptions, open_image
     from ckptfs.sources import Source, open_source
     from ckptfs.sources.early import EarlySource

@@ -74,3 +74,14 @@ def test_man_pages(tmp_path: Path) -> None:
         for file in tmp_path.iterdir():
             done = subprocess.run([groff, "-man", "-Tutf8", "-ww", file], capture_output=True, text=True, check=False)
             assert done.returncode == 0 and done.stderr == "" and "OPTIONS" in done.stdout
+
+
+@pytest.mark.parametrize("words", [["inspect"], ["show"], ["memparse"], ["ls"], ["cat"], ["diff", "again"]])
+def test_looking_into_images_needs_no_fuse(words: list[str], tmp_path: Path) -> None:
+    """Where libfuse is not installed pyfuse3 cannot be imported."""
+    layout = f"oci:{CORPUS}/tree/k8s-zstdchunked.oci"
+    arguments = [words[0], layout, *([layout] if words[1:] else []), *(["checkpoint/pstree.img"] * (words == ["cat"]))]
+    program = "import sys; sys.modules['pyfuse3'] = None; from ckptfs.cli import run; sys.exit(run(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, *arguments, "--cache-dir", tmp_path]
+    done = subprocess.run(command, capture_output=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
