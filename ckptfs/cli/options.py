@@ -97,13 +97,26 @@ def cache_dir_option(function: F) -> F:
     )(function)
 
 
+def plain_http_option(function: F) -> F:
+    return click.option(
+        "--plain-http", is_flag=True, help="Talk HTTP instead of HTTPS (loopback registries need no flag)."
+    )(function)
+
+
+def transfer_options(function: F) -> F:
+    """What commands take that move whole images and leave the node's cache alone.
+
+    --cache-dir changes nothing: scripts may give it to every command.
+    """
+    ignored = click.option("--cache-dir", type=click.Path(path_type=Path), hidden=True, expose_value=False)
+    return verbosity_options(config_option(plain_http_option(ignored(function))))
+
+
 def registry_options(function: F) -> F:
     """What every command that touches a registry or the cache takes."""
     for option in (
         config_option,
-        click.option(
-            "--plain-http", is_flag=True, help="Talk HTTP instead of HTTPS (loopback registries need no flag)."
-        ),
+        plain_http_option,
         cache_dir_option,
         click.option(
             "--cache-size", type=ByteSize(), default=None, help="Most that the cache takes on disk, e.g. 10G."

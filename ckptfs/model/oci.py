@@ -110,7 +110,7 @@ class Reference:
         if not slash or not looks_like_host:
             raise UsageError(
                 f"reference {text!r} names no registry",
-                hint="write HOST[:PORT]/REPOSITORY[:TAG][@DIGEST], oci:DIR[:TAG] or archive:FILE",
+                hint="write HOST[:PORT]/REPOSITORY[:TAG], oci:DIR[:TAG] or archive:FILE",
             )
         repository, colon, tag = name.partition(":")
         if not _HOST.match(host):

@@ -87,7 +87,7 @@ def open_checkpoint(source: str, open_source: OpenSource, options: PushOptions) 
             return
         if source.startswith(("/", ".", "archive:")) and not path.is_dir():
             raise NotFoundError(f"there is no {path}", hint="name a directory, an archive, or an image")
-        image = open_source(Reference.parse(f"oci:{path}" if path.is_dir() else source))
+        image = open_source(_reference(f"oci:{path}" if path.is_dir() else source))
         raw = raw_index(image, work, options.settings)
         if raw is not None:
             yield Checkpoint(*raw)
@@ -96,6 +96,15 @@ def open_checkpoint(source: str, open_source: OpenSource, options: PushOptions) 
         blobs = [image.blob(layer) for layer in manifest.layers]
         layers = work.enter(LayerFiles(blobs, options.work, options.settings))
         yield _arranged(read_image(image, manifest, layers), work, options)
+
+
+def _reference(source: str) -> Reference:
+    try:
+        return Reference.parse(source)
+    except UsageError as error:
+        if "/" in source:
+            raise
+        raise NotFoundError(f"there is no {source}", hint="name a directory, an archive, or an image") from error
 
 
 def _arranged(checkpoint: Checkpoint, work: Work, options: PushOptions) -> Checkpoint:

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Protocol, Self
+from typing import BinaryIO, Protocol, Self, cast
 
 from ckptfs.errors import CacheError, FormatError, IntegrityError
 from ckptfs.layers import Layer, select_format
@@ -47,8 +47,7 @@ class LayerFiles:
                 self.tree.begin(rank)
                 reader: _ChunkReader
                 if layer.sequential and not names_only:
-                    spool = self._stack.enter_context(tempfile.TemporaryFile(dir=work))  # noqa: SIM115 (the stack closes it)
-                    reader = _Unpacked(spool)
+                    reader = _Unpacked(self._stack.enter_context(_nameless(work)))
                     self.tree.add(layer.scan(reader.keep), rank)
                     reader.complete()
                 else:
@@ -205,6 +204,13 @@ class _Unpacked:
     def chunk(self, extents: Sequence[Extent], index: int) -> bytes:
         chunk = extents[index].chunk
         return os.pread(self._spool, min(chunk.length, self._end - chunk.offset), chunk.offset)
+
+
+def _nameless(work: Path) -> BinaryIO:
+    try:
+        return cast("BinaryIO", tempfile.TemporaryFile(dir=work))
+    except OSError as error:
+        raise CacheError(f"cannot write to {work}: {error.strerror}", hint="name another --work-dir") from None
 
 
 def _full(error: OSError) -> CacheError:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
+from ckptfs.errors import UnavailableError
 from ckptfs.model.blob import Blob
 from ckptfs.model.oci import Descriptor, Digest
 from ckptfs.push.target import Target
@@ -41,6 +42,7 @@ class Publisher:
         self._pool = ThreadPoolExecutor(_UPLOADS, "upload")
         self._uploads: list[Future[None]] = []
         self._seen: set[Digest] = set()
+        self._stopped = False
         self.progress = Progress(total=total)
 
     def __enter__(self) -> Self:
@@ -49,7 +51,9 @@ class Publisher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pool.shutdown(cancel_futures=error is not None)
+        self._stopped = error is not None
+        # A registry may take minutes to answer an upload that nobody wants any more.
+        self._pool.shutdown(wait=kind is not KeyboardInterrupt, cancel_futures=self._stopped)
 
     def packed(self, count: int) -> None:
         """`count` more bytes of the checkpoint have been read and compressed."""
@@ -87,11 +91,16 @@ class Publisher:
                 self._tell(present=descriptor.size)
                 return
             self._tell(to_send=descriptor.size)
-            self._target.put_blob(descriptor, blob, lambda count: self._tell(sent=count))
+            self._target.put_blob(descriptor, blob, self._sent)
         finally:
             if done is not None:
                 with suppress(OSError):
                     done()
+
+    def _sent(self, count: int) -> None:
+        if self._stopped:
+            raise UnavailableError("the push was stopped", permanent=True)
+        self._tell(sent=count)
 
     def _tell(self, *, read: int = 0, sent: int = 0, to_send: int = 0, present: int = 0) -> None:
         with self._lock:

@@ -152,7 +152,9 @@ class RegistryTarget:
         reply.close()
 
     def _persist(self, ask: Callable[[Attempts], T]) -> T:
-        return self._transport.persist(ask, self._settings.timeouts.read_deadline, outlast=True)
+        """An outage is waited out, a registry that never answered is not: its name may be wrong."""
+        met = self._transport.windows.was_reached(self._endpoint.origin.host)
+        return self._transport.persist(ask, self._settings.timeouts.read_deadline, outlast=met)
 
 
 class _Upload:

@@ -1,0 +1,126 @@
+"""ckptfs push: a checkpoint becomes an image in a registry."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ckptfs.cli import fail
+from ckptfs.cli.options import RegistryReference, configure_logging, make_settings, transfer_options
+from ckptfs.errors import UsageError
+from ckptfs.model.oci import Reference
+from ckptfs.telemetry import NetworkCounters
+
+if TYPE_CHECKING:
+    from ckptfs.push import PushResult
+
+
+@click.command()
+@click.argument("source", metavar="SRC")
+@click.argument("reference", metavar="REF", type=RegistryReference())
+@click.option("--rootfs", is_flag=True, help="Push the container's root file system as well, tagged TAG-rootfs.")
+@click.option("--base", metavar="REF", default="", help="The base image of --rootfs, if the checkpoint does not say.")
+@click.option("--name", default="", help="What the container is called, if the checkpoint does not say.")
+@click.option("--annotation", "annotations", metavar="KEY=VALUE", multiple=True, help="Annotate the image. Repeatable.")
+@click.option(
+    "--work-dir",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    default=tempfile.gettempdir,
+    help="Where compressed layers wait until they are sent; a compressed source is unpacked here, too. [default: "
+    "the directory for temporary files]",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@transfer_options
+def push(
+    source: str,
+    reference: Reference,
+    rootfs: bool,
+    base: str,
+    name: str,
+    annotations: tuple[str, ...],
+    work_dir: Path,
+    as_json: bool,
+    plain_http: bool,
+    verbose: int,
+    quiet: bool,
+) -> None:
+    """Publish the checkpoint SRC as the image REF, in the layout that a lazy restore likes best.
+
+    SRC is a directory of CRIU's images or an unpacked export, an archive of podman, CRI-O or the kubelet (plain, gzip
+    or zstd), an OCI layout (oci:DIR[:TAG]), or another image. What the registry has already is not sent; the tag
+    appears when all else is there. Prints REF with its digest.
+
+    \b
+    ckptfs push /var/lib/kubelet/checkpoints/checkpoint-web.tar registry.example/app/ckpt:1
+    ckptfs push ./images localhost:5000/counter:1 --name counter
+    ckptfs push web.tar.zst localhost:5000/web:1 --rootfs --base docker.io/library/nginx:1.27
+    """
+    configure_logging(verbose, quiet)
+    notes = dict(map(_annotation, annotations))
+    if base and not rootfs:
+        raise UsageError("--base is the base image of --rootfs", hint="give --rootfs, or leave --base out")
+    if not source:
+        raise UsageError("SRC is empty", hint="name a directory, an archive or an image")
+    from ckptfs.cli.progress import Bars
+    from ckptfs.push import Progress, PushOptions, open_base, open_checkpoint, open_target
+    from ckptfs.push import push as publish
+    from ckptfs.sources import Source, open_source
+
+    settings, counters = make_settings(), NetworkCounters()
+    options = PushOptions(name or "checkpoint", notes, work=work_dir, settings=settings)
+    target = open_target(reference, settings=settings, counters=counters, plain_http=plain_http)
+
+    def reach(wanted: Reference) -> Source:
+        return open_source(wanted, settings=settings, counters=counters, plain_http=plain_http)
+
+    def report(now: Progress) -> None:
+        bars.show(packed=(now.read, now.total), sent=(now.sent, now.to_send))
+
+    try:
+        with Bars(quiet=quiet) as bars, open_checkpoint(source, reach, options) as checkpoint:
+            image = open_base(checkpoint, base, reach, options) if rootfs else None
+            result = publish(checkpoint, target, reference.tag, options, report, base=image)
+    except KeyboardInterrupt:
+        os._exit(fail("interrupted", 130))  # not after the uploads under way: nobody waits for their answers
+    if as_json:
+        click.echo(json.dumps(_facts(reference, result), indent=2))
+        return
+    click.echo(f"{reference}@{result.manifest.digest}")
+    if not quiet:
+        from ckptfs.inspection.render import size_text
+
+        click.echo(f"sent {size_text(result.sent)}, {size_text(result.present)} were there already", err=True)
+
+
+def _annotation(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UsageError(f"--annotation {text!r} is not KEY=VALUE", hint="for example --annotation team=web")
+    return key, value
+
+
+def _facts(reference: Reference, result: "PushResult") -> Mapping[str, Any]:
+    from ckptfs.model.annotations import ROLE
+
+    root = result.rootfs
+    return {
+        "reference": str(reference),
+        "digest": str(result.manifest.digest),
+        "size": result.manifest.size,
+        "layers": [
+            {
+                "digest": str(layer.descriptor.digest),
+                "size": layer.descriptor.size,
+                "role": layer.descriptor.annotations[ROLE],
+                "files": len(layer.files),
+            }
+            for layer in result.layers
+        ],
+        "sent": result.sent,
+        "present": result.present,
+        "rootfs": {"digest": str(root.digest), "size": root.size} if root is not None else None,
+    }
