@@ -128,6 +128,8 @@ KEYS: dict[str, Key] = {
     "background_fetch": Key(_flag, True, "background_fetch"),
     "plain_http": Key(_hosts, (), None),
     "mirrors": Key(_mirrors, {}, None, in_environment=False),
+    "mirror_tags": Key(_flag, False, None),
+    "system_mirrors": Key(_flag, True, None),
 }
 
 
@@ -155,7 +157,9 @@ class Configuration:
 
     @property
     def registries(self) -> Registries:
-        return Registries(frozenset(self.values["plain_http"].value), self.values["mirrors"].value)
+        found = {name: self.values[name].value for name in ("mirrors", "mirror_tags")}
+        plain_http, system_files = self.values["plain_http"].value, self.values["system_mirrors"].value
+        return Registries(frozenset(plain_http), system_files=system_files, **found)
 
 
 DEFAULTS = Configuration({name: Value(key.default, "default") for name, key in KEYS.items()})

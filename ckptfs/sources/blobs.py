@@ -1,25 +1,30 @@
 """Blobs of a registry, read in exact ranges: checked headers, resumed bodies, signed URLs kept and re-resolved.
 
 A reader gets the bytes that it asked for or an error; whether they are the right bytes is for the digests above to say.
-Made by registry.py, read by engine/ from worker threads.
+Where a blob can be had at several hosts, mirrors.py says who is asked. Made by registry.py, read by engine/ from worker
+threads.
 """
 
 import re
-from collections.abc import Iterator
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ckptfs.errors import CkptfsError, IntegrityError, UnavailableError
 from ckptfs.model.oci import Descriptor
 from ckptfs.settings import MiB
 from ckptfs.sources.endpoint import Endpoint
+from ckptfs.sources.mirrors import Host, Rotation, StillFilling
 from ckptfs.sources.origin import Reach
 from ckptfs.sources.retry import Attempts
-from ckptfs.sources.transport import Reply
+from ckptfs.sources.transport import Reply, Transport
 
 _WHOLE = 8 * MiB  # a whole blob in place of a range is taken up to this size (200 to a Range request)
-_NO_RANGES_FOR = 60.0  # seconds in which a host that ignored Range tries_per_host times is not asked for ranges again
 _EXPIRED = (400, 401, 403, 404, 410)  # what storage services answer to a signed URL that is too old
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)\Z")
+_ELSEWHERE = 100  # while a mirror still fetches a blob, one part in a hundred of it may be taken from elsewhere
+_LOOK = 0.05  # seconds between two looks at what another thread learns of the mirror
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,36 +35,16 @@ class _Location:
     reach: Reach
 
 
-class RangeSupport:
-    """What the blobs of one source have learnt of their server: whether it serves ranges."""
-
-    def __init__(self) -> None:
-        self._ignored = 0  # how many answers in a row had no range
-        self._until = float("-inf")
-
-    def known_missing(self, now: float) -> bool:
-        return now < self._until
-
-    def served(self) -> None:
-        self._ignored = 0
-
-    def ignored(self, now: float, tries: int) -> None:
-        """Once may be a proxy's slip; `tries` times in a row is how that server is, for a minute."""
-        self._ignored += 1
-        if self._ignored >= tries:
-            self._ignored = 0
-            self._until = now + _NO_RANGES_FOR
-
-
 class RegistryBlob:
-    """A model.blob.Blob behind GET /v2/NAME/blobs/DIGEST."""
+    """A model.blob.Blob behind GET /v2/NAME/blobs/DIGEST of `hosts`, of which the first that is well is asked."""
 
-    def __init__(self, endpoint: Endpoint, descriptor: Descriptor, ranges: RangeSupport) -> None:
-        self._endpoint = endpoint
+    def __init__(self, hosts: Sequence[Host], transport: Transport, descriptor: Descriptor) -> None:
+        self._transport = transport
         self._descriptor = descriptor
-        self._ranges = ranges
-        self._url = endpoint.url(f"blobs/{descriptor.digest}")
-        self._location: _Location | None = None
+        self._copies = {host: _Copy(host, transport, descriptor) for host in hosts}
+        self._served: deque[tuple[int, int, Host]] = deque(maxlen=64)  # which host the last ranges came from
+        self._spare = descriptor.size // _ELSEWHERE
+        self._lock = threading.Lock()
 
     @property
     def descriptor(self) -> Descriptor:
@@ -77,30 +62,87 @@ class RegistryBlob:
         position, end = offset, offset + length
         if offset < 0 or length < 0 or end > self.size:
             raise IntegrityError(f"blob {self._descriptor.digest} has {self.size} bytes, not {end}")
-        if attempt:
-            self._location = None  # the bytes from there were wrong: let the registry name a place anew
-        transport = self._endpoint.transport
-        attempts = transport.attempts(transport.settings.timeouts.read_deadline, outlast=True)
+        transport = self._transport
+        deadline = transport.settings.timeouts.read_deadline
+        liar = self._distrust(offset, end) if attempt else None
+        rotation = Rotation(list(self._copies), transport, deadline, outlast=True, last_resort=liar)
         while position < end:
+            route = rotation.choose()
+            copy = self._copies[route.host]
+            elsewhere = self._take_spare if rotation.alternatives(route) else None
+            first = position
             try:
-                with self._open(position, end, attempts) as reply:
-                    for piece in self._body(reply, position, end):
-                        position += len(piece)
-                        attempts.progress(len(piece))
-                        yield piece
+                for piece in copy.pieces(position, end, route.attempts, elsewhere):
+                    position += len(piece)
+                    rotation.progress(len(piece))
+                    yield piece
+                rotation.worked(route)
             except CkptfsError as error:
-                self._location = None
-                attempts.failed(error)
+                copy.forget_location()
+                rotation.failed(route, error)
+            finally:
+                self._served.append((first, position, route.host))
 
-    def _open(self, first: int, end: int, attempts: Attempts) -> Reply:
+    def _distrust(self, start: int, end: int) -> Host | None:
+        """The bytes [start, end) were wrong: note it of the host that they came from."""
+        for copy in self._copies.values():
+            copy.forget_location()  # let the registry name a place anew
+        served = [host for first, last, host in list(self._served) if first < end and start < last]
+        if not served:
+            return None
+        self._transport.standing.lied(served[-1].netloc, self._transport.clock.now())
+        return served[-1]
+
+    def _take_spare(self, count: int) -> bool:
+        """Whether `count` bytes may be had elsewhere while a mirror fetches the blob."""
+        with self._lock:
+            granted = count <= self._spare
+            self._spare -= count if granted else 0
+            return granted
+
+
+class _Copy:
+    """The blob at one host; one try at a time."""
+
+    def __init__(self, host: Host, transport: Transport, descriptor: Descriptor) -> None:
+        self._host = host
+        self._transport = transport
+        self._clock = transport.clock
+        self._descriptor = descriptor
+        self._location: _Location | None = None
+        self._filling = _Filling(transport)
+
+    def forget_location(self) -> None:
+        self._location = None
+
+    def pieces(
+        self, first: int, end: int, attempts: Attempts, elsewhere: Callable[[int], bool] | None
+    ) -> Iterator[bytes]:
+        """The bytes [first, end).
+
+        A host that sends the whole of a large blob in place of a range may be a pull-through mirror that has begun to
+        fetch it: it is asked again until it has. StillFilling where `elsewhere` lets these bytes be had elsewhere.
+        """
+        while True:
+            if not self._filling.my_turn(lambda: elsewhere is not None and elsewhere(end - first)):
+                raise StillFilling(f"{self._host.place.host} is still fetching {self._what}")
+            if self._needs_ranges(first, end) and not self._host.has_ranges(self._clock.now()):
+                raise self._no_ranges()
+            with self._host.ask(lambda endpoint: self._open(endpoint, first, end, attempts)) as reply:
+                if not self._whole_for_a_range(reply, first, end):
+                    self._filling.ended()
+                    yield from self._body(reply, first, end)
+                    return
+            if self._filling.noted() > self._transport.settings.timeouts.mirror_fill:
+                self._host.without_ranges(self._clock.now())
+                self._filling.ended()
+
+    def _open(self, endpoint: Endpoint, first: int, end: int, attempts: Attempts) -> Reply:
         """The reply to a GET of [first, end), with a status that promises a body."""
-        whole = first == 0 and end == self.size
-        if not whole and self.size > _WHOLE and self._ranges.known_missing(self._endpoint.transport.clock.now()):
-            raise self._no_ranges(permanent=True)
-        headers = {} if whole else {"Range": f"bytes={first}-{end - 1}"}
+        headers = {} if (first, end) == (0, self._size) else {"Range": f"bytes={first}-{end - 1}"}
         location = self._location
         if location is not None:
-            reply = self._endpoint.fetch(location.url, location.reach, attempts, headers)
+            reply = endpoint.fetch(location.url, location.reach, attempts, headers)
             if reply.status in (200, 206):
                 return reply
             with reply:
@@ -108,21 +150,31 @@ class RegistryBlob:
                     raise self._judge(reply)
                 reply.drain()
             self._location = None
-        reply, reach = self._endpoint.request(
-            "GET", self._url, attempts, what=self._what, expect=(200, 206, 416), headers=headers
-        )
+        url = endpoint.url(f"blobs/{self._descriptor.digest}")
+        reply, reach = endpoint.request("GET", url, attempts, what=self._what, expect=(200, 206, 416), headers=headers)
         if reply.status == 416:
             with reply:
                 raise self._judge(reply)
         self._location = _Location(reply.url, reach) if reach is not None else None
         return reply
 
+    def _whole_for_a_range(self, reply: Reply, first: int, end: int) -> bool:
+        """Whether all of a blob is coming that is too large to be taken for a part of it."""
+        if reply.status == 206 or (reply.header("Content-Encoding") or "identity").lower() != "identity":
+            return False
+        if reply.length is not None and reply.length != self._size:
+            raise IntegrityError(f"{reply.where}: {self._what} has {reply.length} bytes, not {self._size}")
+        return self._needs_ranges(first, end)
+
+    def _needs_ranges(self, first: int, end: int) -> bool:
+        return self._size > _WHOLE and (first, end) != (0, self._size)
+
     def _judge(self, reply: Reply) -> CkptfsError:
         if reply.status == 416:
             return IntegrityError(
-                f"{reply.where}: {self._what} is shorter than its descriptor says ({self.size} bytes)"
+                f"{reply.where}: {self._what} is shorter than its descriptor says ({self._size} bytes)"
             )
-        return self._endpoint.judge(reply, self._what)
+        return self._host.endpoint.judge(reply, self._what)
 
     def _body(self, reply: Reply, first: int, end: int) -> Iterator[bytes]:
         """The bytes [first, end) out of a 206 with exactly these, or out of a 200 with the whole blob."""
@@ -130,17 +182,10 @@ class RegistryBlob:
             raise UnavailableError(f"{reply.where}: the body is compressed on the way, which was not asked for")
         if reply.status == 206:
             self._check_range(reply, first, end)
-            self._ranges.served()
             yield from reply.pieces(end - first)
             return
-        if reply.length is not None and reply.length != self.size:
-            raise IntegrityError(f"{reply.where}: {self._what} has {reply.length} bytes, not {self.size}")
-        if self.size > _WHOLE and (first, end) != (0, self.size):
-            transport = self._endpoint.transport
-            self._ranges.ignored(transport.clock.now(), transport.settings.timeouts.tries_per_host)
-            raise self._no_ranges()
         at = 0
-        for piece in reply.pieces(self.size):
+        for piece in reply.pieces(self._size):
             lo, hi = max(first - at, 0), min(end - at, len(piece))
             at += len(piece)
             if lo < hi:
@@ -148,20 +193,63 @@ class RegistryBlob:
 
     def _check_range(self, reply: Reply, first: int, end: int) -> None:
         match = _CONTENT_RANGE.match((reply.header("Content-Range") or "").strip())
-        if match is not None and match[3] not in ("*", str(self.size)):
-            raise IntegrityError(f"{reply.where}: {self._what} has {match[3]} bytes, not {self.size}")
+        if match is not None and match[3] not in ("*", str(self._size)):
+            raise IntegrityError(f"{reply.where}: {self._what} has {match[3]} bytes, not {self._size}")
         if match is None or (int(match[1]), int(match[2])) != (first, end - 1):
             raise UnavailableError(f"{reply.where}: not the range that was asked for")
         if reply.length is not None and reply.length != end - first:
             raise UnavailableError(f"{reply.where}: {reply.length} bytes in place of {end - first}")
 
-    def _no_ranges(self, *, permanent: bool = False) -> UnavailableError:
+    def _no_ranges(self) -> UnavailableError:
         return UnavailableError(
-            f"{self._endpoint.name} sends whole blobs in place of ranges",
+            f"{self._host.place.host} sends whole blobs in place of ranges",
             hint="such an image can only be pulled whole",
-            permanent=permanent,
+            permanent=True,
         )
+
+    @property
+    def _size(self) -> int:
+        return self._descriptor.size
 
     @property
     def _what(self) -> str:
         return f"blob {self._descriptor.digest}"
+
+
+class _Filling:
+    """Threads that wait until a mirror has fetched a blob: one of them asks from time to time, the others look on."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._clock = transport.clock
+        self._timeouts = transport.settings.timeouts
+        self._lock = threading.Lock()
+        self._since: float | None = None  # None: the mirror has it, as far as is known
+        self._ask_at = 0.0
+        self._pause = 0.0
+
+    def my_turn(self, leave: Callable[[], bool]) -> bool:
+        """Returns True when the mirror may be asked; at once unless it is filling. False: `leave` says so."""
+        if self._since is not None and leave():
+            return False
+        while True:
+            with self._lock:
+                wait = self._ask_at - self._clock.now()
+                if self._since is None:
+                    return True
+                if wait <= 0:
+                    self._pause = min(2 * self._pause, self._timeouts.retry_cap)
+                    self._ask_at += self._pause
+                    return True
+            self._clock.sleep(min(wait, _LOOK))
+
+    def noted(self) -> float:
+        """All of the blob came in place of a range; seconds since the first time."""
+        with self._lock:
+            now = self._clock.now()
+            if self._since is None:
+                self._since, self._pause = now, self._timeouts.retry_first
+                self._ask_at = now + self._pause
+            return now - self._since
+
+    def ended(self) -> None:
+        self._since = None

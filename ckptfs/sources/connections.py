@@ -21,7 +21,8 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.util.ssl_ import create_urllib3_context
 
-from ckptfs.sources.origin import Reach
+from ckptfs.sources.origin import Origin, Reach
+from ckptfs.sources.places import SYSTEM_TRUST, Trust
 
 # urllib3 logs whole URLs, signatures of storage services included, from DEBUG to WARNING; transport.py logs instead.
 logging.getLogger("urllib3").setLevel(logging.CRITICAL + 1)
@@ -41,10 +42,11 @@ class Watch:
 
     __slots__ = ("_count", "_quota", "_waited", "_window")
 
-    def __init__(self, window: float, quota: int) -> None:
+    def __init__(self, window: float, quota: int, waited: float = 0.0) -> None:
+        """`waited`: seconds of the first window that have passed already."""
         self._window = window
         self._quota = quota
-        self._waited = 0.0
+        self._waited = waited
         self._count = 0
 
     def patience(self) -> float:
@@ -90,10 +92,10 @@ class WatchedTLSSocket(ssl.SSLSocket):
         return _receive(self, super().recv_into, buffer)
 
 
-def watch(sock: object, window: float, quota: int) -> None:
+def watch(sock: object, window: float, quota: int, waited: float = 0.0) -> None:
     """From now on the peer of `sock` has to be that fast."""
     if isinstance(sock, WatchedSocket | WatchedTLSSocket):
-        sock.watch = Watch(window, quota)
+        sock.watch = Watch(window, quota, waited)
 
 
 class _Guarded(HTTPConnection):
@@ -124,7 +126,8 @@ class _GuardedTLS(_Guarded, HTTPSConnection):
 
     def __init__(self, host: str, port: int | None = None, **options: Any) -> None:
         if options.get("ssl_context") is None:
-            options["ssl_context"] = self.contexts(host, port or 443)
+            context = options["ssl_context"] = self.contexts(host, port or 443)
+            options["cert_reqs"] = context.verify_mode  # urllib3 sets the context's to this
         super().__init__(host, port, **options)
 
 
@@ -135,6 +138,7 @@ class Pools:
         self._certificates = certificates
         self._lock = threading.Lock()
         self._managers: dict[Reach, urllib3.PoolManager] = {}
+        self._trusted: dict[tuple[str, int], Trust] = {}
         # Loading the system's CAs takes 20 to 40 ms: only when TLS is spoken, and once
         self._default_context = functools.cache(_tls_context)
 
@@ -144,6 +148,13 @@ class Pools:
             if reach not in self._managers:
                 self._managers[reach] = self._manager(reach)
             return self._managers[reach]
+
+    def trust(self, host: Origin, trust: Trust) -> None:
+        """Whose certificates `host` may show; for connections that are made from now on."""
+        if trust != SYSTEM_TRUST:
+            self._trusted[host.host, host.port] = trust
+            if not trust.verify:
+                urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
 
     def close(self) -> None:
         with self._lock:
@@ -163,19 +174,23 @@ class Pools:
     def _context(self, host: str, port: int) -> ssl.SSLContext:
         names = (f"{host}:{port}", host)
         places = [place for base in self._certificates for name in names if (place := base / name).is_dir()]
-        return _tls_context(places[0]) if places else self._default_context()
+        trust = self._trusted.get((host, port))
+        return _tls_context(trust or SYSTEM_TRUST, *places[:1]) if places or trust else self._default_context()
 
 
-def _tls_context(place: Path | None = None) -> ssl.SSLContext:
-    """The system's CAs ($SSL_CERT_FILE), and what the directory `place` adds for one host."""
+def _tls_context(trust: Trust = SYSTEM_TRUST, place: Path | None = None) -> ssl.SSLContext:
+    """The system's CAs ($SSL_CERT_FILE), and what `trust` and the directory `place` add for one host."""
     context = create_urllib3_context()
     context.load_default_certs()
     context.sslsocket_class = WatchedTLSSocket
-    if place is not None:
-        for authority in sorted(place.glob("*.crt")):
-            context.load_verify_locations(authority)
-        for certificate in sorted(place.glob("*.cert")):
-            context.load_cert_chain(certificate, certificate.with_suffix(".key"))
+    found = sorted(place.glob("*.cert")) if place is not None else []
+    for authority in (*trust.authorities, *(sorted(place.glob("*.crt")) if place is not None else ())):
+        context.load_verify_locations(authority)
+    for certificate, key in (*trust.certificates, *((file, file.with_suffix(".key")) for file in found)):
+        context.load_cert_chain(certificate, key)
+    if not trust.verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
     return context
 
 

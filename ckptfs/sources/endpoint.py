@@ -1,11 +1,12 @@
 """One repository of one registry over HTTP: authorised, redirected by rule, answers judged.
 
-Turns a path under /v2/ into a reply with an expected status or into the error that says what is wrong with it. One try;
-the loops around it are registry.py, blobs.py and upload.py. The Authorization header goes to the registry's own origin
-and nowhere else; cookies are never kept.
+Turns a path under the API's root into a reply with an expected status or into the error that says what is wrong with
+it. One try; the loops around it are mirrors.py, blobs.py and upload.py. The Authorization header goes to the registry's
+own origin and nowhere else; cookies are never kept.
 """
 
 from collections.abc import Collection, Mapping
+from urllib.parse import quote
 
 from ckptfs.errors import AuthError, CkptfsError, NotFoundError, UnavailableError
 from ckptfs.model.oci import parse_json
@@ -27,25 +28,37 @@ _MISSING = {
 class Endpoint:
     """Requests about `repository` of the registry at `origin`.
 
-    name   the registry's name as the user wrote it, for messages (docker.io is at registry-1.docker.io).
+    name       the registry's name as the user wrote it, for messages (docker.io is at registry-1.docker.io).
+    root       path of the API.
+    namespace  the registry that is meant, told to a mirror of several (containerd's ?ns=).
     """
 
     def __init__(
-        self, transport: Transport, territory: Territory, authorizer: Authorizer, name: str, repository: str
+        self,
+        transport: Transport,
+        territory: Territory,
+        authorizer: Authorizer,
+        name: str,
+        repository: str,
+        *,
+        root: str = "/v2",
+        namespace: str = "",
     ) -> None:
         self.transport = transport
         self.name = name
         self.repository = repository
         self._territory = territory
         self._authorizer = authorizer
+        self._root = root
+        self._query = f"?ns={quote(namespace, safe='')}" if namespace else ""
 
     @property
     def origin(self) -> Origin:
         return self._territory.home
 
     def url(self, path: str) -> str:
-        """The URL of `path`, relative to /v2/REPOSITORY/."""
-        return f"{self.origin}/v2/{self.repository}/{path}"
+        """The URL of `path`, relative to ROOT/REPOSITORY/."""
+        return f"{self.origin}{self._root}/{self.repository}/{path}{self._query}"
 
     def locate(self, location: str, base: str) -> str:
         """The absolute URL of an upload session. UnavailableError where it is not with the registry itself."""

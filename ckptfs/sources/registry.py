@@ -1,5 +1,7 @@
 """A repository of a registry as a Source (distribution-spec): manifests, small documents, blobs, referrers.
 
+Whatever has a digest may come from a mirror; a tag does only where the configuration says so, and what is attached to
+an image is known by the registry itself.
 A manifest is asked for at once, without a ping of /v2/: one round trip where no token is needed. Every document is
 checked against its digest before it is parsed.
 """
@@ -11,12 +13,12 @@ from ckptfs.errors import FormatError, IntegrityError, NotFoundError
 from ckptfs.model.blob import Blob
 from ckptfs.model.oci import MANIFEST_TYPES, OCI_INDEX, Descriptor, Digest, Index, Manifest, Reference, parse_document
 from ckptfs.settings import Settings
-from ckptfs.sources.auth import Authorizer
-from ckptfs.sources.blobs import RangeSupport, RegistryBlob
-from ckptfs.sources.credentials import Credentials, find_credentials
+from ckptfs.sources.blobs import RegistryBlob
+from ckptfs.sources.credentials import Credentials
 from ckptfs.sources.documents import check_document, check_limit
 from ckptfs.sources.endpoint import Endpoint
-from ckptfs.sources.origin import Origin, Territory, is_loopback
+from ckptfs.sources.mirrors import Host, ask
+from ckptfs.sources.places import places_of
 from ckptfs.sources.retry import Attempts
 from ckptfs.sources.transport import Reply, Transport
 from ckptfs.telemetry import NetworkCounters
@@ -24,27 +26,14 @@ from ckptfs.telemetry import NetworkCounters
 T = TypeVar("T")
 
 _ACCEPT = {"Accept": ", ".join(MANIFEST_TYPES)}
-_HUB = ("docker.io", "index.docker.io")
 
 
 def open_endpoint(
     reference: Reference, transport: Transport, *, plain_http: bool = False, credentials: Credentials | None = None
 ) -> Endpoint:
-    """The HTTP side of `reference`: where docker.io really is, http or https, and who asks."""
-    host, repository = reference.host, reference.repository
-    address = host
-    if host in _HUB:
-        host, address = "docker.io", "registry-1.docker.io"
-        repository = repository if "/" in repository else f"library/{repository}"
-    plain_http = plain_http or is_loopback(address) or reference.host in transport.settings.registries.plain_http
-    scheme = "http" if plain_http else "https"
-    territory = Territory(Origin.of(f"{scheme}://{address}"))
-
-    def find() -> Credentials | None:
-        return credentials or find_credentials(host, repository)
-
-    authorizer = Authorizer(transport, territory, f"{host}/{repository}", find)
-    return Endpoint(transport, territory, authorizer, host, repository)
+    """The HTTP side of the registry of `reference` itself: where it really is, http or https, and who asks."""
+    place = places_of(reference, transport.settings.registries, plain_http=plain_http)[-1]
+    return Host(place, transport, credentials).endpoint
 
 
 class RegistrySource:
@@ -64,8 +53,9 @@ class RegistrySource:
         self._limits = settings.limits
         self._deadline = settings.timeouts.resolve_deadline
         self._transport = transport or Transport(settings, counters)
-        self._endpoint = open_endpoint(reference, self._transport, plain_http=plain_http, credentials=credentials)
-        self._ranges = RangeSupport()
+        *mirrors, home = places_of(reference, settings.registries, plain_http=plain_http)
+        self._home = Host(home, self._transport, credentials)
+        self._hosts = [*(Host(place, self._transport) for place in mirrors), self._home]
 
     @property
     def reference(self) -> Reference:
@@ -88,12 +78,13 @@ class RegistrySource:
         check_limit(descriptor, self._limits)
         if descriptor.media_type in MANIFEST_TYPES:
             raw, _ = self._manifest(str(descriptor.digest), descriptor.digest, f"manifest {descriptor.digest}")
-            check_document(raw, descriptor, self._endpoint.name)
+            check_document(raw, descriptor, self._home.place.host)
             return raw
         return self._checked_blob(descriptor)
 
     def blob(self, descriptor: Descriptor) -> Blob:
-        return RegistryBlob(self._endpoint, descriptor, self._ranges)
+        pulling = [host for host in self._hosts if host.place.pulls]
+        return RegistryBlob(pulling, self._transport, descriptor)
 
     def referrers(self, digest: Digest, artifact_type: str = "") -> tuple[Descriptor, ...]:
         """What was attached to the manifest `digest`: the referrers API, or the tag sha256-HEX of registries without.
@@ -111,10 +102,10 @@ class RegistrySource:
         return tuple(m for m in document.manifests if artifact_type in ("", m.artifact_type))
 
     def _referrers_document(self, path: str, what: str) -> bytes | None:
-        def ask(attempts: Attempts) -> bytes | None:
-            reply, _ = self._endpoint.request(
+        def get(endpoint: Endpoint, attempts: Attempts) -> bytes | None:
+            reply, _ = endpoint.request(
                 "GET",
-                self._endpoint.url(path),
+                endpoint.url(path),
                 attempts,
                 what=what,
                 expect=(200, 404, 400, 405),
@@ -127,44 +118,44 @@ class RegistrySource:
                 return reply.read(self._limits.manifest_bytes, "list of referrers")
 
         try:
-            return self._transport.persist(ask, self._deadline)
+            return ask([self._home], self._transport, get, self._deadline)
         except NotFoundError:
             return None
 
     def _manifest(self, name: str, digest: Digest | None, what: str) -> tuple[bytes, str]:
         """The bytes and media type of manifests/NAME, whatever of the digests is known having been checked."""
 
-        def ask(attempts: Attempts) -> tuple[bytes, str]:
-            reply, _ = self._endpoint.request(
-                "GET", self._endpoint.url(f"manifests/{name}"), attempts, what=what, headers=_ACCEPT
-            )
+        def get(endpoint: Endpoint, attempts: Attempts) -> tuple[bytes, str]:
+            url = endpoint.url(f"manifests/{name}")
+            reply, _ = endpoint.request("GET", url, attempts, what=what, headers=_ACCEPT)
             with reply:
                 raw = reply.read(self._limits.manifest_bytes, "manifest")
                 if reply.length is not None and reply.length != len(raw):
                     raise IntegrityError(f"{reply.where}: the body ended early")
                 for expected in (digest, _digest_header(reply)):
                     if expected is not None:
-                        expected.check(raw, f"{self._endpoint.name}: manifest {name}")
+                        expected.check(raw, f"{endpoint.name}: manifest {name}")
                 return raw, reply.header("Content-Type") or ""
 
-        return self._twice(lambda: self._transport.persist(ask, self._deadline))
+        hosts = [host for host in self._hosts if (host.place.resolves if digest is None else host.place.pulls)]
+        return self._twice(lambda attempt: ask(hosts, self._transport, get, self._deadline))
 
     def _checked_blob(self, descriptor: Descriptor) -> bytes:
-        blob = RegistryBlob(self._endpoint, descriptor, self._ranges)
+        blob = self.blob(descriptor)
 
-        def read() -> bytes:
-            raw = blob.read_at(0, descriptor.size)
-            check_document(raw, descriptor, self._endpoint.name)
+        def read(attempt: int) -> bytes:
+            raw = blob.read_at(0, descriptor.size, attempt=attempt)
+            check_document(raw, descriptor, self._home.place.host)
             return raw
 
         return self._twice(read)
 
-    def _twice(self, read: Callable[[], T]) -> T:
+    def _twice(self, read: Callable[[int], T]) -> T:
         """Bytes can be damaged on the way: the second time the error counts."""
         try:
-            return read()
+            return read(0)
         except IntegrityError:
-            return read()
+            return read(1)
 
 
 def _digest_header(reply: Reply) -> Digest | None:

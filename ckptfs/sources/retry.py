@@ -23,7 +23,8 @@ _LAST_TRY = 0.25  # seconds that a try which starts at the deadline may still ta
 class NoAnswer(UnavailableError):
     """Nobody answered (DNS, connect, reset, silence): an outage that a patient reader waits out.
 
-    `at_once`: a kept connection turned out to be closed, which says nothing of the host; the first retry does not wait.
+    `at_once`: a kept connection was closed, or an answer was so late that another connection may be quicker; the first
+    retry does not wait.
     """
 
     def __init__(self, message: str, *, hint: str = "", permanent: bool = False, at_once: bool = False) -> None:
@@ -135,8 +136,7 @@ class Attempts:
 
     def failed(self, error: CkptfsError) -> None:
         """A try failed: return when it is time for the next one, or raise `error` because there is none."""
-        self._tries += 1
-        wait = self._wait(error)
+        wait = self.pause(error)
         if wait is None:
             self._counters.failed()
             raise error
@@ -144,7 +144,9 @@ class Attempts:
         self._counters.retried()
         self._clock.sleep(wait)
 
-    def _wait(self, error: CkptfsError) -> float | None:
+    def pause(self, error: CkptfsError) -> float | None:
+        """A try failed: seconds until the next one may be made, None when there is none."""
+        self._tries += 1
         left = self._deadline - self._clock.now()
         if not error.retryable or left <= 0:
             return None

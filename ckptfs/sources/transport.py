@@ -8,6 +8,7 @@ or a body.
 import logging
 import socket
 import ssl
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import suppress
 from types import TracebackType
@@ -31,7 +32,9 @@ from ckptfs.errors import CkptfsError, LimitExceeded, UnavailableError
 from ckptfs.settings import KiB, Settings
 from ckptfs.sources.connections import Pools, RefusedAddress, shared_pools, watch
 from ckptfs.sources.origin import Origin, Reach
+from ckptfs.sources.places import Trust
 from ckptfs.sources.retry import Attempts, Clock, HostWindows, NoAnswer, SystemClock, parse_retry_after
+from ckptfs.sources.standing import Standing
 from ckptfs.telemetry import NetworkCounters
 
 log = logging.getLogger(__name__)
@@ -39,12 +42,18 @@ log = logging.getLogger(__name__)
 # Body bytes per read: 64 KiB costs 0.1 ms/MB more, 256 KiB delays a decode by 10 ms at 200 Mbit/s, and what a reset
 # connection had received of a piece is lost
 PIECE = 128 * KiB
+_LAST_PIECE = 0.5  # seconds that a body has at least, however long its headers took
 
 T = TypeVar("T")
 
 Body = bytes | Iterable[bytes | memoryview]
 
 _windows = HostWindows()
+_standing = Standing()
+
+
+class NoTLS(UnavailableError):
+    """The other side answered a TLS handshake with something else."""
 
 
 class Reply:
@@ -130,7 +139,10 @@ class Reply:
     def opened(self, began: float) -> "Reply":
         connection = self._response.connection
         timeouts = self._transport.settings.timeouts
-        watch(getattr(connection, "sock", None), min(timeouts.stall_window, self._patience), timeouts.stall_bytes)
+        # The wait for the headers counts: headers after 4.9 s and a trickle then must not take 10 s together
+        window = min(timeouts.stall_window, self._patience)
+        waited = max(min(time.monotonic() - began, window - _LAST_PIECE), 0.0)
+        watch(getattr(connection, "sock", None), window, timeouts.stall_bytes, waited)
         self._began = began
         return self
 
@@ -153,17 +165,23 @@ class Transport:
         *,
         pools: Pools | None = None,
         windows: HostWindows | None = None,
+        standing: Standing | None = None,
         clock: Clock | None = None,
     ) -> None:
         self.settings = settings
         self.counters = counters
         self.clock = clock or SystemClock()
         self.windows = windows or _windows
+        self.standing = standing or _standing
         self._pools = pools or shared_pools()
 
     def attempts(self, seconds: float, *, outlast: bool = False) -> Attempts:
         timeouts = self.settings.timeouts
         return Attempts(timeouts, self.windows, self.counters, self.clock, seconds=seconds, outlast=outlast)
+
+    def trust(self, host: Origin, trust: Trust) -> None:
+        """Whose certificates `host` may show, from now on and in the whole process."""
+        self._pools.trust(host, trust)
 
     def persist(self, ask: Callable[[Attempts], T], seconds: float, *, outlast: bool = False) -> T:
         """What `ask` returns, asked again as often as retry.py allows."""
@@ -195,6 +213,9 @@ class Transport:
         attempts.enter(origin.netloc)
         where = f"{method} {origin.netloc}{urlsplit(url).path} (try {attempts.number})"
         patience = attempts.remaining()
+        first_byte = min(first_byte or self._patience(origin.netloc, attempts.number), patience)
+        # the time to send a body does not count, the time to connect does
+        timeout = Timeout(total=None if body else first_byte, connect=min(timeouts.connect, patience), read=first_byte)
         slices = _slices(body) if body else None
         began = self.counters.began()
         try:
@@ -203,9 +224,7 @@ class Transport:
                 url,
                 body=body if slices is None else slices,
                 headers=_headers(headers, body),
-                timeout=Timeout(
-                    connect=min(timeouts.connect, patience), read=min(first_byte or timeouts.first_byte, patience)
-                ),
+                timeout=timeout,
                 preload_content=False,
                 decode_content=False,
                 redirect=False,
@@ -220,6 +239,7 @@ class Transport:
             if slices is not None:
                 slices.close()  # a body that is itself a reply must not stay open
         self.windows.reached(origin.host)
+        self.standing.answered(origin.netloc, time.monotonic() - began)
         log.debug("%s: %d", where, response.status)
         reply = Reply(self, response, url, where, patience).opened(began)
         if response.status in (429, 503):
@@ -227,6 +247,12 @@ class Transport:
             if asked is not None:
                 self.windows.close(origin.netloc, self.clock.now() + asked)
         return reply
+
+    def _patience(self, netloc: str, number: int) -> float:
+        """Seconds to the first byte: what is far more than usual for this host, doubled with every try."""
+        timeouts = self.settings.timeouts
+        usual = self.standing.patience(netloc, timeouts.hedge, timeouts.first_byte)
+        return min(usual * 2.0 ** min(number - 1, 16), timeouts.first_byte)
 
     def translate(self, error: Exception, where: str) -> UnavailableError:
         """urllib3's, ssl's and the system's errors in our words; their own texts may hold a signed URL."""
@@ -248,7 +274,7 @@ class Transport:
                 f"{where}: DNS does not resolve {name}", hint="check the name and the network", permanent=not known
             )
         if isinstance(error, ReadTimeoutError):
-            return NoAnswer(f"{where}: too slow or silent")
+            return NoAnswer(f"{where}: too slow or silent", at_once=True)
         if isinstance(error, NewConnectionError):
             reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else "cannot connect"
             return NoAnswer(f"{where}: {reason.lower()}", hint="is the registry running there?")
@@ -281,7 +307,5 @@ def _tls_failure(cause: BaseException, where: str, host: str) -> UnavailableErro
         )
     reason = getattr(cause, "reason", None) or type(cause).__name__
     if reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"):
-        return UnavailableError(
-            f"{where}: {host} does not speak TLS", hint="use --plain-http if that is meant", permanent=True
-        )
+        return NoTLS(f"{where}: {host} does not speak TLS", hint="use --plain-http if that is meant", permanent=True)
     return NoAnswer(f"{where}: TLS failed ({reason})")

@@ -273,7 +273,7 @@ def test_connections_are_kept() -> None:
 def test_the_real_docker_hub_name() -> None:
     with client("docker.io") as c:
         source = c.source("busybox:latest")
-        endpoint = source._endpoint
+        endpoint = source._home.endpoint
         assert endpoint.url("x") == "https://registry-1.docker.io/v2/library/busybox/x"
 
 

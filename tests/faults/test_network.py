@@ -107,9 +107,11 @@ def test_that_a_registry_has_no_ranges_is_remembered(faulty: Faulty, record_prop
     for _ in range(3):
         with pytest.raises(UnavailableError, match="whole blobs in place of ranges"):
             faulty.blob.read_at(1000, 100_000)
-    assert faulty.asked == QUICK.tries_per_host
+    asked = faulty.asked
+    assert asked <= 8, "it might be a mirror that is still fetching the blob, for mirror_fill seconds"
     assert faulty.client.counters.bytes == 0
     assert faulty.blob.read_at(0, SIZE) == DATA, "the whole blob can still be had"
+    assert faulty.asked == asked + 1
     record_property("figure", "0 body bytes taken from wrong answers")
 
 

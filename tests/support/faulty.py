@@ -70,5 +70,5 @@ def trusted(secure: FakeRegistry, tmp_path: Path) -> Iterator[Client]:
 def secure_source(c: Client) -> RegistrySource:
     """https on loopback, which ckptfs takes for http."""
     source = c.source()
-    source._endpoint._territory = Territory(Origin.of(f"https://{c.host}"))
+    source._home.endpoint._territory = Territory(Origin.of(f"https://{c.host}"))
     return source

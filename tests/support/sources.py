@@ -5,11 +5,12 @@ from contextlib import contextmanager
 
 from ckptfs.model.blob import Blob
 from ckptfs.model.oci import Descriptor, Manifest, Reference
-from ckptfs.settings import Settings, Timeouts
+from ckptfs.settings import Registries, Settings, Timeouts
 from ckptfs.sources.connections import Pools
 from ckptfs.sources.credentials import Credentials
 from ckptfs.sources.registry import RegistrySource
 from ckptfs.sources.retry import Clock, HostWindows
+from ckptfs.sources.standing import Standing
 from ckptfs.sources.transport import Transport
 from ckptfs.sources.upload import RegistryTarget
 from ckptfs.telemetry import NetworkCounters
@@ -25,19 +26,35 @@ QUICK = Timeouts(
     resolve_deadline=3.0,
     retry_first=0.01,
     retry_cap=0.05,
+    mirror_fill=0.2,
 )
 
 
 class Client:
     """One process's view of a registry. `counters` are what its requests add up to."""
 
-    def __init__(self, registry: FakeRegistry | str, *, timeouts: Timeouts = QUICK, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        registry: FakeRegistry | str,
+        *,
+        timeouts: Timeouts = QUICK,
+        clock: Clock | None = None,
+        registries: Registries | None = None,
+    ) -> None:
         self.host = registry if isinstance(registry, str) else registry.host
-        self.settings = Settings(timeouts=timeouts)
+        self.settings = Settings(timeouts=timeouts, registries=registries or Registries())
         self.counters = NetworkCounters()
         self.pools = Pools()
         self.windows = HostWindows()
-        self.transport = Transport(self.settings, self.counters, pools=self.pools, windows=self.windows, clock=clock)
+        self.standing = Standing()
+        self.transport = Transport(
+            self.settings,
+            self.counters,
+            pools=self.pools,
+            windows=self.windows,
+            standing=self.standing,
+            clock=clock,
+        )
 
     def source(self, name: str = "repo:latest", credentials: Credentials | None = None) -> RegistrySource:
         reference = Reference.parse(f"{self.host}/{name}")
@@ -58,8 +75,14 @@ class Client:
 
 
 @contextmanager
-def client(registry: FakeRegistry | str, *, timeouts: Timeouts = QUICK, clock: Clock | None = None) -> Iterator[Client]:
-    made = Client(registry, timeouts=timeouts, clock=clock)
+def client(
+    registry: FakeRegistry | str,
+    *,
+    timeouts: Timeouts = QUICK,
+    clock: Clock | None = None,
+    registries: Registries | None = None,
+) -> Iterator[Client]:
+    made = Client(registry, timeouts=timeouts, clock=clock, registries=registries)
     try:
         yield made
         assert made.counters.in_flight == 0, "a reply was not closed"
