@@ -77,7 +77,7 @@ class Operations(pyfuse3.Operations):
         self._listings: dict[int, list[Node]] = {}
         self._next_handle = 1
         self._last_bug: dict[str, float] = {}
-        # As an extraction by an ordinary user gives it: checkpoints are mode 0600, root's would be closed to who mounted.
+        # As an extraction by an ordinary user gives it: checkpoints are 0600, root's would be closed to who mounted.
         self._owner = None if os.geteuid() == 0 else (os.geteuid(), os.getegid())
         image.changed = self._changed
         image.distrusted = self._distrusted

@@ -118,8 +118,8 @@ def test_status_has_the_fields_that_the_product_names(tmp_path: Path) -> None:
     with mounted(f"oci:{LAYOUT}", tmp_path) as mount:
         (mount.path / "config.dump").read_bytes()
         status = mount.status()
-        names = "reference digest view pid ready_ms round_trips_to_ready image_bytes cached_bytes complete network reads"
-        assert set(names.split()) | {"prefetch", "verify", "errors"} <= set(status)
+        names = "reference digest view pid ready_ms round_trips_to_ready image_bytes cached_bytes complete network"
+        assert set(names.split()) | {"reads", "prefetch", "verify", "errors"} <= set(status)
         assert set(status["network"]) == {"requests", "bytes", "retries", "errors", "in_flight"}
         reads = "count bytes memory_hits disk_hits misses wait_ms_p50 wait_ms_p99"
         assert set(reads.split()) <= set(status["reads"])
