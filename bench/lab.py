@@ -18,7 +18,7 @@ from typing import Any
 
 from ckptfs.bench.link import ShapedLink
 from ckptfs.bench.machine import forget_files
-from ckptfs.bench.results import Absent, Conditions, Fact, Figure, ResultFile, Sample, Series, figure
+from ckptfs.bench.results import Absent, Conditions, Fact, Figure, ResultFile, Sample, figure
 from ckptfs.push import PushOptions, open_checkpoint, push
 from ckptfs.push.layout_target import LayoutTarget
 from ckptfs.settings import Settings
@@ -79,6 +79,7 @@ class Lab:
         self.quick = quick
         self.sizes = (64, 256) if quick else (64, 256, 1024, 4096)
         self.standard = 256
+        self.large = 256 if quick else 1024  # where start-up should not count
         self.runs = 3 if quick else 7
         self.few = 1 if quick else 3
         self.registry: DockerRegistry = stack.enter_context(DockerRegistry())
@@ -171,9 +172,6 @@ class Lab:
         found = figure(row, name, values, unit, **options)
         self.add(found)
         return found
-
-    def series(self, fact: Series) -> None:
-        self.add(fact)
 
     def say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)

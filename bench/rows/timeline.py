@@ -25,7 +25,7 @@ def _measure(lab: Lab) -> None:
             assert run.watcher is not None
             points = run.watcher.points
         marks = {"mounted": run.ready, "first tick": first, "all pages there": resident}
-        lab.series(Series("timeline", flow, conditions, Watcher.columns, points, marks))
+        lab.add(Series("timeline", flow, conditions, Watcher.columns, points, marks))
     with lab.room() as room, lab.link(SLOW) as link:
         lab.cold()
         with Watcher(link) as watcher:
@@ -35,7 +35,7 @@ def _measure(lab: Lab) -> None:
             with restore(image.checkpoint, room / "work", images=images) as restored:
                 first = restored.first_tick().at - began
         marks = {"unpacked": ready, "first tick": first, "all pages there": first}
-        lab.series(Series("timeline", EAGER, conditions, Watcher.columns, watcher.points, marks))
+        lab.add(Series("timeline", EAGER, conditions, Watcher.columns, watcher.points, marks))
 
 
 ROW = Row("timeline", "Timeline of a restore", _measure, ("criu", "skopeo"))

@@ -75,6 +75,7 @@ def timeline(facts: Sequence[Fact]) -> str:
 
     def draw(canvas: "Canvas") -> None:
         strips = canvas.subplots(len(found), 1, sharex=True, squeeze=False)[:, 0]
+        end = max(point[0] for one in found for point in one.points)
         for axes, one in zip(strips, found, strict=True):
             times = [point[0] for point in one.points]
             fetched = [point[1] / 1e6 for point in one.points]
@@ -83,46 +84,60 @@ def timeline(facts: Sequence[Fact]) -> str:
             if any(point[2] for point in one.points if len(point) > 2):
                 read = [point[2] / 1e6 for point in one.points]
                 axes.plot(times, read, color="black", linestyle=":", label="read, MB of files")
-            _mark(axes, one)
+            _mark(axes, one, end)
             axes.set_title(one.flow, loc="left", fontsize=10, fontweight="bold")
-            axes.legend(loc="lower right", fontsize=8)
+            axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8)
             axes.set_ylim(bottom=0)
-        strips[-1].set_xlim(left=0)
+        strips[-1].set_xlim(0, end)
         strips[-1].set_xlabel("seconds since the command")
 
     return _svg(draw, 9.5, 0.5 + 1.9 * len(found)) if found else ""
 
 
-def over(facts: Sequence[Fact], condition: str, label: str, *, fixed: dict[str, float], value: str) -> str:
-    """Seconds over one condition, the others as `fixed` says; a line for each flow, medians of its runs."""
-    points: dict[str, dict[float, list[float]]] = {}
+def sweeps(facts: Sequence[Fact], panels: Sequence[tuple[str, str, dict[str, float]]], value: str) -> str:
+    """Seconds (`value`) to the same scale, over one condition in each panel; a line for each flow, medians of its runs.
+
+    panels  (condition, label of the axis, the other conditions as they have to be).
+    """
+    found = [(label, points) for name, label, fixed in panels if (points := _points(facts, name, fixed, value))]
+
+    def draw(canvas: "Canvas") -> None:
+        for axes, (label, flows) in zip(
+            canvas.subplots(1, len(found), sharey=True, squeeze=False)[0], found, strict=True
+        ):
+            for flow, points in flows.items():
+                xs, ys = zip(*points, strict=True)
+                axes.plot(xs, ys, "o-", color=colour(flow), label=flow, markersize=5)
+                axes.annotate(
+                    f"{ys[-1]:.2g}", (xs[-1], ys[-1]), (6, 0), textcoords="offset points", fontsize=9, va="center"
+                )
+            axes.set_xscale("log")
+            ticks = sorted({at for points in flows.values() for at, _ in points})
+            axes.set_xticks(ticks, [f"{at:g}" for at in ticks])
+            axes.minorticks_off()
+            axes.set_xlabel(label)
+            _seconds(axes)
+        first = canvas.axes[0]
+        first.set_ylabel("seconds")
+        canvas.legend(*first.get_legend_handles_labels(), ncols=4, loc="outside upper left")
+
+    return _svg(draw, 1.2 + 2.9 * len(found), 3.6) if found else ""
+
+
+def _points(
+    facts: Sequence[Fact], condition: str, fixed: dict[str, float], value: str
+) -> dict[str, list[tuple[float, float]]]:
+    """Flow -> (condition, median), ascending; only flows that were run under at least two conditions."""
+    runs: dict[str, dict[float, list[float]]] = {}
     for fact in facts:
         if isinstance(fact, Sample) and value in fact.values and _matches(fact, fixed, condition):
             at = float(fact.conditions[condition])
-            points.setdefault(fact.flow, {}).setdefault(at, []).append(fact.values[value])
-    points = {flow: found for flow, found in points.items() if len(found) > 1}
-
-    def draw(canvas: "Canvas") -> None:
-        axes = canvas.add_subplot()
-        ticks: set[float] = set()
-        for flow, found in points.items():
-            xs = sorted(found)
-            ys = [statistics.median(found[x]) for x in xs]
-            axes.plot(xs, ys, "o-", color=colour(flow), label=flow, markersize=5)
-            axes.annotate(
-                f"{ys[-1]:.2g} s", (xs[-1], ys[-1]), (5, 0), textcoords="offset points", fontsize=9, va="center"
-            )
-            ticks |= set(xs)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xticks(sorted(ticks), [f"{x:g}" for x in sorted(ticks)])
-        axes.minorticks_off()
-        _plain_seconds(axes)
-        axes.set_xlabel(label)
-        axes.set_ylabel("seconds")
-        axes.legend(fontsize=9)
-
-    return _svg(draw, 5.6, 3.6) if points else ""
+            runs.setdefault(fact.flow, {}).setdefault(at, []).append(fact.values[value])
+    return {
+        flow: [(at, statistics.median(found[at])) for at in sorted(found)]
+        for flow, found in runs.items()
+        if len(found) > 1
+    }
 
 
 def reads(facts: Sequence[Fact]) -> str:
@@ -171,29 +186,35 @@ def bars(facts: Sequence[Fact], rows: Iterable[str], phases: Sequence[tuple[str,
             before = 0.0
             for (key, _), shade in zip(phases, shades, strict=False):
                 until = statistics.median(run[key] for run in runs)
-                axes.barh(at, max(until - before, 0), left=before, color=colour(flow), alpha=shade)
+                axes.barh(at, max(until - before, 0), 0.4, left=before, color=colour(flow), alpha=shade)
                 before = max(until, before)
             words = ", ".join(f"{word} {statistics.median(run[key] for run in runs):.2f} s" for key, word in phases)
-            axes.annotate(words, (0, at), (2, 17), textcoords="offset points", fontsize=9, va="center")
+            axes.annotate(words, (0, at + 0.24), fontsize=9)
         axes.set_yticks(range(len(found)), list(reversed(found)))
-        axes.set_ylim(-0.5, len(found) - 0.2)
+        axes.set_ylim(-0.35, len(found) - 0.35)
         axes.set_xlabel(title)
         axes.grid(axis="y", visible=False)
 
     return _svg(draw, 9.5, 0.7 + 0.62 * len(found)) if found else ""
 
 
-def _mark(axes: "Axes", one: Series) -> None:
-    """The moments of a series; those at the same time are one mark."""
+def _mark(axes: "Axes", one: Series, end: float) -> None:
+    """The moments of a series, which is drawn until `end`; those at the same time are one mark."""
     moments: dict[float, list[str]] = {}
     for name, when in one.marks.items():
         moments.setdefault(round(when, 2), []).append(name)
-    top = max((point[1] for point in one.points), default=0.0) / 1e6 or 1.0
     for number, (when, names) in enumerate(sorted(moments.items())):
         axes.axvline(when, color=RED, linewidth=1)
-        height = top * (0.92 - 0.24 * number)
+        left = when < 0.6 * end
         axes.annotate(
-            f"{', '.join(names)}: {when:.2f} s", (when, height), (4, 0), textcoords="offset points", fontsize=9
+            f"{', '.join(names)}: {when:.2f} s",
+            (when, 0.85 - 0.19 * number),
+            (4 if left else -4, 0),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="left" if left else "right",
+            fontsize=9,
+            bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1},
         )
 
 
@@ -209,11 +230,14 @@ def _share(figure: Figure, value: float) -> float:
     return figure.limit / value if figure.least else value / figure.limit
 
 
-def _plain_seconds(axes: Any) -> None:
-    """0.1, 1, 10 in place of powers of ten."""
-    from matplotlib.ticker import FuncFormatter
+def _seconds(axes: "Axes") -> None:
+    """A logarithmic axis with 0.5, 1, 2 in place of powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _svg(draw: Callable[["Canvas"], None], width: float, height: float) -> str:

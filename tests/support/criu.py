@@ -132,6 +132,13 @@ class RestoredProcess:
             raise RuntimeError(f"criu lazy-pages failed:\n{self._log('lazy-pages.log')}")
         return time.time()
 
+    def bytes_read_by_lazy_daemon(self) -> int:
+        """By read(2) and its like, its program's libraries included (proc_pid_io(5), rchar)."""
+        if self._lazy_daemon is None:
+            return 0
+        criu = tree(self._lazy_daemon.pid)[-1]  # below timeout(1)
+        return int(Path(f"/proc/{criu}/io").read_text().split()[1])
+
     def hashes(self) -> dict[str, int]:
         return ask_hashes(self.output, self.checkpoint.pids)
 

@@ -1,0 +1,250 @@
+"""`ckptfs bench`: one image, lazily and eagerly, over a slow link in front of its registry.
+
+Owns the order of runs, their folders and their clock. Every run starts with an empty cache of its own; other mounts and
+the node's cache are never touched, nor are the kernel's caches dropped. No criu: what it would read is replayed
+(reading.py). Called by the command line.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ckptfs.bench.charts import require_plots
+from ckptfs.bench.link import ShapedLink
+from ckptfs.bench.machine import stamp
+from ckptfs.bench.reading import Reading, Step, reading_of, recorded_reading, replay
+from ckptfs.bench.relay import Relay
+from ckptfs.bench.report import write_report
+from ckptfs.bench.results import Figure, ResultFile, Sample, Series, figure
+from ckptfs.bench.watch import Watcher
+from ckptfs.control.client import MountFiles, ask
+from ckptfs.errors import CkptfsError, UnavailableError, UsageError
+from ckptfs.model.oci import Reference
+
+EAGER = "skopeo, tar"
+_NAMES = {"lazy": "ckptfs, lazy pages", "plain": "ckptfs, plain restore"}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What to compare. `links`: (round-trip time in seconds, bits per second). `trace`: recorded reads, not criu's."""
+
+    reference: Reference
+    out: Path
+    links: tuple[tuple[float, float], ...] = ((0.020, 200e6),)
+    runs: int = 3
+    trace: Path | None = None
+    plain_http: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Where the results are, and the figures that say it in short."""
+
+    results: Path
+    report: Path
+    figures: tuple[Figure, ...]
+
+
+def compare(wanted: Comparison, say: Callable[[str], None]) -> Outcome:
+    """Run everything and write results and report to `wanted.out`; `say` is told of each run."""
+    require_plots()
+    if missing := [tool for tool in ("skopeo", "tar") if shutil.which(tool) is None]:
+        raise UsageError(f"the eager way needs {' and '.join(missing)}", hint=f"install {' '.join(missing)}")
+    if wanted.reference.kind == "archive":
+        raise UsageError("an archive cannot be pulled", hint="push it to a registry or an oci: layout first")
+    here = stamp()
+    results = ResultFile(wanted.out / f"{here.date[:19].replace(':', '')}.jsonl", here)
+    with tempfile.TemporaryDirectory(prefix=".bench-", dir=wanted.out) as folder, _relay(wanted) as relay:
+        runner = _Runner(Path(folder), relay, results, say)
+        readings = runner.readings(wanted.trace)
+        for rtt, rate in wanted.links:
+            for number in range(wanted.runs):
+                for name, reading in readings.items():
+                    runner.lazily(name, reading, number, rtt, rate)
+                runner.eagerly(next(iter(readings.values())), number, rtt, rate)
+        rtt, rate = wanted.links[0]
+        for name, reading in readings.items():
+            runner.lazily(name, reading, -1, rtt, rate)
+        runner.eagerly(next(iter(readings.values())), -1, rtt, rate)
+    figures = tuple(_figures(results, wanted))
+    for one in figures:
+        results.add(one)
+    page = results.path.with_suffix(".html")
+    write_report(results.facts, page, title=f"{wanted.reference}: lazy against eager")
+    return Outcome(results.path, page, figures)
+
+
+def _relay(wanted: Comparison) -> Relay:
+    return Relay(wanted.reference, plain_http=wanted.plain_http)
+
+
+@dataclass(slots=True)
+class _Runner:
+    """Runs flows; a run with number -1 is watched, not timed."""
+
+    folder: Path
+    relay: Relay
+    results: ResultFile
+    say: Callable[[str], None]
+    _count: int = field(default=0, init=False)
+
+    def readings(self, trace: Path | None) -> dict[str, Reading]:
+        """What the lazy flows read, by name; looked up on a mount that no link slows down."""
+        if trace is not None:
+            return {"ckptfs": recorded_reading(trace)}
+        with self._room() as room, self._mounted(self.relay.address, room) as directory:
+            lazy = reading_of(directory, lazy=True)
+            if not lazy.rest:
+                return {"ckptfs": lazy}
+            return {_NAMES["lazy"]: lazy, _NAMES["plain"]: reading_of(directory, lazy=False)}
+
+    def lazily(self, flow: str, reading: Reading, number: int, rtt: float, rate: float) -> None:
+        with self._room() as room, ShapedLink(self.relay.address, rtt=rtt, rate=rate) as link:
+            watcher = Watcher(link, room / "mnt") if number < 0 else None
+            with watcher or contextlib.nullcontext():
+                began = time.monotonic()
+                with self._mounted(link.address, room) as directory:
+                    ready = time.monotonic() - began
+                    replay(directory, reading.start)
+                    start = time.monotonic() - began
+                    early = link.stats().bytes_down if watcher is None else 0
+                    replay(directory, reading.rest)
+                    every = time.monotonic() - began
+                    status = ask(MountFiles.of(str(directory)), "status")
+            marks = {"mounted": ready, "process could run": start, "all read": every}
+            if watcher is not None:
+                self._series(flow, rtt, rate, watcher, marks)
+                return
+            reads, prefetch = status["reads"], status["prefetch"]
+            values = {"ready": ready, "start": start, "all": every, "bytes_at_start": early}
+            values |= {"bytes": link.stats().bytes_down, "requests": status["network"]["requests"]}
+            values |= {
+                "reads": reads["count"],
+                **{name: reads[name] for name in ("memory_hits", "disk_hits", "misses")},
+            }
+            values |= {"prefetched": prefetch["bytes"], "prefetched_used": prefetch["used_bytes"]}
+            self._sample(flow, number, rtt, rate, values)
+
+    def eagerly(self, reading: Reading, number: int, rtt: float, rate: float) -> None:
+        """The same reads after everything has been pulled and unpacked."""
+        with self._room() as room, ShapedLink(self.relay.address, rtt=rtt, rate=rate) as link:
+            watcher = Watcher(link) if number < 0 else None
+            with watcher or contextlib.nullcontext():
+                began = time.monotonic()
+                directory = self._pulled(link.address, room)
+                ready = time.monotonic() - began
+                replay(directory, _existing(directory, reading.start))
+                start = time.monotonic() - began
+                replay(directory, _existing(directory, reading.rest))
+                every = time.monotonic() - began
+            if watcher is not None:
+                marks = {"unpacked": ready, "process could run": start, "all read": every}
+                self._series(EAGER, rtt, rate, watcher, marks)
+                return
+            count = link.stats().bytes_down
+            values = {"ready": ready, "start": start, "all": every, "bytes_at_start": count, "bytes": count}
+            self._sample(EAGER, number, rtt, rate, values)
+
+    @contextlib.contextmanager
+    def _mounted(self, host: str, room: Path) -> Iterator[Path]:
+        """The image on room/mnt, with a cache in the room."""
+        target = room / "mnt"
+        target.mkdir()
+        reference = f"{host}/{self.relay.repository}:{self.relay.tag}"
+        _ckptfs("mount", reference, target, "--cache-dir", room / "cache", "--json")
+        try:
+            yield target
+        finally:
+            _ckptfs("umount", target)
+
+    def _pulled(self, host: str, room: Path) -> Path:
+        """skopeo fetches, tar unpacks layer by layer; whiteouts are not applied."""
+        copy, target = room / "copy", room / "eager"
+        target.mkdir()
+        source = f"docker://{host}/{self.relay.repository}:{self.relay.tag}"
+        _run("skopeo", "copy", "--quiet", "--src-tls-verify=false", source, f"dir:{copy}")
+        for layer in json.loads((copy / "manifest.json").read_text())["layers"]:
+            blob = copy / layer["digest"].partition(":")[2]
+            _run("tar", "--extract", "--file", blob, "--directory", target)
+        return target
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[Path]:
+        self._count += 1
+        room = self.folder / str(self._count)
+        room.mkdir()
+        try:
+            yield room
+        finally:
+            shutil.rmtree(room, ignore_errors=True)
+
+    def _sample(self, flow: str, number: int, rtt: float, rate: float, values: dict[str, float]) -> None:
+        self.results.add(Sample("image", flow, number, _conditions(rtt, rate), values))
+        link = f"{rtt * 1000:g} ms, {rate / 1e6:g} Mbit/s"
+        self.say(
+            f"{link}: {flow}: process could run after {values['start']:.2f} s, all read after {values['all']:.2f} s"
+        )
+
+    def _series(self, flow: str, rtt: float, rate: float, watcher: Watcher, marks: dict[str, float]) -> None:
+        self.results.add(Series("image", flow, _conditions(rtt, rate), Watcher.columns, watcher.points, marks))
+
+
+def _figures(results: ResultFile, wanted: Comparison) -> Iterator[Figure]:
+    """Per link and flow: how much sooner than eagerly, and how much was fetched for it."""
+    for rtt, rate in wanted.links:
+        runs: dict[str, list[Sample]] = {}
+        for fact in results.facts:
+            if isinstance(fact, Sample) and fact.conditions == _conditions(rtt, rate):
+                runs.setdefault(fact.flow, []).append(fact)
+        eager = figure("image", EAGER, [run.values["start"] for run in runs.pop(EAGER)], "s").value
+        link = f"{rtt * 1000:g} ms, {rate / 1e6:g} Mbit/s"
+        for flow, found in runs.items():
+            peer: dict[str, Any] = {"peer": EAGER, "peer_value": eager}
+            seconds = [run.values["start"] for run in found]
+            yield figure("image", f"{flow}: until the process could run; {link}", seconds, "s", **peer)
+            megabytes = [run.values["bytes_at_start"] / 1e6 for run in found]
+            yield figure("image", f"{flow}: fetched by then; {link}", megabytes, "MB")
+
+
+def _existing(directory: Path, steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """Without what only a mount shows: the contents of archives, the unpacked side of nested layouts."""
+    return tuple(
+        tuple(tuple(piece for piece in stream if (directory / piece.path).exists()) for stream in step)
+        for step in steps
+    )
+
+
+def _conditions(rtt: float, rate: float) -> dict[str, str | float]:
+    return {"rtt_ms": rtt * 1000, "mbit": rate / 1e6}
+
+
+def _ckptfs(*words: str | Path) -> None:
+    """Another command of this program; its error is ours."""
+    done = _start(sys.executable, "-m", "ckptfs", *words)
+    if done.returncode:
+        message = done.stderr.strip().removeprefix("ckptfs: ")
+        error = CkptfsError(message or f"ckptfs {words[0]} ended with {done.returncode}")
+        error.exit_code = done.returncode
+        raise error
+
+
+def _run(*words: str | Path) -> None:
+    done = _start(*words)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise UnavailableError(f"{words[0]} failed: {last}")
+
+
+def _start(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [os.fspath(word) for word in words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
