@@ -7,12 +7,12 @@ loop only, apart from `received`.
 
 from collections import deque
 
-from ckptfs.settings import KiB, MiB, Sizes
+from ckptfs.settings import KiB, Sizes
 
 _SAMPLE = 0.05  # seconds; shorter intervals measure bursts of the receive buffer, not the link
 _SAMPLE_BYTES = 512 * KiB
-_SLACK = 0.08  # seconds of data on top of two round trips: covers the pauses between requests of one connection
-_FLOOR = 1 * MiB
+_SLACK = 0.03  # seconds of data on top of two round trips: covers the pauses between requests of one connection
+_FLOOR = 512 * KiB  # two chunks of a pages file
 _GUESS = 25e6  # bytes per second until the first sample: 2 MB at no delay, 12 MB at 200 ms
 
 

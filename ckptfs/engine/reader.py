@@ -18,7 +18,9 @@ from ckptfs.model.toc import Chunk, Extent, Inode, overlapping
 from ckptfs.settings import KiB, MiB
 
 _STRAIGHT = 512 * KiB  # reads of this size and more are of large files, front to back: the kernel keeps the pages
-_SEQUENTIAL = 512 * KiB  # read in one go before running ahead: CRIU's lazy daemon starts over at 64 KiB after a fault
+_SEQUENTIAL = 512 * KiB  # read in sequence before running ahead
+_FAULT = 16 * KiB  # a read of so little elsewhere is a page fault or a look-up, never the kernel reading ahead
+_REORDERED = 2 * MiB  # how far apart reads of one sequence may come
 
 
 @dataclass(slots=True)
@@ -40,20 +42,33 @@ class ReadCounters:
 
 @dataclass(slots=True, eq=False)
 class Handle:
-    """One open file: remembers where reading goes on, to tell sequential readers from random ones."""
+    """One open file: remembers where reading goes on, to tell sequential readers from random ones.
+
+    CRIU's lazy-pages daemon is both with one descriptor: between the pieces of its transfer it reads single pages, for
+    faults, anywhere. Those leave the sequence where it is.
+
+    expected  where the sequence goes on.
+    streak    bytes read in sequence.
+    ahead     up to where chunks have been asked for ahead of the sequence.
+    jumped    where the last read that was out of sequence ended; one that goes on there starts a new sequence.
+    """
 
     inode: Inode
     path: bytes = b""
     expected: int = 0
     streak: int = 0
     ahead: int = 0
+    jumped: int = -1
 
     def observe(self, offset: int, size: int) -> bool:
-        """Note a read; whether the reader goes on sequentially. The kernel's read-ahead may overtake itself."""
-        if self.expected - 2 * MiB <= offset <= self.expected + 2 * MiB and self.expected:
-            self.streak += size
-        else:
-            self.streak, self.ahead = size if offset == 0 else 0, 0
+        """Note a read; whether it goes on sequentially. The kernel's read-ahead may overtake itself."""
+        if offset == self.jumped and size > _FAULT:
+            self.streak, self.ahead = 0, 0
+        elif offset != self.expected and (size <= _FAULT or abs(offset - self.expected) > _REORDERED):
+            self.jumped = offset + size
+            return False
+        self.jumped = -1
+        self.streak += size
         self.expected = max(offset + size, self.expected) if self.streak > size else offset + size
         return self.streak >= _SEQUENTIAL
 

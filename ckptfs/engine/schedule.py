@@ -120,7 +120,8 @@ class Scheduler:
         limit = self.sizes.jobs if priority == Priority.PREFETCH else self.sizes.background_jobs
         if len(others) >= limit:
             return False
-        return not others or sum(job.outstanding for job in self.running) < self.window
+        under_way = sum(job.outstanding for job in self.running)
+        return not others or under_way + self.extent_limit(priority) <= self.window
 
     def _grow(self, first: Chunk, priority: Priority) -> Job:
         """The extent that starts at `first` and goes on over whatever wanted chunks follow it in the blob."""
@@ -128,9 +129,11 @@ class Scheduler:
         at = bisect.bisect_left(places, (first.offset, first.inner, first.key))
         limit = self.extent_limit(priority)
         start, end, chunks = first.offset, first.offset + first.size, [first]
+        company = min(limit, self.sizes.random_extent, self.window // 4) if priority == Priority.DEMAND else limit
         for offset, _, key in places[at + 1 : at + 1 + 4096]:
-            chunk = self._wanted[key].chunk
-            if offset > end + self.sizes.coalesce_gap or offset + chunk.size > start + limit:
+            chunk, asked = self._wanted[key].chunk, self._wanted[key].priority
+            most = limit if asked == priority else company
+            if offset > end + self.sizes.coalesce_gap or offset + chunk.size > start + most:
                 break
             chunks.append(chunk)
             end = max(end, offset + chunk.size)

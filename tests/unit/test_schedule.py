@@ -59,6 +59,30 @@ def test_a_demand_takes_wanted_neighbours_along() -> None:
     assert [numbers(job) for job in drain(scheduler)] == [[0, 1]]
 
 
+def test_a_demand_takes_no_more_along_than_a_quarter_of_the_window() -> None:
+    scheduler = Scheduler(Sizes(), window=3 * MiB)
+    for number in range(20):
+        scheduler.want(chunk(number), Priority.BACKGROUND)
+    scheduler.want(chunk(0), Priority.DEMAND)
+    scheduler.want(chunk(10), Priority.DEMAND)
+    scheduler.want(chunk(11), Priority.DEMAND)
+    jobs = [scheduler.next_job(), scheduler.next_job()]
+    assert [numbers(job) for job in jobs if job is not None] == [[0, 1, 2], [10, 11, 12]]
+
+
+def test_nothing_is_started_that_would_overfill_the_window() -> None:
+    scheduler = Scheduler(Sizes(), window=2 * MiB)
+    for number in range(20):
+        scheduler.want(chunk(number), Priority.BACKGROUND)
+    while (job := scheduler.next_job()) is not None:
+        scheduler.running.append(job)
+    assert [job.size for job in scheduler.running] == [1 * MiB, 1 * MiB]
+    scheduler.running[0].received = 1 * MiB - 1
+    assert scheduler.next_job() is None
+    scheduler.running[0].received = 1 * MiB
+    assert scheduler.next_job() is not None
+
+
 def test_asking_again_only_raises() -> None:
     scheduler = Scheduler(Sizes())
     scheduler.want(chunk(0), Priority.BACKGROUND)

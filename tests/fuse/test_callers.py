@@ -1,0 +1,60 @@
+"""Who opens a file: CRIU's lazy-pages daemon is known by its command line; nobody can make the mount wait for it."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import trio
+
+from ckptfs.fuse import callers
+from ckptfs.fuse.callers import is_lazy_pages_daemon
+
+
+@contextmanager
+def started(*arguments: str) -> Iterator[int]:
+    process = subprocess.Popen([sys.executable, "-c", "input()", *arguments], stdin=subprocess.PIPE)
+    try:
+        yield process.pid
+    finally:
+        process.communicate(b"\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["lazy-pages", "-D", "/mnt"], True),
+        (["-D", "/mnt", "lazy-pages"], True),
+        (["restore", "--lazy-pages"], False),
+        ([], False),
+    ],
+)
+def test_the_daemon_is_known_by_its_command_line(arguments: list[str], expected: bool) -> None:
+    with started(*arguments) as pid:
+        assert trio.run(is_lazy_pages_daemon, pid) is expected
+
+
+def test_a_process_that_cannot_be_seen_is_not_the_daemon() -> None:
+    assert not trio.run(is_lazy_pages_daemon, 0)
+    with started() as pid:
+        pass
+    assert not trio.run(is_lazy_pages_daemon, pid)
+
+
+def test_a_process_whose_memory_does_not_answer_costs_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one whose arguments were mapped from a file of the mount itself."""
+    answered = threading.Event()
+    monkeypatch.setattr(callers, "_has_argument", lambda _: answered.wait(10))
+
+    async def ask() -> None:
+        async with trio.open_nursery() as nursery:
+            for _ in range(20):
+                nursery.start_soon(is_lazy_pages_daemon, 1)
+
+    began = time.monotonic()
+    trio.run(ask)
+    assert time.monotonic() - began < 1.0
+    answered.set()
