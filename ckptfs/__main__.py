@@ -10,8 +10,10 @@ _DESCRIBED = 42  # the exit code by which checkpointctl knows that a plugin unde
 
 
 def main() -> None:
-    from ckptfs.cli import run
-
+    try:
+        from ckptfs.cli import run
+    except KeyboardInterrupt:  # Ctrl-C within the first tenth of a second
+        sys.exit(130)
     sys.exit(run(sys.argv[1:]))
 
 

@@ -67,7 +67,7 @@ def _run(flow: Flow, runtime: str, lazy: LazyPages | None, bundle: Bundle | None
             where,
         )
         pid = runtimes.restore(runtime, job, flow.settings)
-    flow.place.record(pid=pid, lazy_pid=lazy.pid if lazy is not None else None)
+    flow.place.record(pid=pid, lazy_pid=lazy.pid if lazy is not None else None, runtime=runtime, name=flow.name)
     if console is not None:
         relays.append(Relay(console.master(), output[0] if output is not None else None))
     flow.running(pid, runtime=runtime, rootfs=rootfs)

@@ -11,10 +11,12 @@ from pathlib import Path
 
 from ckptfs.errors import NotFoundError, RestoreError, UsageError
 from ckptfs.restore.flow import Flow, RestoreRequest
+from ckptfs.restore.image_store import has_image
 from ckptfs.restore.runtimes import criu_complaint
 from ckptfs.restore.stub import redirect, write_stub
 from ckptfs.restore.supervise import wait_resident
 from ckptfs.restore.workplace import check_name
+from ckptfs.settings import Settings
 
 
 def refuse_options(request: RestoreRequest) -> None:
@@ -51,7 +53,7 @@ def finish(flow: Flow) -> None:
     undo.callback(_podman, "rm", "--force", "--time=0", "--ignore", name)
     done = _podman("container", "restore", f"--import={archive}", f"--name={name}", *flow.request.extra)
     if done.returncode != 0:
-        raise _failure(done, redirection.work)
+        raise _failure(done, redirection.work, str(config.get("rootfsImageName", "")), flow.settings)
     pid = int(_podman("container", "inspect", "--format={{.State.Pid}}", name).stdout.strip() or 0)
     flow.name = name
     flow.running(pid, runtime=config.get("runtime"), engine="podman", container=done.stdout.strip())
@@ -70,11 +72,13 @@ def _podman(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["podman", *words], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
 
 
-def _failure(done: subprocess.CompletedProcess[str], work: Path) -> RestoreError:
+def _failure(
+    done: subprocess.CompletedProcess[str], work: Path, base: str, settings: Settings
+) -> RestoreError | NotFoundError:
     said = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1].removeprefix("Error: ")
-    if "image" in said and ("not known" in said or "manifest unknown" in said or "unable to copy" in said):
-        return NotFoundError(f"podman lacks the base image: {said}", hint="pull or build it first")  # type: ignore[return-value]
-    complaint = criu_complaint(work / "restore.log")
+    if base and not has_image(base, settings):
+        return NotFoundError(f"podman lacks the base image {base}: {said}", hint="pull, load or build it first")
     return RestoreError(
-        f"podman could not restore: {complaint or said}", hint=f"the logs are in {work} (stay with --keep)"
+        f"podman could not restore: {criu_complaint(work / 'restore.log') or said}",
+        hint=f"the logs are in {work} (stay with --keep)",
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ckptfs.restore.lazy_pages import LazyPages
+from ckptfs.restore.runtimes import children
 from ckptfs.restore.workplace import wait_gone
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -173,16 +174,11 @@ class Console:
 
 def end_orphans(known: set[int]) -> None:
     """Kill what is left of a restored tree, also of one half restored: all our children but the `known` ones."""
-    while orphans := _children() - known:
+    while orphans := children(os.getpid()) - known:
         for pid in orphans:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             wait_gone(pid, 5.0)
-
-
-def _children() -> set[int]:
-    me = os.getpid()
-    return {int(pid) for pid in Path(f"/proc/{me}/task/{me}/children").read_text().split()}
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from typing import Self
 from ckptfs.errors import CkptfsError, MountError, RestoreError
 from ckptfs.fuse.mountpoint import detach, mounts
 from ckptfs.mounting import umount
+from ckptfs.restore.runtimes import delete
 
 _STATE = "state.json"
 _KEPT = "kept"
@@ -45,7 +46,7 @@ class Workplace:
         try:
             self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             for dead in _dead(self.path.parent):
-                clear(dead)
+                _bury(dead)
             # Others may pass: with user namespaces the container's root is not ours.
             self.path.mkdir(mode=0o711)
             self._lock = os.open(self.path / _STATE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -67,7 +68,7 @@ class Workplace:
         os.close(self._lock)
 
     def record(self, **facts: object) -> None:
-        """Note what runs from here (`pid`, `lazy_pid`): whoever finds the directory later must know."""
+        """Note what runs from here (pid, lazy_pid, runtime, name): whoever finds the directory later must know."""
         data = json.dumps(facts).encode()
         os.pwrite(self._lock, data, 0)
         os.ftruncate(self._lock, len(data))
@@ -117,16 +118,27 @@ def _dead(parent: Path) -> list[Path]:
             continue
         with contextlib.suppress(OSError, ValueError), open(path / _STATE, "r+b") as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            state = json.loads(file.read() or b"{}")
-            if not _alive(state.get("pid")):
-                if (lazy := state.get("lazy_pid")) and _runs_criu(lazy):
-                    os.kill(lazy, signal.SIGKILL)
+            if not _alive(json.loads(file.read() or b"{}").get("pid")):
                 found.append(path)
     return found
 
 
+def _bury(path: Path) -> None:
+    """What a killed restore could not do for itself."""
+    state = json.loads((path / _STATE).read_bytes() or b"{}")
+    if _runs_criu(state.get("lazy_pid")):
+        os.kill(state["lazy_pid"], signal.SIGKILL)
+    if state.get("runtime"):
+        delete(state["runtime"], state["name"])
+    clear(path)
+
+
 def _alive(pid: object) -> bool:
-    return isinstance(pid, int) and Path(f"/proc/{pid}").exists()
+    """Whether there is a process of that number that is not a zombie (proc_pid_stat(5), field 3)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] != b"Z"
+    except OSError:
+        return False
 
 
 def _runs_criu(pid: object) -> bool:
