@@ -26,7 +26,7 @@ def commands(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_parse(page: Path) -> None:
     for text in commands(page):
-        words = shlex.split(text, comments=True)[1:]
+        words = ["localhost:5000/x:1" if w == "REF" else w for w in shlex.split(text, comments=True)[1:]]
         command: click.Command | None = main
         while isinstance(command, click.Group):
             name = words.pop(0)
