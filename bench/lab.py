@@ -19,16 +19,11 @@ from typing import Any
 from ckptfs.bench.link import ShapedLink
 from ckptfs.bench.machine import forget_files
 from ckptfs.bench.results import Absent, Conditions, Fact, Figure, ResultFile, Sample, figure
-from ckptfs.push import PushOptions, open_checkpoint, push
-from ckptfs.push.layout_target import LayoutTarget
-from ckptfs.settings import Settings
-from ckptfs.sources import open_source
-from ckptfs.telemetry import NetworkCounters
+from tests.support.command import ckptfs
 from tests.support.criu import Checkpoint, dump
 from tests.support.docker_registry import DockerRegistry
 from tests.support.images import ImageBuilder, flat_layout
 from tests.support.isolation import Isolation
-from tests.support.tools import run
 from tests.support.workload import Workload, process_tree, ticker
 
 HEAP = Path(__file__).parent / "workloads" / "heap.py"
@@ -116,13 +111,18 @@ class Lab:
     def push(self, layout: Path, repository: str, checkpoint: Checkpoint, megabytes: int) -> Image:
         """The image that `ckptfs push` makes of a checkpoint's directory, in the registry."""
         plain = sum(path.stat().st_size for path in layout.rglob("*") if path.is_file())
-        with self.room() as room:
-            digest, _ = pack(layout, room / "oci")
-            copy = ("skopeo", "copy", "--quiet", "--preserve-digests", "--dest-tls-verify=false")
-            run(*copy, f"oci:{room}/oci", f"docker://{self.registry.reference(repository)}", timeout=600)
+        digest, _ = self.publish(layout, repository)
         manifest: Any = self.registry.manifest(repository)
         compressed = sum(layer["size"] for layer in manifest["layers"])
         return Image(repository, megabytes, checkpoint, repository, digest, compressed, plain)
+
+    def publish(self, layout: Path, repository: str) -> tuple[str, int]:
+        """`ckptfs push`: the manifest's digest, and how many bytes went to the registry."""
+        reference = self.registry.reference(repository)
+        done = ckptfs("push", layout, reference, "--json", "--work-dir", self.folder, timeout=900)
+        if done.code:
+            raise RuntimeError(done.err)
+        return done.json["digest"], done.json["sent"]
 
     # -- places --------------------------------------------------------------------------------------------------------
 
@@ -175,18 +175,6 @@ class Lab:
 
     def say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
-
-
-def pack(layout: Path, target: Path, tag: str = "latest") -> tuple[str, int]:
-    """`ckptfs push` to an OCI layout; the manifest's digest, and how many bytes were not there already."""
-    options = PushOptions(work=target.parent)
-
-    def reach(reference: Any) -> Any:
-        return open_source(reference, settings=Settings(), counters=NetworkCounters())
-
-    with open_checkpoint(str(layout), reach, options) as opened:
-        done = push(opened, LayoutTarget(target), tag, options)
-    return str(done.manifest.digest), done.sent
 
 
 def heap(folder: Path, megabytes: int) -> Workload:

@@ -12,17 +12,17 @@ from pathlib import Path
 import zstandard
 
 from bench.flows import read_all, status_of
-from bench.lab import LOOPBACK, Lab, heap, pack
+from bench.lab import LOOPBACK, Lab, heap
 from bench.rows import Row
 from ckptfs.criu.pagemap import parse_pagemap
 from tests.support.command import mounted
 from tests.support.criu import dump
 from tests.support.images import flat_layout
-from tests.support.tools import run
 from tests.support.workload import Workload, ticker
 
 _PAGE = 4096
 _APART = 1.0  # seconds between the dumps
+_SETTLING = 3.0  # and of a mount after it has been read: what is left comes, what has come is written
 
 
 def _ticking(folder: Path, megabytes: int) -> Workload:
@@ -52,10 +52,7 @@ def _two_checkpoints(lab: Lab, name: str, start: Callable[[Path, int], AbstractC
         sent = {}
         for which in ("one", "two"):
             layout = flat_layout(room / which, room / f"{which}-layout", name="increment")
-            _, sent[which] = pack(layout, room / "oci", which)
-            target = lab.registry.reference(f"bench/increment-{name.split()[0].lower()}:{which}")
-            run("skopeo", "copy", "--quiet", "--preserve-digests", "--dest-tls-verify=false",
-                f"oci:{room}/oci:{which}", f"docker://{target}")  # fmt: skip
+            _, sent[which] = lab.publish(layout, f"{_repository(name)}:{which}")
         fetched, image_bytes = _fetched(lab, room, name)
     facts = {"changed": len(changed), "changed_compressed": least, "fetched": fetched, "sent": sent["two"]}
     lab.sample("P11", name, 0, {**LOOPBACK.conditions, "megabytes": lab.sizes[0]}, image=image_bytes, **facts)
@@ -67,13 +64,17 @@ def _two_checkpoints(lab: Lab, name: str, start: Callable[[Path, int], AbstractC
 
 def _fetched(lab: Lab, room: Path, name: str) -> tuple[int, int]:
     """Body bytes that reading all of the second image takes, and the size of its layers."""
-    repository = f"bench/increment-{name.split()[0].lower()}"
     for which in ("one", "two"):
-        reference = lab.registry.reference(f"{repository}:{which}")
+        reference = lab.registry.reference(f"{_repository(name)}:{which}")
         with mounted(reference, room / f"mount-{which}", cache=room / "cache") as mount:
             read_all(mount.path)
+            time.sleep(_SETTLING)
             status = status_of(mount)
     return status["network"]["bytes"], status["image_bytes"]
+
+
+def _repository(name: str) -> str:
+    return f"bench/increment-{name.split()[0].lower()}"
 
 
 def changed_pages(before: Path, after: Path) -> Iterator[bytes]:
