@@ -45,7 +45,6 @@ def index(
         raise UsageError(f"{reference} has no registry to keep an index", hint="name an image in a registry")
     from ckptfs.cli.progress import Bars
     from ckptfs.image.publishing import index_layers, publish_index
-    from ckptfs.image.remembered import LayerMemory
     from ckptfs.image.resolve import resolve
     from ckptfs.sources import open_source
     from ckptfs.sources.upload import RegistryTarget
@@ -64,7 +63,7 @@ def index(
                     done += count
                 bars.show(indexed=(done, total))
 
-            documents = index_layers(source, manifest, LayerMemory(cache, settings), settings, report)
+            documents = index_layers(source, manifest, settings, report)
         if not documents:
             published = None
         else:

@@ -16,7 +16,6 @@ import trio
 
 from ckptfs.errors import CkptfsError, IntegrityError
 from ckptfs.image.opened import OpenImage
-from ckptfs.image.remembered import LayerMemory
 from ckptfs.layers import select_format
 from ckptfs.layers.stream import StreamLayer
 from ckptfs.model.annotations import INDEX_ARTIFACT, INDEX_BLOB, INDEX_LAYER
@@ -56,23 +55,15 @@ class PublishedIndex:
 
 
 def index_layers(
-    source: Source,
-    manifest: Manifest,
-    memory: LayerMemory,
-    settings: Settings,
-    report: Callable[[int], None] = lambda _: None,
+    source: Source, manifest: Manifest, settings: Settings, report: Callable[[int], None] = lambda _: None
 ) -> Documents:
-    """An index of every layer that needs one and can have one; those that this node has streamed are not read again.
+    """An index of every layer that needs one and can have one; each is streamed, so that the index can be small.
 
-    `report` is told of bytes of layers as they have been dealt with, from several threads.
+    `report` is told of bytes of layers as they have passed, from several threads.
     """
     wanted = {d.digest: d for d in manifest.layers if select_format(d).name in _STREAMED}
 
     def one(descriptor: Descriptor) -> bytes | None:
-        known = memory.document(descriptor)
-        if known is not None:
-            report(descriptor.size)
-            return known
         index = _indexed(source.blob(descriptor), settings, report)
         if index is None:
             log.warning("layer %s gets no index: random access to it is not possible", descriptor.digest)
@@ -85,7 +76,7 @@ def index_layers(
 
 def _indexed(blob: Blob, settings: Settings, report: Callable[[int], None]) -> LayerIndex | None:
     counted = _Counted(blob, report)
-    layer = StreamLayer(select_format(blob.descriptor).name, counted, 0, settings)
+    layer = StreamLayer(select_format(blob.descriptor).name, counted, 0, settings, sparse=True)
     try:
         return layer.index(list(layer.scan(_ignore)))
     except IntegrityError as error:

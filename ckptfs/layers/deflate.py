@@ -8,6 +8,9 @@ missing bits: they decode to nothing and leave the decoder exactly where the rea
 Pure functions from bytes to bytes; any thread may call them.
 """
 
+import sys
+from typing import Any
+
 from zlib_ng import zlib_ng
 
 from ckptfs.errors import FormatError, IntegrityError
@@ -17,6 +20,10 @@ from ckptfs.settings import Limits
 WINDOW = 32 * 1024  # RFC 1951, 2: the farthest distance
 _RAW = -15
 _TRAILER = 8  # CRC-32 and size behind the last block of a gzip member, RFC 1952
+# Where each byte of a window stands: the low half, the low half inverted, the high half.
+_LOW = bytes(range(256)) * (WINDOW // 256)
+_LITTLE = int(sys.byteorder == "little")
+_MARKS = (_LOW, bytes(255 - byte for byte in _LOW), b"".join(bytes((page,)) * 256 for page in range(WINDOW // 256)))
 _ZlibError: type[Exception] = zlib_ng.error  # type: ignore[assignment]  # its stub says that this is an instance
 
 
@@ -28,14 +35,9 @@ def inflate_from(window: Bytes, bits: int, data: memoryview, skip: int, length: 
     where there are not so many bytes, or they do not inflate.
     """
     wanted = skip + length
-    decoder = zlib_ng.decompressobj(_RAW, bytes(window)) if window else zlib_ng.decompressobj(_RAW)
-    parts = []
     try:
-        if bits and data:
-            head = _LEAD[8 - bits] | data[0] >> (8 - bits) << _LEAD_BITS[8 - bits]
-            part = decoder.decompress(head.to_bytes((_LEAD_BITS[8 - bits] + bits) // 8, "little"), wanted)
-            data, wanted = data[1:], wanted - len(part)
-            parts.append(part)
+        decoder, part, data = _started(window, bits, data, wanted)
+        parts, wanted = [part], wanted - len(part)
         if wanted and not decoder.eof:
             part = decoder.decompress(data, wanted)
             data, wanted = memoryview(decoder.unused_data), wanted - len(part)
@@ -48,6 +50,54 @@ def inflate_from(window: Bytes, bits: int, data: memoryview, skip: int, length: 
     if wanted:
         raise IntegrityError(f"a chunk ends {wanted} bytes early")
     return (parts[0] if len(parts) == 1 else b"".join(parts))[skip:]
+
+
+def needed_window(window: bytes, bits: int, data: memoryview, length: int) -> bytes:
+    """The window with zeros for what the first `length` bytes behind an access point never copy; as short as can be.
+
+    Three windows that tell where each of their bytes stands are inflated from: where the outputs differ, a byte of the
+    window was copied, and they say which. Once 32 KiB in a row come from elsewhere, nothing behind them can reach it.
+    """
+    size = len(window)
+    used: set[int] = set()
+    runs = [_started(marks[:size], bits, data, WINDOW) for marks in _MARKS]
+    outputs = [part for _, part, _ in runs]
+    rests: list[memoryview | bytes] = [rest for _, _, rest in runs]
+    done = 0
+    while done < length:
+        for i, (decoder, _, _) in enumerate(runs):
+            if len(outputs[i]) < WINDOW and not decoder.eof:
+                outputs[i] += decoder.decompress(rests[i], WINDOW - len(outputs[i]))
+                rests[i] = decoder.unconsumed_tail
+        place, inverted, page = outputs
+        if place == inverted:
+            break
+        marks = bytearray(2 * len(place))
+        marks[_LITTLE::2], marks[1 - _LITTLE :: 2] = page, place
+        # Other bytes look like one of 128 places each: to keep those too is cheaper than to tell them apart
+        used.update(memoryview(marks).cast("H"))
+        if len(used) > size - size // 8:
+            return window
+        done += len(place)
+        if len(place) < WINDOW:
+            break
+        outputs = [b"", b"", b""]
+    used = {at for at in used if at < size}
+    first, mask = min(used, default=size), bytearray(size)
+    for at in used:
+        mask[at] = 0xFF
+    kept = int.from_bytes(window, "little") & int.from_bytes(mask, "little")
+    return kept.to_bytes(size, "little")[first:]
+
+
+def _started(window: Bytes, bits: int, data: memoryview, most: int) -> tuple[Any, bytes, memoryview]:
+    """A decoder that has taken what belongs to the block of the first byte, what came out, and the bytes behind it."""
+    decoder = zlib_ng.decompressobj(_RAW, bytes(window)) if window else zlib_ng.decompressobj(_RAW)
+    if not bits or not data:
+        return decoder, b"", data
+    head = _LEAD[8 - bits] | data[0] >> (8 - bits) << _LEAD_BITS[8 - bits]
+    part = decoder.decompress(head.to_bytes((_LEAD_BITS[8 - bits] + bits) // 8, "little"), most)
+    return decoder, part, data[1:]
 
 
 def _next_members(data: memoryview, length: int, limits: Limits) -> bytes:

@@ -30,12 +30,14 @@ class StreamLayer:
     verification: Verification = "transport"
     sequential = True
 
-    def __init__(self, format_: str, blob: Blob, layer: int, settings: Settings) -> None:
+    def __init__(self, format_: str, blob: Blob, layer: int, settings: Settings, *, sparse: bool = False) -> None:
+        """`sparse`: what a scan learns is for others, and to be small; see `PointFinder`."""
         self.format = format_
         self._blob = blob
         self._settings = settings
         unit = stream_unit(blob.size, settings.sizes) if format_ == "gzip" else settings.sizes.grid
         self._grid = Grid(str(blob.descriptor.digest), layer, unit, compression=format_)
+        self._sparse = sparse
         self._learnt: _Learnt | None = None
 
     def scan(self, emit: Emit, *, attempt: int = 0) -> Iterator[Entry]:
@@ -43,7 +45,7 @@ class StreamLayer:
         source = _Hashed(blob.stream(0, blob.size, attempt=attempt), blob.descriptor)
         scanner = TarScanner(grid, limits)
         digests, length = bytearray(), 0
-        finder = PointFinder()
+        finder = PointFinder(sparse=self._sparse)
         try:
             compression, pieces = _sniffed(iter(source))
             finding = compression == "gzip" and can_find_points()

@@ -15,8 +15,7 @@ import zstandard
 from ckptfs.engine.cache import ChunkCache
 from ckptfs.errors import IntegrityError
 from ckptfs.image import ImageOptions, OpenImage, open_image
-from ckptfs.image.publishing import index_layers, publish_index
-from ckptfs.image.remembered import LayerMemory
+from ckptfs.image.publishing import publish_index
 from ckptfs.model.annotations import ESTARGZ_LAYER, INDEX_ARTIFACT, INDEX_BLOB, INDEX_LAYER
 from ckptfs.model.layer_index import encode_layer_index
 from ckptfs.model.oci import OCI_MANIFEST, Descriptor, Digest, Manifest, Reference
@@ -286,19 +285,3 @@ def test_a_false_index_spoils_no_other_image(registry: DockerRegistry, tmp_path:
     with pytest.raises(IntegrityError):
         look(reference, tmp_path)
     assert look(honest, tmp_path).last == b"two"
-
-
-def test_layers_that_were_streamed_are_not_streamed_again(registry: DockerRegistry, tmp_path: Path) -> None:
-    layer = LAYERS["gzip"]()
-    reference, _ = pushed(registry, "foreign/known", layer)
-    counters = NetworkCounters()
-    source = open_source(Reference.parse(reference), settings=SETTINGS, counters=counters)
-    manifest = source.resolve()
-    assert isinstance(manifest, Manifest)
-    cache = ChunkCache.open(tmp_path, size=1 << 30)
-    document = encode_layer_index(index_of(layer))
-    cache.put_document(f"index/{layer.descriptor.digest}", document)
-    before = counters.bytes
-    made = index_layers(source, manifest, LayerMemory(cache, SETTINGS), SETTINGS)
-    cache.close()
-    assert made == {layer.descriptor.digest: document} and counters.bytes == before

@@ -71,8 +71,8 @@ ENCODERS = {
 }
 
 
-def check_every_chunk(blob: bytes, data: bytes, unit: int, piece: int) -> PointFinder:
-    finder = PointFinder()
+def check_every_chunk(blob: bytes, data: bytes, unit: int, piece: int, *, sparse: bool = False) -> PointFinder:
+    finder = PointFinder(sparse=sparse)
     found = list(finder.inflated(pieces(blob, piece), unit, LIMITS))
     assert found == list(gunzipped(pieces(blob, piece), unit, LIMITS))
     assert b"".join(found) == data
@@ -89,9 +89,21 @@ def check_every_chunk(blob: bytes, data: bytes, unit: int, piece: int) -> PointF
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("piece", [997, 64 * KiB, 16 * MiB])
-def test_every_chunk_inflates_by_itself(encoder: str, piece: int) -> None:
+@pytest.mark.parametrize("sparse", [False, True])
+def test_every_chunk_inflates_by_itself(encoder: str, piece: int, sparse: bool) -> None:
     data = mixed(3 * MiB + 12_345)
-    check_every_chunk(ENCODERS[encoder](data), data, UNIT, piece)
+    check_every_chunk(ENCODERS[encoder](data), data, UNIT, piece, sparse=sparse)
+
+
+def test_sparse_windows_are_small() -> None:
+    data = mixed(8 * MiB, 2)
+    blob = gzip.compress(data)
+    sizes = []
+    for sparse in (False, True):
+        access = check_every_chunk(blob, data, 256 * KiB, 64 * KiB, sparse=sparse).access
+        assert access is not None
+        sizes.append(sum(len(point.window) for point in access.points))
+    assert sizes[1] < sizes[0] / 2
 
 
 def test_blocks_at_every_bit_are_met() -> None:
