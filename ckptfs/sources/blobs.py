@@ -17,6 +17,7 @@ from ckptfs.settings import MiB
 from ckptfs.sources.endpoint import Endpoint
 from ckptfs.sources.mirrors import Host, Rotation, StillFilling
 from ckptfs.sources.origin import Reach
+from ckptfs.sources.pull_through import NoRanges, RangeGate
 from ckptfs.sources.retry import Attempts
 from ckptfs.sources.transport import Reply, Transport
 
@@ -24,7 +25,6 @@ _WHOLE = 8 * MiB  # a whole blob in place of a range is taken up to this size (2
 _EXPIRED = (400, 401, 403, 404, 410)  # what storage services answer to a signed URL that is too old
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)\Z")
 _ELSEWHERE = 100  # while a mirror still fetches a blob, one part in a hundred of it may be taken from elsewhere
-_LOOK = 0.05  # seconds between two looks at what another thread learns of the mirror
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class RegistryBlob:
     def __init__(self, hosts: Sequence[Host], transport: Transport, descriptor: Descriptor) -> None:
         self._transport = transport
         self._descriptor = descriptor
-        self._copies = {host: _Copy(host, transport, descriptor) for host in hosts}
+        self._copies = {host: _Copy(host, transport, descriptor, mirror=host is not hosts[-1]) for host in hosts}
         self._served: deque[tuple[int, int, Host]] = deque(maxlen=64)  # which host the last ranges came from
         self._spare = descriptor.size // _ELSEWHERE
         self._lock = threading.Lock()
@@ -104,13 +104,13 @@ class RegistryBlob:
 class _Copy:
     """The blob at one host; one try at a time."""
 
-    def __init__(self, host: Host, transport: Transport, descriptor: Descriptor) -> None:
+    def __init__(self, host: Host, transport: Transport, descriptor: Descriptor, *, mirror: bool) -> None:
         self._host = host
         self._transport = transport
         self._clock = transport.clock
         self._descriptor = descriptor
         self._location: _Location | None = None
-        self._filling = _Filling(transport)
+        self._gate = RangeGate(transport, ask_first=mirror)
 
     def forget_location(self) -> None:
         self._location = None
@@ -123,26 +123,41 @@ class _Copy:
         A host that sends the whole of a large blob in place of a range may be a pull-through mirror that has begun to
         fetch it: it is asked again until it has. StillFilling where `elsewhere` lets these bytes be had elsewhere.
         """
+        ranges = self._needs_ranges(first, end)
         while True:
-            if not self._filling.my_turn(lambda: elsewhere is not None and elsewhere(end - first)):
+            if ranges and not self._await_ranges(
+                first, attempts, lambda: elsewhere is not None and elsewhere(end - first)
+            ):
                 raise StillFilling(f"{self._host.place.host} is still fetching {self._what}")
-            if self._needs_ranges(first, end) and not self._host.has_ranges(self._clock.now()):
-                raise self._no_ranges()
             with self._host.ask(lambda endpoint: self._open(endpoint, first, end, attempts)) as reply:
                 if not self._whole_for_a_range(reply, first, end):
-                    self._filling.ended()
                     yield from self._body(reply, first, end)
                     return
-            if self._filling.noted() > self._transport.settings.timeouts.mirror_fill:
-                self._host.without_ranges(self._clock.now())
-                self._filling.ended()
+            self._gate.closed()
 
-    def _open(self, endpoint: Endpoint, first: int, end: int, attempts: Attempts) -> Reply:
+    def _await_ranges(self, offset: int, attempts: Attempts, leave: Callable[[], bool]) -> bool:
+        """False if `leave` says so before the host has ranges of the blob."""
+        if not self._host.has_ranges(self._clock.now()):
+            raise NoRanges(f"{self._host.place.host} sends whole blobs in place of ranges", permanent=True)
+        try:
+            return self._gate.wait(lambda: self._has_ranges(offset, attempts), leave)
+        except NoRanges:
+            self._host.without_ranges(self._clock.now())
+            raise
+
+    def _has_ranges(self, offset: int, attempts: Attempts) -> bool:
+        """Ask for one byte; an answer with more is not received."""
+        with self._host.ask(lambda endpoint: self._open(endpoint, offset, offset + 1, attempts, probe=True)) as reply:
+            if self._whole_for_a_range(reply, offset, offset + 1):
+                return False
+            return bool(b"".join(self._body(reply, offset, offset + 1)))
+
+    def _open(self, endpoint: Endpoint, first: int, end: int, attempts: Attempts, *, probe: bool = False) -> Reply:
         """The reply to a GET of [first, end), with a status that promises a body."""
         headers = {} if (first, end) == (0, self._size) else {"Range": f"bytes={first}-{end - 1}"}
         location = self._location
         if location is not None:
-            reply = endpoint.fetch(location.url, location.reach, attempts, headers)
+            reply = endpoint.fetch(location.url, location.reach, attempts, headers, narrow=probe)
             if reply.status in (200, 206):
                 return reply
             with reply:
@@ -200,13 +215,6 @@ class _Copy:
         if reply.length is not None and reply.length != end - first:
             raise UnavailableError(f"{reply.where}: {reply.length} bytes in place of {end - first}")
 
-    def _no_ranges(self) -> UnavailableError:
-        return UnavailableError(
-            f"{self._host.place.host} sends whole blobs in place of ranges",
-            hint="such an image can only be pulled whole",
-            permanent=True,
-        )
-
     @property
     def _size(self) -> int:
         return self._descriptor.size
@@ -214,42 +222,3 @@ class _Copy:
     @property
     def _what(self) -> str:
         return f"blob {self._descriptor.digest}"
-
-
-class _Filling:
-    """Threads that wait until a mirror has fetched a blob: one of them asks from time to time, the others look on."""
-
-    def __init__(self, transport: Transport) -> None:
-        self._clock = transport.clock
-        self._timeouts = transport.settings.timeouts
-        self._lock = threading.Lock()
-        self._since: float | None = None  # None: the mirror has it, as far as is known
-        self._ask_at = 0.0
-        self._pause = 0.0
-
-    def my_turn(self, leave: Callable[[], bool]) -> bool:
-        """Returns True when the mirror may be asked; at once unless it is filling. False: `leave` says so."""
-        if self._since is not None and leave():
-            return False
-        while True:
-            with self._lock:
-                wait = self._ask_at - self._clock.now()
-                if self._since is None:
-                    return True
-                if wait <= 0:
-                    self._pause = min(2 * self._pause, self._timeouts.retry_cap)
-                    self._ask_at += self._pause
-                    return True
-            self._clock.sleep(min(wait, _LOOK))
-
-    def noted(self) -> float:
-        """All of the blob came in place of a range; seconds since the first time."""
-        with self._lock:
-            now = self._clock.now()
-            if self._since is None:
-                self._since, self._pause = now, self._timeouts.retry_first
-                self._ask_at = now + self._pause
-            return now - self._since
-
-    def ended(self) -> None:
-        self._since = None

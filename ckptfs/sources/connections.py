@@ -21,6 +21,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.util.ssl_ import create_urllib3_context
 
+from ckptfs.settings import KiB
 from ckptfs.sources.origin import Origin, Reach
 from ckptfs.sources.places import SYSTEM_TRUST, Trust
 
@@ -29,6 +30,7 @@ logging.getLogger("urllib3").setLevel(logging.CRITICAL + 1)
 
 _KEPT = 16  # idle connections kept per host; the fetcher uses up to Sizes.jobs + Sizes.background_jobs at once
 _HOSTS = 32
+_NARROW = (socket.SOL_SOCKET, socket.SO_RCVBUF, 8 * KiB)
 # containers-certs.d(5): the registry's CA as *.crt, our certificate as *.cert with *.key beside it
 CERTIFICATE_DIRS = (Path("/etc/containers/certs.d"), Path("/etc/docker/certs.d"))
 
@@ -137,17 +139,17 @@ class Pools:
     def __init__(self, certificates: tuple[Path, ...] = CERTIFICATE_DIRS) -> None:
         self._certificates = certificates
         self._lock = threading.Lock()
-        self._managers: dict[Reach, urllib3.PoolManager] = {}
+        self._managers: dict[tuple[Reach, bool], urllib3.PoolManager] = {}
         self._trusted: dict[tuple[str, int], Trust] = {}
         # Loading the system's CAs takes 20 to 40 ms: only when TLS is spoken, and once
         self._default_context = functools.cache(_tls_context)
 
-    def of(self, reach: Reach) -> urllib3.PoolManager:
-        """The pools whose connections may go as far as `reach`; they are never mixed."""
+    def of(self, reach: Reach, *, narrow: bool = False) -> urllib3.PoolManager:
+        """The pools whose connections may go as far as `reach`; they are never mixed. `narrow`: with a small window."""
         with self._lock:
-            if reach not in self._managers:
-                self._managers[reach] = self._manager(reach)
-            return self._managers[reach]
+            if (reach, narrow) not in self._managers:
+                self._managers[reach, narrow] = self._manager(reach, narrow)
+            return self._managers[reach, narrow]
 
     def trust(self, host: Origin, trust: Trust) -> None:
         """Whose certificates `host` may show; for connections that are made from now on."""
@@ -161,10 +163,13 @@ class Pools:
             for manager in self._managers.values():
                 manager.clear()
 
-    def _manager(self, reach: Reach) -> urllib3.PoolManager:
+    def _manager(self, reach: Reach, narrow: bool) -> urllib3.PoolManager:
         plain = type("Guarded", (_Guarded,), {"reach": reach})
         tls = type("GuardedTLS", (_GuardedTLS,), {"reach": reach, "contexts": staticmethod(self._context)})
-        manager = urllib3.PoolManager(num_pools=_HOSTS, maxsize=_KEPT, block=False, retries=False)
+        options = [*HTTPConnection.default_socket_options, *([_NARROW] if narrow else [])]
+        manager = urllib3.PoolManager(
+            num_pools=_HOSTS, maxsize=_KEPT, block=False, retries=False, socket_options=options
+        )
         manager.pool_classes_by_scheme = {
             "http": type("Pool", (HTTPConnectionPool,), {"ConnectionCls": plain}),
             "https": type("TLSPool", (HTTPSConnectionPool,), {"ConnectionCls": tls}),

@@ -202,11 +202,13 @@ class Transport:
         body: Body | None = None,
         reach: Reach = Reach.ANYWHERE,
         first_byte: float | None = None,
+        narrow: bool = False,
     ) -> Reply:
         """One request, once the host's window is open; the reply whatever its status is.
 
         NoAnswer where there is none. A body of bytes goes out in small slices, each of which has to leave within the
-        connect timeout. A Retry-After in the reply closes the host's window for everybody.
+        connect timeout. A Retry-After in the reply closes the host's window for everybody. `narrow`: on a connection on
+        which little can be under way, for a body that will probably not be wanted.
         """
         origin = Origin.of(url)
         timeouts = self.settings.timeouts
@@ -219,7 +221,7 @@ class Transport:
         slices = _slices(body) if body else None
         began = self.counters.began()
         try:
-            response = self._pools.of(reach).urlopen(
+            response = self._pools.of(reach, narrow=narrow).urlopen(
                 method,
                 url,
                 body=body if slices is None else slices,

@@ -32,11 +32,13 @@ class DockerRegistry:
     """`with DockerRegistry() as registry:` … `registry.host` is "127.0.0.1:PORT".
 
     `users` maps names to passwords and turns basic authentication on. `redirect` answers blob requests with a 307 to
-    another server, as registries in front of an object store do. `stop` and `start` keep port and contents.
+    another server, as registries in front of an object store do. `proxy_of`: the URL of another registry, which it mirrors
+    by pulling through. `stop` and `start` keep port and contents.
     """
 
-    def __init__(self, *, users: dict[str, str] | None = None, redirect: bool = False) -> None:
+    def __init__(self, *, users: dict[str, str] | None = None, redirect: bool = False, proxy_of: str = "") -> None:
         self._users = users or {}
+        self._proxy_of = proxy_of
         self._folder = Path(tempfile.mkdtemp(prefix="registry-"))
         self.storage = self._folder / "storage"
         self.port = free_port()
@@ -111,6 +113,8 @@ class DockerRegistry:
             },
             "http": {"addr": self.host},
         }
+        if self._proxy_of:
+            config["proxy"] = {"remoteurl": self._proxy_of}
         if self._users:
             passwords = self._folder / "htpasswd"
             passwords.write_text("".join(f"{user}:{_bcrypt(word)}\n" for user, word in self._users.items()))
