@@ -17,9 +17,9 @@ def commands(page: Path) -> list[str]:
     found = []
     for block in re.findall(r"^```[a-z]*\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
         for line in block.splitlines():
-            for part in re.split(r"\s{3,}", line.strip().removeprefix("# ").removeprefix("$ ")):  # a remark, or another
-                if part.startswith("ckptfs ") and "…" not in part:
-                    found.append(part.split(" | ")[0].split(" && ")[0].rstrip("&\\ "))
+            parts = re.split(r"\s{2,}", line.strip().removeprefix("# ").removeprefix("$ "))  # a remark, or another
+            ours = (part for part in parts if part.startswith("ckptfs ") and "…" not in part)
+            found += [part.split(" | ")[0].split(" && ")[0].rstrip("&\\ ") for part in ours]
     return found
 
 
