@@ -55,14 +55,13 @@ def index(
     try:
         manifest = resolve(source, cache, settings.limits).manifest
         total, done, lock = sum(layer.size for layer in manifest.layers), 0, threading.Lock()
-        with Bars(quiet=quiet) as bars:
 
-            def report(count: int) -> None:
-                nonlocal done
-                with lock:
-                    done += count
-                bars.show(indexed=(done, total))
+        def report(count: int) -> None:
+            nonlocal done
+            with lock:
+                done += count
 
+        with Bars(lambda: {"streamed": (done, total)}, quiet=quiet):
             documents = index_layers(source, manifest, settings, report)
         if not documents:
             published = None

@@ -10,9 +10,9 @@ from itertools import chain
 import trio
 
 from ckptfs.engine.schedule import Priority
-from ckptfs.errors import CkptfsError
+from ckptfs.errors import CkptfsError, UnavailableError
 from ckptfs.image.opened import OpenImage
-from ckptfs.model.toc import Inode
+from ckptfs.model.toc import Chunk, Inode
 from ckptfs.prefetch.background import Background, Metadata
 from ckptfs.prefetch.restore_order import RestoreOrder
 
@@ -69,9 +69,24 @@ async def _everything(image: OpenImage) -> None:
         await image.tables.load_all()
         pages = _order(image, eager_only=False).plan(image.tree)
         image.fetcher.fill(chain(pages, Background().plan(image.tree)))
+        await _run_known_streams(image)
         await image.tables.keep_cells()
         await image.fetcher.settled()
         await image.verify_whole_layers()
+
+
+async def _run_known_streams(image: OpenImage) -> None:
+    """A stream whose entries are known runs only as far as somebody waits: here for the last chunk that is missing."""
+    streams = {number for number, (_, layer) in image.layers.items() if layer.sequential}
+    last: dict[int, Chunk] = {}
+    for chunk in Background().plan(image.tree) if streams else ():
+        if chunk.layer in streams and not image.fetcher.has(chunk):
+            known = last.get(chunk.layer)
+            if known is None or chunk.offset > known.offset:
+                last[chunk.layer] = chunk
+    for chunk in last.values():
+        with suppress(UnavailableError):  # it takes longer than a read may; it runs on
+            await image.fetcher.get(chunk, Priority.BACKGROUND)
 
 
 def _order(image: OpenImage, *, eager_only: bool) -> RestoreOrder:

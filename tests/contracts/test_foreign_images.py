@@ -235,6 +235,15 @@ def test_a_mount_publishes_what_it_streamed(registry: DockerRegistry, tmp_path: 
     assert (found.last, found.format) == (b"two", "gzip+index")
 
 
+def test_a_stream_with_an_index_is_fetched_in_the_background_too(registry: DockerRegistry, tmp_path: Path) -> None:
+    reference, _ = pushed(registry, "foreign/background", LAYERS["zstd"]())
+    assert ckptfs("index", reference, "--cache-dir", tmp_path / "indexer").code == 0
+    with mounted(reference, tmp_path, "--view", "raw") as mount:
+        assert (mount.path / "last").read_bytes() == b"two"
+        wait_for("everything", lambda: mount.status()["complete"], step=0.2)
+        assert mount.status()["verify"] == "chunk"
+
+
 # What is attached may be anything: it never costs the mount.
 
 
