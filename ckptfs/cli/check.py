@@ -59,7 +59,7 @@ def check(
         return await in_thread(image, lambda files: list(_of_image(files, runtime, engine)))
 
     found += with_image(reference, look, **options)
-    if any(one.subject == "runtime" for one in found) and engine is None and rootfs is None:
+    if any(one.subject == "network lock" for one in found) and engine is None and rootfs is None:
         found.append(_base(reference, base, options))
     bad = [one for one in found if not one.ok]
     if as_json:
@@ -76,13 +76,12 @@ def check(
 
 
 def _of_image(files: "ImageFiles", runtime: str, engine: str | None) -> "Iterator[Finding]":
-    from ckptfs.restore.facts import check_checkpoint, check_runtime
+    from ckptfs.restore.facts import check_checkpoint, check_engine, check_runtime
 
     settings = make_settings()
     yield from check_checkpoint(files, settings)
-    container = files.size("spec.dump") is not None
-    if container and engine is None and files.size("checkpoint/inventory.img") is not None:
-        yield from check_runtime(runtime, container=container, settings=settings)
+    if files.size("checkpoint/inventory.img") is not None:
+        yield from check_runtime(files, runtime, settings) if engine is None else check_engine(files, settings)
 
 
 def _base(reference: Reference, base: Reference | str | None, options: dict[str, Any]) -> "Finding":

@@ -9,12 +9,14 @@ from ckptfs.criu.images import DEFAULT_LIMITS, only_record
 from ckptfs.settings import Limits
 
 _LSM = {0: "", 1: "selinux", 2: "apparmor"}
+_NETWORK_LOCKS = {0: "iptables", 1: "nftables"}  # enum NETWORK_LOCK_METHOD in cr_options.h
 
 
 class Inventory(NamedTuple):
     """`uptime_us`: the machine's uptime when it was dumped, in microseconds, 0 in old images.
 
-    `run_id` tells dumps apart (UUID), "" before CRIU 4.1; `plugins` were active when dumping.
+    `run_id` tells dumps apart (UUID), "" before CRIU 4.1; `plugins` were active when dumping. `network_lock` is the
+    tool that a restore opens the network with: iptables, nftables, or "" for none.
     """
 
     version: int
@@ -23,12 +25,14 @@ class Inventory(NamedTuple):
     tcp_close: bool
     run_id: str
     plugins: tuple[str, ...]
+    network_lock: str = "iptables"
 
 
 def parse_inventory(data: bytes, name: str = "inventory.img", limits: Limits = DEFAULT_LIMITS) -> Inventory:
     m = only_record(data, "inventory", name, limits)
     plugins = tuple(m.message(12).texts(12)) if 12 in m else ()
-    return Inventory(m.uint(1), _LSM.get(m.uint(6, 0), ""), m.uint(8, 0), m.flag(10), m.text(13, ""), plugins)
+    lock = _NETWORK_LOCKS.get(m.uint(11, 0), "")
+    return Inventory(m.uint(1), _LSM.get(m.uint(6, 0), ""), m.uint(8, 0), m.flag(10), m.text(13, ""), plugins, lock)
 
 
 class DumpStatistics(NamedTuple):

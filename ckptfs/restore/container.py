@@ -5,9 +5,11 @@ keeper.py.
 """
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,26 +19,29 @@ from ckptfs.fuse.mountpoint import detach
 from ckptfs.mounting import Pending
 from ckptfs.restore import runtimes
 from ckptfs.restore.bundle import Bundle, cgroup
-from ckptfs.restore.facts import check_runtime, root_mode
+from ckptfs.restore.facts import candidates, check_runtime, root_mode, writer_of
 from ckptfs.restore.flow import Flow
 from ckptfs.restore.image_store import local_image, mounted_image
 from ckptfs.restore.lazy_pages import LazyPages
 from ckptfs.restore.rootfs import mount_rootfs
 from ckptfs.restore.supervise import Console, Relay, Watch, become_subreaper, end_orphans
 
+_CGROUP_TRIES = 100  # of 10 ms
+
 
 def finish(flow: Flow) -> None:
     """Restore what `flow` has begun to mount, and stay until it has ended."""
     image = flow.open_image()
     spec, config = flow.document("spec.dump"), flow.document("config.dump") or {}
-    wanted = flow.request.runtime
-    flow.require(check_runtime(wanted, container=spec is not None, settings=flow.settings))
+    wanted, settings = flow.request.runtime, flow.settings
+    flow.require(check_runtime(flow.files, wanted, settings))
     flow.check_machine()
     lazy = flow.start_lazy_pages()
     if spec is None:
         _run(flow, "criu", lazy, None, None)
         return
-    runtime = runtimes.choose(wanted, str(config.get("runtime", "")), flow.settings)
+    names = candidates(writer_of(config), wanted)
+    runtime = next(name for name in names if not runtimes.why_not(name, settings))
     bundle = Bundle(flow.place, image, spec, config, flow.request.binds, flow.request.network)
     root = _Root(flow)
     bundle.write(root.mount(config), flow.name)
@@ -147,8 +152,14 @@ def _stop_signal(bundle: Bundle | None) -> int:
 
 
 def _remove_cgroups(name: str) -> None:
-    """The cgroup and the directory above it, in every hierarchy; runtimes remove only the first."""
-    for top in [Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir()]:
-        for path in (top / cgroup(name).lstrip("/"), top / "ckptfs"):
-            with contextlib.suppress(OSError):
+    """The cgroup and the directory above it, in every hierarchy; runtimes remove only the first, if they succeed."""
+    tops = [Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir()]
+    for path in [top / cgroup(name).lstrip("/") for top in tops] + [top / "ckptfs" for top in tops]:
+        for _ in range(_CGROUP_TRIES):
+            try:
                 path.rmdir()
+            except OSError as error:
+                if error.errno == errno.EBUSY and not any(path.glob("*/cgroup.procs")):
+                    time.sleep(0.01)  # its last process is gone, but not yet for the kernel
+                    continue
+            break

@@ -4,12 +4,15 @@ Reads through CheckpointFiles, so a mount, an unpacked directory and an image wi
 container.py, podman.py and `ckptfs check`.
 """
 
+import os
+import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ckptfs.criu.core import parse_core
 from ckptfs.criu.files import parse_files
+from ckptfs.criu.inventory import parse_inventory
 from ckptfs.criu.pstree import parse_pstree
 from ckptfs.errors import FormatError
 from ckptfs.inspection.source import CheckpointFiles, read_whole
@@ -18,22 +21,62 @@ from ckptfs.restore.checking import Finding
 from ckptfs.restore.runtimes import RUNTIMES, why_not
 from ckptfs.settings import Limits, Settings
 
+# criu runs one of these when it restores a container's network, even an empty one.
+_LOCK_TOOLS = {"iptables": "iptables-restore", "nftables": "nft", "": ""}
 
-def check_runtime(wanted: str, *, container: bool, settings: Settings) -> Iterator[Finding]:
-    """Whether a runtime can restore the checkpoint. `container`: it has a specification that runtimes want."""
-    if not container:
+
+def check_runtime(files: CheckpointFiles, wanted: str, settings: Settings) -> Iterator[Finding]:
+    """Whether a runtime here can restore the checkpoint. `wanted` may be auto: what wrote it, if that is known."""
+    if files.size("spec.dump") is None:
         ok = wanted in ("auto", "criu")
         detail = "plain criu" if ok else f"the checkpoint has no spec.dump, which {wanted} needs"
         yield Finding("runtime", ok, detail, "restore it with --runtime criu", FormatError)
         return
+    writer = writer_of(document(files, "config.dump", settings.limits) or {})
     if wanted == "criu":
-        hint = "leave --runtime out, or say runc"
-        yield Finding("runtime", False, "the checkpoint is of a container, not of processes on a host", hint)
+        detail, hint = "the checkpoint is of a container, not of processes on a host", "leave --runtime out"
+        yield Finding("runtime", False, detail, hint)
         return
-    reasons = {name: why_not(name, settings) for name in (RUNTIMES if wanted == "auto" else (wanted,))}
+    if wanted != "auto" and writer not in ("", wanted):
+        # They hand different mounts to criu as external ones: "No mapping for N mountpoint".
+        detail = f"the checkpoint was made with {writer}, and {wanted} cannot restore it"
+        yield Finding("runtime", False, detail, f"leave --runtime out, or say {writer}")
+        return
+    names = candidates(writer, wanted)
+    reasons = {name: why_not(name, settings) for name in names}
     usable = [name for name, reason in reasons.items() if not reason]
     detail = ", ".join(usable) if usable else "; ".join(reasons.values())
-    yield Finding("runtime", bool(usable), detail, "install runc, or crun built with criu")
+    yield Finding("runtime", bool(usable), detail, f"install {' or '.join(names)} built with criu")
+    lock = _network_lock(files, settings.limits)
+    ok = not lock or shutil.which(_LOCK_TOOLS[lock]) is not None
+    detail = f"{_LOCK_TOOLS[lock]}, which criu needs for containers, is not in PATH" if not ok else lock or "not needed"
+    yield Finding("network lock", ok, detail, f"install {lock}")
+
+
+def check_engine(files: CheckpointFiles, settings: Settings) -> Iterator[Finding]:
+    """Whether an engine can restore the checkpoint from a stub: its runtime must hand a configuration file to criu."""
+    if writer_of(document(files, "config.dump", settings.limits) or {}) == "crun":
+        detail = "the checkpoint was made with crun, which engines cannot restore from a mount (crun 1.21)"
+        hint = "leave --engine out: `ckptfs restore` uses crun itself, with lazy pages"
+        yield Finding("runtime", False, detail, hint)
+        return
+    yield from check_runtime(files, "auto", settings)
+
+
+def candidates(writer: str, wanted: str) -> tuple[str, ...]:
+    """Runtimes that can be tried for a container; one restores only what it wrote itself, where that is known."""
+    return (writer,) if writer else RUNTIMES if wanted == "auto" else (wanted,)
+
+
+def writer_of(config: Mapping[str, Any]) -> str:
+    """The runtime that made the checkpoint, by config.dump: runc, crun, or "" where it says something else."""
+    name = os.path.basename(str(config.get("runtime", "")))
+    return name if name in RUNTIMES else ""
+
+
+def _network_lock(files: CheckpointFiles, limits: Limits) -> str:
+    data = read_whole(files, "checkpoint/inventory.img", limits.criu_image_bytes)
+    return parse_inventory(data, limits=limits).network_lock if data is not None else ""
 
 
 def check_checkpoint(files: CheckpointFiles, settings: Settings) -> Iterator[Finding]:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ckptfs.errors import NotFoundError, RestoreError, UsageError
+from ckptfs.restore.facts import check_engine
 from ckptfs.restore.flow import Flow, RestoreRequest
 from ckptfs.restore.image_store import has_image
 from ckptfs.restore.runtimes import criu_complaint
@@ -38,6 +39,7 @@ def refuse_options(request: RestoreRequest) -> None:
 def finish(flow: Flow) -> None:
     """Restore and stay until all pages are in; then the container is podman's alone."""
     flow.open_image()
+    flow.require(check_engine(flow.files, flow.settings))
     config = flow.document("config.dump") or {}
     name = check_name(flow.request.name or str(config.get("name", "")) or flow.name)
     with ThreadPoolExecutor(1) as worker:

@@ -44,14 +44,6 @@ class Job:
         return self.work / "container.pid"
 
 
-def choose(wanted: str, writer: str, settings: Settings) -> str:
-    """The runtime for a container: `wanted`, or for auto the one that wrote the checkpoint if it is usable."""
-    if wanted != "auto":
-        return wanted
-    order = sorted(RUNTIMES, key=lambda name: name != os.path.basename(writer))
-    return next((name for name in order if not why_not(name, settings)), "runc")
-
-
 def why_not(name: str, settings: Settings) -> str:
     """Why runtime `name` cannot restore here; "" when it can. Not every crun is built with criu."""
     if shutil.which(name) is None:

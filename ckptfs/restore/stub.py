@@ -53,7 +53,10 @@ def redirect(directory: Path, images: Path, *, lazy: bool) -> Redirection:
 
 
 def write_stub(files: CheckpointFiles, out: Path, config: Path, limits: Limits) -> int:
-    """Write the archive; returns its size in bytes. FormatError when there is no container in the checkpoint."""
+    """Write the archive; returns its size in bytes. FormatError when there is no container in the checkpoint.
+
+    `config` is criu's configuration file, which the runtime hands to criu.
+    """
     spec = _spec(files, config, limits)
     try:
         with tarfile.open(out, "w", format=tarfile.PAX_FORMAT) as archive:
