@@ -24,7 +24,7 @@ from ckptfs.sources.transport import Reply, Transport
 _WHOLE = 8 * MiB  # a whole blob in place of a range is taken up to this size (200 to a Range request)
 _EXPIRED = (400, 401, 403, 404, 410)  # what storage services answer to a signed URL that is too old
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)\Z")
-_ELSEWHERE = 100  # while a mirror still fetches a blob, one part in a hundred of it may be taken from elsewhere
+_ELSEWHERE = 400  # while a mirror still fetches a blob, one part in so many of it may be taken from elsewhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class _Copy:
         self._clock = transport.clock
         self._descriptor = descriptor
         self._location: _Location | None = None
-        self._gate = RangeGate(transport, ask_first=mirror)
+        self._gate = RangeGate(transport, descriptor.size, ask_first=mirror)
 
     def forget_location(self) -> None:
         self._location = None

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from ckptfs.errors import CkptfsError, UnavailableError
 from ckptfs.sources.transport import Transport
 
+_FILL_RATE = 1e9  # bytes per second: no mirror gets a blob sooner
 _LOOK = 0.05  # seconds between two looks at what another thread finds out
 _HINT = "such an image can only be pulled whole"
 
@@ -22,12 +23,13 @@ class NoRanges(UnavailableError):
 
 
 class RangeGate:
-    """One blob at one host. `ask_first`: nothing is known of it; otherwise it is thought to serve ranges."""
+    """One blob of `size` bytes at one host. `ask_first`: nothing is known; otherwise it is thought to serve ranges."""
 
-    def __init__(self, transport: Transport, *, ask_first: bool) -> None:
+    def __init__(self, transport: Transport, size: int, *, ask_first: bool) -> None:
         self._clock = transport.clock
         self._timeouts = transport.settings.timeouts
         self._changed = threading.Condition()
+        self._least = size / _FILL_RATE
         self._open = not ask_first
         self._asking = False
         self._since: float | None = None  # when all of the blob first came in place of a range
@@ -89,7 +91,8 @@ class RangeGate:
     def _note(self) -> None:
         now = self._clock.now()
         if self._since is None:
-            self._open, self._since, self._pause = False, now, self._timeouts.retry_first
+            self._open, self._since = False, now
+            self._pause = max(self._timeouts.retry_first, self._least)
         elif now - self._since > self._timeouts.mirror_fill:
             self._since = None
             self._fail(NoRanges("it sends whole blobs in place of ranges", hint=_HINT, permanent=True))
