@@ -26,6 +26,7 @@ def all_rows() -> tuple[Row, ...]:
         cpu_and_memory,
         first_tick,
         increments,
+        lazy_peer,
         long_delay,
         many_files,
         many_mounts,
@@ -41,6 +42,6 @@ def all_rows() -> tuple[Row, ...]:
 
     modules = (
         first_tick, plain_restore, timeline, round_trips, read_ratio, pauses, at_rest, read_everything, long_delay,
-        warm_reads, cpu_and_memory, many_mounts, increments, many_files, over_links,
+        warm_reads, cpu_and_memory, many_mounts, increments, many_files, lazy_peer, over_links,
     )  # fmt: skip
     return tuple(module.ROW for module in modules)
