@@ -32,7 +32,7 @@ from tests.support.fake_registry import (
     WrongRange,
 )
 from tests.support.faulty import BLOB, DATA, SIZE, TAR, Faulty, Record, secure_source
-from tests.support.sources import QUICK, Client, client, layers
+from tests.support.sources import QUICK, Client, client, copy_image, layers
 
 # -- damaged documents (chunks are checked by their formats) -----------------------------------------------------------
 
@@ -323,7 +323,8 @@ def test_a_registry_that_comes_back(registry: DockerRegistry, record_property: R
     with DockerRegistry() as own, client(own.host) as c:
         with FakeRegistry() as fake:
             fake.add_image("repo", "latest", [(TAR, DATA)])
-            copy(c, fake)
+            with client(fake) as source:
+                copy_image(source, c)
         blob = c.layer()
         own.stop()
         began = time.monotonic()
@@ -334,16 +335,6 @@ def test_a_registry_that_comes_back(registry: DockerRegistry, record_property: R
             assert read.result() == DATA[1:1001]
         waited = time.monotonic() - began
         record_property("figure", f"away for 1.5 s: data after {waited:.1f} s")
-
-
-def copy(c: Client, fake: FakeRegistry) -> None:
-    with client(fake) as other:
-        source, target = other.source(), c.target()
-        image = source.resolve()
-        assert isinstance(image, Manifest)
-        for descriptor in (image.config, *image.layers):
-            target.put_blob(descriptor, source.blob(descriptor), lambda count: None)
-        target.put_manifest(image.raw, image.media_type, "latest")
 
 
 @pytest.mark.row("N12")

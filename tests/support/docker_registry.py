@@ -15,6 +15,7 @@ import urllib.request
 from pathlib import Path
 from typing import Self
 
+from tests.support.nodes import Node
 from tests.support.tools import end, free_port, start, wait_for
 
 _MANIFESTS = ", ".join(
@@ -32,17 +33,25 @@ class DockerRegistry:
     """`with DockerRegistry() as registry:` … `registry.host` is "127.0.0.1:PORT".
 
     `users` maps names to passwords and turns basic authentication on. `redirect` answers blob requests with a 307 to
-    another server, as registries in front of an object store do. `proxy_of`: the URL of another registry, which it mirrors
-    by pulling through. `stop` and `start` keep port and contents.
+    another server, as registries in front of an object store do. `proxy_of`: the URL of a registry of which it is a
+    pull-through mirror. `node`: where it runs, in place of this machine. `stop` and `start` keep port and contents.
     """
 
-    def __init__(self, *, users: dict[str, str] | None = None, redirect: bool = False, proxy_of: str = "") -> None:
+    def __init__(
+        self,
+        *,
+        users: dict[str, str] | None = None,
+        redirect: bool = False,
+        proxy_of: str = "",
+        node: Node | None = None,
+    ) -> None:
         self._users = users or {}
         self._proxy_of = proxy_of
+        self._node = node
         self._folder = Path(tempfile.mkdtemp(prefix="registry-"))
         self.storage = self._folder / "storage"
         self.port = free_port()
-        self.host = f"127.0.0.1:{self.port}"
+        self.host = f"{node.address if node else '127.0.0.1'}:{self.port}"
         self.blob_port = free_port() if redirect else 0
         self._registry: subprocess.Popen[bytes] | None = None
         self._blob_server: subprocess.Popen[bytes] | None = None
@@ -63,7 +72,8 @@ class DockerRegistry:
     def start(self) -> None:
         """Returns when both servers answer."""
         with (self._folder / "log").open("ab") as log:
-            self._registry = start("docker-registry", "serve", self._folder / "config.yml", stdout=log, stderr=log)
+            command: list[str | Path] = ["docker-registry", "serve", self._folder / "config.yml"]
+            self._registry = start(*(self._node.command(*command) if self._node else command), stdout=log, stderr=log)
             if self.blob_port:
                 self._blob_server = start("nginx", "-c", self._folder / "nginx.conf", stdout=log, stderr=log)
         wait_for("docker-registry", lambda: self._answers(f"http://{self.host}/v2/"))

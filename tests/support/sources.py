@@ -90,6 +90,16 @@ def client(
         made.pools.close()
 
 
+def copy_image(source: Client, target: Client, name: str = "repo:latest") -> None:
+    """One image, from one registry to another."""
+    reader, writer = source.source(name), target.target(name)
+    image = reader.resolve()
+    assert isinstance(image, Manifest)
+    for descriptor in (image.config, *image.layers):
+        writer.put_blob(descriptor, reader.blob(descriptor), lambda count: None)
+    writer.put_manifest(image.raw, image.media_type, name.rpartition(":")[2])
+
+
 def layers(source: RegistrySource) -> tuple[Descriptor, ...]:
     manifest = source.resolve()
     assert isinstance(manifest, Manifest)
