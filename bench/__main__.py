@@ -16,9 +16,10 @@ from typing import NoReturn
 
 from bench.lab import Lab, environment
 from bench.rows import Row, all_rows
+from ckptfs.bench.charts import timeline
 from ckptfs.bench.machine import stamp, wait_until_idle
-from ckptfs.bench.report import write_report
-from ckptfs.bench.results import Absent, ResultFile, read_results
+from ckptfs.bench.report import markdown_table, write_report
+from ckptfs.bench.results import Absent, Fact, ResultFile, read_results
 from tests.support.criu import why_criu_does_not_work
 from tests.support.tools import use_setup_tools
 from tests.support.workload import scratch
@@ -41,9 +42,7 @@ def main() -> int:
     parser.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="only make the report of these results")
     options = parser.parse_args()
     if options.report:
-        page = options.report[0].with_suffix(".html")
-        write_report(list(read_results(options.report)), page)
-        print(page)
+        _write(list(read_results(options.report)), options.report[0])
         return 0
     names = {row.name.lower(): row for row in rows}
     if unknown := [name for name in options.rows if name.lower() not in names]:
@@ -69,6 +68,7 @@ def _run(rows: list[Row], options: argparse.Namespace) -> int:
                 lab.add(Absent(row.name, f"needs {' '.join(missing)}"))
                 continue
             busy = wait_until_idle(_QUIET, _PATIENCE)
+            lab.sample(row.name, "the machine before", 0, {}, busy_cpus=round(busy, 2))
             if busy > _QUIET:
                 lab.say(f"  the machine is not quiet: {busy:.1f} CPUs are busy with something else")
             began = time.monotonic()
@@ -80,11 +80,19 @@ def _run(rows: list[Row], options: argparse.Namespace) -> int:
                 if os.environ.get("BENCH_TRACEBACK"):
                     raise
             lab.say(f"  took {time.monotonic() - began:.0f} s")
-    page = results.path.with_suffix(".html")
-    write_report(results.facts, page)
     print(results.path)
-    print(page)
+    _write(results.facts, results.path)
     return 1 if failed else 0
+
+
+def _write(facts: list[Fact], beside: Path) -> None:
+    """The page, the figures as a table for docs/performance.md, and the timeline as a picture of its own."""
+    page, table, picture = (beside.with_suffix(suffix) for suffix in (".html", ".md", ".svg"))
+    write_report(facts, page)
+    table.write_text(markdown_table(facts))
+    if svg := timeline(facts):
+        picture.write_text(svg)
+    print(page)
 
 
 def _problem() -> str:
