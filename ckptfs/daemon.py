@@ -155,7 +155,7 @@ async def _keep_house(cache: ChunkCache, image: OpenImage) -> None:
 
 def mount_status(image: OpenImage, mountpoint: str, request: MountRequest) -> dict[str, Any]:
     """The fields that product documentation names; names and meanings are stable."""
-    network, reads, fetcher = image.counters, image.reader.counters, image.fetcher
+    network, reads, fetcher, profile = image.counters, image.reader.counters, image.fetcher, image.profile
     cached = image.cached_bytes()
     return {
         "version": __version__,
@@ -185,6 +185,7 @@ def mount_status(image: OpenImage, mountpoint: str, request: MountRequest) -> di
             "wait_ms_p99": reads.wait_ms(0.99),
         },
         "prefetch": {"bytes": fetcher.prefetched_bytes, "used_bytes": fetcher.prefetched_used},
+        "profile": {"runs": len(profile.runs), "recordings": profile.recordings} if profile is not None else None,
         "verify": image.verification,
         "errors": [redact(error) for error in image.errors[-20:]],
     }

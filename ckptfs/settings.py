@@ -35,6 +35,8 @@ class Limits:
     zstd_window_bytes: int = 128 * MiB
     redirects: int = 5
     index_depth: int = 3  # an index of indexes is legal, a chain of them is an attack
+    profile_bytes: int = 4 * MiB
+    profile_runs: int = 100_000  # scattered pages of a working set of 400 MB
     criu_image_bytes: int = 64 * MiB  # a CRIU image that is read whole: the pagemap of 3 million separate runs
     criu_record_bytes: int = 16 * MiB  # mm of a process with 65530 mappings (vm.max_map_count) is 4 MB
     criu_records: int = 4_000_000

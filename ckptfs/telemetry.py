@@ -5,6 +5,8 @@ Read by control.py (status), written by sources/ and engine/. Knows nobody.
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 _MAX_SPANS = 256  # kept for round_trips(), which is only asked about start-up
@@ -21,6 +23,16 @@ class NetworkCounters:
     in_flight: int = 0
     spans: list[tuple[float, float]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _aside: threading.local = field(default_factory=threading.local, repr=False)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Requests that this thread makes inside are counted, but nothing waits for them: they are no round trips."""
+        self._aside.on = True
+        try:
+            yield
+        finally:
+            self._aside.on = False
 
     def began(self) -> float:
         """A request goes out; returns the token for `ended`."""
@@ -33,7 +45,7 @@ class NetworkCounters:
         now = time.monotonic()
         with self._lock:
             self.in_flight -= 1
-            if len(self.spans) < _MAX_SPANS:
+            if len(self.spans) < _MAX_SPANS and not getattr(self._aside, "on", False):
                 self.spans.append((began, now))
 
     def received(self, count: int) -> None:

@@ -5,17 +5,21 @@ The order comes from prefetch/, the doing is the engine's; here is only when. Er
 
 import time
 from contextlib import suppress
-from itertools import chain
+from itertools import chain, islice
 
 import trio
 
 from ckptfs.engine.schedule import Priority
 from ckptfs.errors import CkptfsError, UnavailableError
+from ckptfs.image import profiles
 from ckptfs.image.opened import OpenImage
+from ckptfs.model.profile import Profile
 from ckptfs.model.toc import Chunk, Inode
 from ckptfs.prefetch.background import Background, Metadata
+from ckptfs.prefetch.profile import Recorded
 from ckptfs.prefetch.restore_order import RestoreOrder
 
+_BATCH = 512  # chunks of a profile between two looks at what else there is to do
 _BACKGROUND_DELAY = 1.0  # seconds; a restore with lazy pages has its first tick before the rest is fetched
 
 
@@ -25,6 +29,7 @@ async def fetch_ahead(image: OpenImage) -> None:
         if image.options.prefetch:
             image.fetcher.want(Metadata().plan(image.tree), Priority.PREFETCH)
             nursery.start_soon(_eager_pages, image)
+            nursery.start_soon(_recorded, image)
         if image.options.background:
             nursery.start_soon(_everything, image)
 
@@ -57,6 +62,30 @@ async def _eager_pages(image: OpenImage) -> None:
         image.metadata_at = time.monotonic()
         await image.tables.load_all()
         image.fetcher.want(_order(image, eager_only=True).plan(image.tree), Priority.PREFETCH)
+
+
+async def _recorded(image: OpenImage) -> None:
+    """What other restores of this image have read, if anybody has recorded one: before all that is only likely."""
+    manifest, limits, resolved = image.resolved.manifest, image.options.settings.limits, image.resolved
+    with suppress(CkptfsError):
+        profile = profiles.remembered(manifest.digest, image.cache, limits)
+        if profile is None and not image.options.offline and not resolved.from_cache:
+            profile = await trio.to_thread.run_sync(_find_profile, image, abandon_on_cancel=True)
+        if profile is None:
+            return
+        image.profile = profile
+        policy = Recorded(profile)
+        for inode in policy.files(image.tree):
+            await image.tables.load(inode)
+        plan = policy.plan(image.tree)
+        while batch := list(islice(plan, _BATCH)):
+            image.fetcher.want(batch, Priority.PREFETCH)
+            await trio.lowlevel.checkpoint()
+
+
+def _find_profile(image: OpenImage) -> Profile | None:
+    with image.counters.aside():
+        return profiles.find(image.source, image.resolved.manifest.digest, image.cache, image.options.settings.limits)
 
 
 async def _everything(image: OpenImage) -> None:

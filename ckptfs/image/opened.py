@@ -33,6 +33,7 @@ from ckptfs.layers.tar import TarFormat, TarLayer
 from ckptfs.model.blob import Blob
 from ckptfs.model.index import IndexedLayer
 from ckptfs.model.oci import Descriptor, Digest, Manifest, Reference
+from ckptfs.model.profile import Profile
 from ckptfs.model.toc import Chunk, Entry, Inode
 from ckptfs.model.tree import Node, Tree, Whiteouts
 from ckptfs.settings import Settings
@@ -90,6 +91,7 @@ class OpenImage:
         self.tree = self._new_tree()
         self.layout = ""
         self.errors: list[str] = []
+        self.profile: Profile | None = None  # what recorded restores have read, once it has been found
         self.metadata_at: float | None = None  # monotonic: when all of CRIU's metadata had been fetched
         self.changed: Callable[[int, bytes], None] | None = None  # told of names whose inode was replaced
         self.distrusted: Callable[[], None] | None = None  # told that bytes which were served may be wrong

@@ -5,44 +5,33 @@ An artifact whose subject is the image, with one document for each layer that ha
 a mount when its streams have ended. Blocks, but for `publish_when_streamed`.
 """
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
 
 import trio
 
 from ckptfs.errors import CkptfsError, IntegrityError
+from ckptfs.image.attaching import Sink, attach
 from ckptfs.image.opened import OpenImage
 from ckptfs.layers import select_format
 from ckptfs.layers.stream import StreamLayer
 from ckptfs.model.annotations import INDEX_ARTIFACT, INDEX_BLOB, INDEX_LAYER
 from ckptfs.model.blob import Blob
 from ckptfs.model.layer_index import LayerIndex, encode_layer_index
-from ckptfs.model.oci import OCI_MANIFEST, Descriptor, Digest, Manifest
+from ckptfs.model.oci import Descriptor, Digest, Manifest
 from ckptfs.model.toc import Chunk
 from ckptfs.settings import Settings
 from ckptfs.sources import Source
 
 log = logging.getLogger(__name__)
 
-_EMPTY = b"{}"
-_EMPTY_TYPE = "application/vnd.oci.empty.v1+json"  # image-spec manifest.md, "Guidance for an Empty Descriptor"
 _THREADS = 2
 _STREAMED = ("gzip", "zstd", "tar")
 _POLL = 0.2  # seconds between two looks at whether the last index has been written
 
 Documents = Mapping[Digest, bytes]
-
-
-class Sink(Protocol):
-    """Where artifacts go: a part of push.target.Target."""
-
-    def has(self, descriptor: Descriptor) -> bool: ...
-    def put_blob(self, descriptor: Descriptor, blob: Blob, sent: Callable[[int], None]) -> None: ...
-    def put_manifest(self, raw: bytes, media_type: str, tag: str) -> Digest: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,23 +80,8 @@ def publish_index(sink: Sink, manifest: Manifest, documents: Documents) -> Publi
         digest: Descriptor(INDEX_BLOB, Digest.of(document), len(document), {INDEX_LAYER: str(digest)})
         for digest, document in documents.items()
     }
-    empty = Descriptor(_EMPTY_TYPE, Digest.of(_EMPTY), len(_EMPTY))
-    sent = 0
-    for descriptor, data in ((empty, _EMPTY), *((layers[digest], documents[digest]) for digest in layers)):
-        if not sink.has(descriptor):
-            sink.put_blob(descriptor, _Bytes(descriptor, data), _nothing)
-            sent += descriptor.size
-    artifact = {
-        "schemaVersion": 2,
-        "mediaType": OCI_MANIFEST,
-        "artifactType": INDEX_ARTIFACT,
-        "config": empty.to_json(),
-        "layers": [descriptor.to_json() for descriptor in layers.values()],
-        "subject": Descriptor(manifest.media_type, manifest.digest, len(manifest.raw)).to_json(),
-    }
-    raw = json.dumps(artifact, separators=(",", ":")).encode()
-    digest = sink.put_manifest(raw, OCI_MANIFEST, "")
-    return PublishedIndex(Descriptor(OCI_MANIFEST, digest, len(raw), artifact_type=INDEX_ARTIFACT), layers, sent)
+    attached = attach(sink, manifest, INDEX_ARTIFACT, [(layers[digest], documents[digest]) for digest in layers])
+    return PublishedIndex(attached.manifest, layers, attached.sent)
 
 
 async def publish_when_streamed(image: OpenImage, sink: Sink) -> None:
@@ -134,21 +108,6 @@ async def publish_when_streamed(image: OpenImage, sink: Sink) -> None:
         image.errors.append(f"the index is not published: {error}")
 
 
-class _Bytes:
-    """A document as a blob."""
-
-    def __init__(self, descriptor: Descriptor, data: bytes) -> None:
-        self.descriptor = descriptor
-        self.size = len(data)
-        self._data = data
-
-    def read_at(self, offset: int, length: int, *, attempt: int = 0) -> bytes:
-        return self._data[offset : offset + length]
-
-    def stream(self, offset: int, length: int, *, attempt: int = 0) -> Iterator[bytes | memoryview]:
-        yield memoryview(self._data)[offset : offset + length]
-
-
 class _Counted:
     """A blob that tells how much of it has been streamed."""
 
@@ -170,8 +129,4 @@ class _Counted:
 
 
 def _ignore(chunk: Chunk, data: bytes) -> None:
-    pass
-
-
-def _nothing(count: int) -> None:
     pass

@@ -15,6 +15,10 @@ INDEX_ARTIFACT = "application/vnd.ckptfs.index.v1+json"
 INDEX_BLOB = "application/vnd.ckptfs.layer-index.v1"
 INDEX_LAYER = "dev.ckptfs.layer.digest"
 
+# The working set of a restore: an artifact whose subject is the image, one blob of the same type.
+PROFILE_ARTIFACT = "application/vnd.ckptfs.profile.v1+json"
+CREATED = "org.opencontainers.image.created"
+
 # awslabs/soci-snapshotter soci/soci_index.go: types of the index, the digest of a v2 index on an image, the layer of a
 # zTOC.
 SOCI_V1 = "application/vnd.amazon.soci.index.v1+json"
