@@ -27,7 +27,6 @@ _SKIPPABLE = struct.Struct("<II")  # magic number, bytes that follow
 _FOOTER = struct.Struct("<IBI")  # frames, descriptor, magic number
 _SKIPPABLE_MAGIC, _FOOTER_MAGIC = 0x184D2A5E, 0x8F92EAB1
 _HAS_CHECKSUM, _RESERVED = 0x80, 0x7C
-_GUESS = 16 * 1024  # of the blob's end: the table of 2000 frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +49,12 @@ class SeekTable:
 
 
 def read_seek_table(blob: Blob, settings: Settings) -> SeekTable | None:
-    """The table at a blob's end, None where there is none. One request, two for a very long table.
+    """The table at a blob's end, None where there is none: one request for the footer, one more for a table.
 
     FormatError for a table that contradicts itself or the blob; LimitExceeded for frames that are too large to be had
     one by one.
     """
-    tail = blob.read_at(max(0, blob.size - _GUESS), min(_GUESS, blob.size)) if blob.size else b""
+    tail = blob.read_at(max(0, blob.size - _FOOTER.size), min(_FOOTER.size, blob.size)) if blob.size else b""
     size = _table_size(tail, blob.size, settings)
     if size > len(tail):
         tail = blob.read_at(blob.size - size, size - len(tail)) + tail
@@ -73,7 +72,7 @@ def parse_seek_table(table: bytes, blob_size: int, settings: Settings) -> SeekTa
 
 def _table_size(tail: bytes, blob_size: int, settings: Settings) -> int:
     """How many of a blob's last bytes are a seek table; 0 where there is none."""
-    if len(tail) < _SKIPPABLE.size + _FOOTER.size:
+    if len(tail) < _FOOTER.size:
         return 0
     frames, descriptor, magic = _FOOTER.unpack_from(tail, len(tail) - _FOOTER.size)
     if magic != _FOOTER_MAGIC:
