@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette: told apart by everybody
 BLUE, ORANGE, GREEN, RED, GREY, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#666666", "#56b4e9"
-_FLOW_COLOURS = (("ratarmount", RED), ("lazy", BLUE), ("plain", GREEN), ("skopeo", ORANGE))
+_FLOW_COLOURS = (("ratarmount", RED), ("lazy", BLUE), ("plain", GREEN), ("skopeo", ORANGE), ("pull", SKY))
 _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "ckptfs",  # the same facts give the same file

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from ckptfs.bench.charts import require_plots
@@ -30,7 +31,8 @@ from ckptfs.control.client import MountFiles, ask
 from ckptfs.errors import CkptfsError, UnavailableError, UsageError
 from ckptfs.model.oci import Reference
 
-EAGER = "skopeo, tar"
+_PULL, _SKOPEO = "ckptfs pull", "skopeo, tar"
+_WATCHED = -1
 _NAMES = {"lazy": "ckptfs, lazy pages", "plain": "ckptfs, plain restore"}
 
 
@@ -58,24 +60,18 @@ class Outcome:
 def compare(wanted: Comparison, say: Callable[[str], None]) -> Outcome:
     """Run everything and write results and report to `wanted.out`; `say` is told of each run."""
     require_plots()
-    if missing := [tool for tool in ("skopeo", "tar") if shutil.which(tool) is None]:
-        raise UsageError(f"the eager way needs {' and '.join(missing)}", hint=f"install {' '.join(missing)}")
     if wanted.reference.kind == "archive":
         raise UsageError("an archive cannot be pulled", hint="push it to a registry or an oci: layout first")
     here = stamp()
     results = ResultFile(wanted.out / f"{here.date[:19].replace(':', '')}.jsonl", here)
-    with tempfile.TemporaryDirectory(prefix=".bench-", dir=wanted.out) as folder, _relay(wanted) as relay:
+    relayed = Relay(wanted.reference, plain_http=wanted.plain_http)
+    with tempfile.TemporaryDirectory(prefix=".bench-", dir=wanted.out) as folder, relayed as relay:
         runner = _Runner(Path(folder), relay, results, say)
         readings = runner.readings(wanted.trace)
         for rtt, rate in wanted.links:
             for number in range(wanted.runs):
-                for name, reading in readings.items():
-                    runner.lazily(name, reading, number, rtt, rate)
-                runner.eagerly(next(iter(readings.values())), number, rtt, rate)
-        rtt, rate = wanted.links[0]
-        for name, reading in readings.items():
-            runner.lazily(name, reading, -1, rtt, rate)
-        runner.eagerly(next(iter(readings.values())), -1, rtt, rate)
+                runner.all_ways(readings, number, rtt, rate)
+        runner.all_ways(readings, _WATCHED, *wanted.links[0])
     figures = tuple(_figures(results, wanted))
     for one in figures:
         results.add(one)
@@ -84,13 +80,9 @@ def compare(wanted: Comparison, say: Callable[[str], None]) -> Outcome:
     return Outcome(results.path, page, figures)
 
 
-def _relay(wanted: Comparison) -> Relay:
-    return Relay(wanted.reference, plain_http=wanted.plain_http)
-
-
 @dataclass(slots=True)
 class _Runner:
-    """Runs flows; a run with number -1 is watched, not timed."""
+    """Runs flows; the run with the number _WATCHED is watched, not timed."""
 
     folder: Path
     relay: Relay
@@ -108,9 +100,18 @@ class _Runner:
                 return {"ckptfs": lazy}
             return {_NAMES["lazy"]: lazy, _NAMES["plain"]: reading_of(directory, lazy=False)}
 
+    def all_ways(self, readings: dict[str, Reading], number: int, rtt: float, rate: float) -> None:
+        """Every way once, in turns: networks change from minute to minute."""
+        for name, reading in readings.items():
+            self.lazily(name, reading, number, rtt, rate)
+        reading = next(iter(readings.values()))
+        self.eagerly(_PULL, self._pulled, reading, number, rtt, rate)
+        if _skopeo_is_here():
+            self.eagerly(_SKOPEO, self._copied_and_unpacked, reading, number, rtt, rate)
+
     def lazily(self, flow: str, reading: Reading, number: int, rtt: float, rate: float) -> None:
         with self._room() as room, ShapedLink(self.relay.address, rtt=rtt, rate=rate) as link:
-            watcher = Watcher(link, room / "mnt") if number < 0 else None
+            watcher = Watcher(link, room / "mnt") if number == _WATCHED else None
             with watcher or contextlib.nullcontext():
                 began = time.monotonic()
                 with self._mounted(link.address, room) as directory:
@@ -135,13 +136,15 @@ class _Runner:
             values |= {"prefetched": prefetch["bytes"], "prefetched_used": prefetch["used_bytes"]}
             self._sample(flow, number, rtt, rate, values)
 
-    def eagerly(self, reading: Reading, number: int, rtt: float, rate: float) -> None:
+    def eagerly(
+        self, flow: str, pull: Callable[[str, Path], Path], reading: Reading, number: int, rtt: float, rate: float
+    ) -> None:
         """The same reads after everything has been pulled and unpacked."""
         with self._room() as room, ShapedLink(self.relay.address, rtt=rtt, rate=rate) as link:
-            watcher = Watcher(link) if number < 0 else None
+            watcher = Watcher(link) if number == _WATCHED else None
             with watcher or contextlib.nullcontext():
                 began = time.monotonic()
-                directory = self._pulled(link.address, room)
+                directory = pull(f"{link.address}/{self.relay.repository}:{self.relay.tag}", room)
                 ready = time.monotonic() - began
                 replay(directory, _existing(directory, reading.start))
                 start = time.monotonic() - began
@@ -149,11 +152,11 @@ class _Runner:
                 every = time.monotonic() - began
             if watcher is not None:
                 marks = {"unpacked": ready, "process could run": start, "all read": every}
-                self._series(EAGER, rtt, rate, watcher, marks)
+                self._series(flow, rtt, rate, watcher, marks)
                 return
             count = link.stats().bytes_down
             values = {"ready": ready, "start": start, "all": every, "bytes_at_start": count, "bytes": count}
-            self._sample(EAGER, number, rtt, rate, values)
+            self._sample(flow, number, rtt, rate, values)
 
     @contextlib.contextmanager
     def _mounted(self, host: str, room: Path) -> Iterator[Path]:
@@ -167,12 +170,15 @@ class _Runner:
         finally:
             _ckptfs("umount", target)
 
-    def _pulled(self, host: str, room: Path) -> Path:
+    def _pulled(self, reference: str, room: Path) -> Path:
+        _ckptfs("pull", reference, room / "eager", "--quiet")
+        return room / "eager"
+
+    def _copied_and_unpacked(self, reference: str, room: Path) -> Path:
         """skopeo fetches, tar unpacks layer by layer; whiteouts are not applied."""
         copy, target = room / "copy", room / "eager"
         target.mkdir()
-        source = f"docker://{host}/{self.relay.repository}:{self.relay.tag}"
-        _run("skopeo", "copy", "--quiet", "--src-tls-verify=false", source, f"dir:{copy}")
+        _run("skopeo", "copy", "--quiet", "--src-tls-verify=false", f"docker://{reference}", f"dir:{copy}")
         for layer in json.loads((copy / "manifest.json").read_text())["layers"]:
             blob = copy / layer["digest"].partition(":")[2]
             _run("tar", "--extract", "--file", blob, "--directory", target)
@@ -206,14 +212,22 @@ def _figures(results: ResultFile, wanted: Comparison) -> Iterator[Figure]:
         for fact in results.facts:
             if isinstance(fact, Sample) and fact.conditions == _conditions(rtt, rate):
                 runs.setdefault(fact.flow, []).append(fact)
-        eager = figure("image", EAGER, [run.values["start"] for run in runs.pop(EAGER)], "s").value
         link = f"{rtt * 1000:g} ms, {rate / 1e6:g} Mbit/s"
+        peer: dict[str, Any] = {}
+        for flow in (_SKOPEO, _PULL):  # the last one there is what the lazy ways are compared with
+            if flow in runs:
+                seconds = [run.values["start"] for run in runs.pop(flow)]
+                peer = {"peer": flow, "peer_value": median(seconds)}
+                yield figure("image", f"{flow}: until the process could run; {link}", seconds, "s")
         for flow, found in runs.items():
-            peer: dict[str, Any] = {"peer": EAGER, "peer_value": eager}
             seconds = [run.values["start"] for run in found]
             yield figure("image", f"{flow}: until the process could run; {link}", seconds, "s", **peer)
             megabytes = [run.values["bytes_at_start"] / 1e6 for run in found]
             yield figure("image", f"{flow}: fetched by then; {link}", megabytes, "MB")
+
+
+def _skopeo_is_here() -> bool:
+    return all(shutil.which(tool) for tool in ("skopeo", "tar", "zstd"))
 
 
 def _existing(directory: Path, steps: tuple[Step, ...]) -> tuple[Step, ...]:

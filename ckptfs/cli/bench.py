@@ -48,8 +48,8 @@ def bench(
 
     The link is put in front of the image's registry by a relay on this machine, which serves the image on loopback,
     without a login, as long as the command runs. What criu would read is read without criu. Several --rtt and --rate
-    are combined. Other mounts and the node's cache are left alone. Needs skopeo, and for the report matplotlib: pip
-    install 'ckptfs[bench]'.
+    are combined. Other mounts and the node's cache are left alone. skopeo and tar are measured too where they are
+    installed. The report needs matplotlib: pip install 'ckptfs[bench]'.
 
     \b
     ckptfs bench registry.example/app/ckpt:1 --out results

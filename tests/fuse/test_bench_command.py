@@ -25,14 +25,14 @@ def test_lazy_and_eager_are_compared(tmp_path: Path) -> None:
     assert "<svg" in Path(done.json["report"]).read_text()
     facts = list(read_results([Path(done.json["results"])]))
     assert isinstance(facts[0], Stamp)
-    flows = {"ckptfs, lazy pages", "ckptfs, plain restore", "skopeo, tar"}
+    flows = {"ckptfs, lazy pages", "ckptfs, plain restore", "ckptfs pull", "skopeo, tar"}
     samples = [fact for fact in facts if isinstance(fact, Sample)]
     assert {fact.flow for fact in facts if isinstance(fact, Series)} == flows
     assert sorted(sample.flow for sample in samples) == sorted([*flows, *flows])
     for sample in samples:
         assert 0.005 < sample.values["ready"] <= sample.values["start"] <= sample.values["all"]
         assert 0 < sample.values["bytes_at_start"] <= sample.values["bytes"]
-    assert len(done.json["figures"]) == 4
+    assert len(done.json["figures"]) == 6
     assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".html", ".jsonl"]
     assert str(tmp_path) not in Path("/proc/mounts").read_text()
 
