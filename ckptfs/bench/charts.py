@@ -150,7 +150,8 @@ def reads(facts: Sequence[Fact]) -> str:
     rows: dict[str, Sample] = {}
     for fact in facts:
         if isinstance(fact, Sample) and fact.values.get("reads"):
-            rows.setdefault(f"{fact.row}  {fact.flow}, {fact.conditions.get('megabytes', 0):g} MB", fact)
+            size = f", {fact.conditions['megabytes']:g} MB" if "megabytes" in fact.conditions else ""
+            rows.setdefault(f"{fact.row}  {fact.flow}{size}", fact)
 
     def draw(canvas: "Canvas") -> None:
         axes = canvas.add_subplot()
@@ -172,12 +173,17 @@ def reads(facts: Sequence[Fact]) -> str:
 
 
 def bars(facts: Sequence[Fact], rows: Iterable[str], phases: Sequence[tuple[str, str]], title: str) -> str:
-    """Horizontal bars, one for each flow: how long until each of the `phases` (value, word), medians."""
+    """Horizontal bars, one for each flow: how long until each of the `phases` (value, word), medians.
+
+    Of several conditions only the first.
+    """
     wanted = set(rows)
+    samples = [fact for fact in facts if isinstance(fact, Sample) and fact.row in wanted]
+    samples = [sample for sample in samples if phases[-1][0] in sample.values]
     found: dict[str, list[Mapping[str, float]]] = {}
-    for fact in facts:
-        if isinstance(fact, Sample) and fact.row in wanted and phases[-1][0] in fact.values:
-            found.setdefault(fact.flow, []).append(fact.values)
+    for sample in samples:
+        if sample.conditions == samples[0].conditions:
+            found.setdefault(sample.flow, []).append(sample.values)
     shades = (0.95, 0.6, 0.3)
 
     def draw(canvas: "Canvas") -> None:

@@ -21,7 +21,7 @@ def facts(name: str = "ckptfs, lazy pages") -> list[Fact]:
     return [
         STAMP,
         Sample("P2", name, 0, link, {**RESTORE, **READS}),
-        Sample("P2", name, 1, {**link, "megabytes": 256}, {**RESTORE, **READS}),
+        Sample("links", name, 0, {**link, "megabytes": 256}, {**RESTORE, **READS}),
         Series("timeline", name, link, ("seconds", "fetched", "read"), POINTS, {"mounted": 0.3, "first tick": 0.5}),
         figure("P2", f"first tick of {name}", [0.5, 0.3, 0.4], "s", limit=0.35, peer="skopeo", peer_value=7.0),
         Figure("P7", "warm reads ÷ bindfs", 0.9, "×", 0.8, least=True),
