@@ -144,7 +144,7 @@ def _containerd_place(url: str, settings: Any, name: str, path: Path) -> Place:
     parts = urlsplit(url if "://" in url else f"//{url}")
     registry, _, repository = name.partition("/")
     if parts.scheme not in ("", "http", "https") or not parts.hostname or "@" in parts.netloc:
-        raise UsageError(f"{path}: {url!r} is not an http(s) URL without a password", hint=_HINT)
+        raise UsageError(f"{path} names a host that is not an http(s) URL without a password", hint=_HINT)
     host = DOCKER_HUB if parts.netloc == "registry-1.docker.io" else parts.netloc
     root = parts.path.rstrip("/")
     if not _flag(settings, "override_path", path) and not root.endswith("/v2"):

@@ -19,8 +19,9 @@ import threading
 import time
 from base64 import b64decode
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http.server import ThreadingHTTPServer
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -145,6 +146,7 @@ class FakeRegistry:
         *,
         config: bytes = b"{}",
         annotations: Mapping[str, str] | None = None,
+        layer_annotations: Sequence[Mapping[str, str]] = (),
     ) -> Digest:
         """An OCI image of `layers`, (media type, bytes) each; returns the digest of its manifest."""
         described = [(CONFIG, config), *layers]
@@ -152,11 +154,12 @@ class FakeRegistry:
             {"mediaType": kind, "digest": str(self.add_blob(data, repository)), "size": len(data)}
             for kind, data in described
         ]
+        notes = chain(layer_annotations, repeat({}))
         manifest = {
             "schemaVersion": 2,
             "mediaType": OCI_MANIFEST,
             "config": entries[0],
-            "layers": entries[1:],
+            "layers": [{**entry, "annotations": dict(note)} for entry, note in zip(entries[1:], notes, strict=False)],
             "annotations": dict(annotations or {}),
         }
         return self.add_manifest(repository, json.dumps(manifest).encode(), OCI_MANIFEST, tag)
