@@ -106,7 +106,7 @@ def restoring(
     with ExitStack() as stack:
         room = stack.enter_context(lab.room())
         link = stack.enter_context(lab.link(shape))
-        lab.cold()
+        lab.cold(image.repository)
         watcher = stack.enter_context(Watcher(link, room / "mnt")) if watched else None
         began = time.time()
         mount = stack.enter_context(mounted(image.reference(link.address), room, *options))
@@ -119,7 +119,7 @@ def restoring(
 def eagerly(lab: Lab, image: Image, shape: LinkShape) -> Restored:
     """skopeo copies the image, tar unpacks it, criu restores from the disk."""
     with lab.room() as room, lab.link(shape) as link:
-        lab.cold()
+        lab.cold(image.repository)
         before = children_cpu()
         began = time.time()
         images = extract(image.reference(link.address), room / "eager") / "checkpoint"

@@ -140,17 +140,20 @@ class Lab:
         """In front of the registry."""
         return ShapedLink(self.registry.host, rtt=shape.rtt, rate=shape.rate)
 
-    def cold(self) -> None:
+    def cold(self, repository: str) -> None:
         """The kernel forgets all files; then what a node and a registry in use have in memory is read again.
 
-        That is the programs of both ways, and the registry's blobs: its disk is not what is measured.
+        That is the programs of both ways, and the image's blobs in the registry: its disk is not what is measured.
         """
         forget_files()
         for command in ((sys.executable, "-c", _WARM_CKPTFS), ("criu", "--version"), ("skopeo", "--version")):
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         for command in (("tar", "--version"), ("zstd", "--version")):
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        for blob in self.registry.storage.rglob("data"):
+        manifest: Any = self.registry.manifest(repository)
+        for layer in manifest["layers"]:
+            digest = layer["digest"].partition(":")[2]
+            blob = self.registry.storage / "docker/registry/v2/blobs/sha256" / digest[:2] / digest / "data"
             with blob.open("rb", buffering=0) as file:
                 while file.read(1 << 22):
                     pass

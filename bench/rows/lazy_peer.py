@@ -18,6 +18,7 @@ from tests.support.criu import restore
 from tests.support.images import extract
 from tests.support.tools import end, run, start, wait_for
 
+_REPOSITORY = "bench/uncompressed:uncompressed"
 _LAZY, _PLAIN = "ratarmount, lazy pages", "ratarmount, plain restore"
 
 
@@ -36,11 +37,11 @@ def _measure(lab: Lab) -> None:
 
 def _uncompressed(lab: Lab, image: Image) -> str:
     """The path of the only layer's blob, with the same files as the image."""
-    repository = "bench/uncompressed"
+    repository = _REPOSITORY.partition(":")[0]
     with lab.room() as room:
         lab.builder.build(extract(image.reference(lab.registry.host), room / "copy"), "uncompressed")
         lab.builder.push("uncompressed", repository, "uncompressed")
-    manifest: Any = lab.registry.manifest(f"{repository}:uncompressed")
+    manifest: Any = lab.registry.manifest(_REPOSITORY)
     (layer,) = manifest["layers"]
     return f"/v2/{repository}/blobs/{layer['digest']}"
 
@@ -49,7 +50,7 @@ def _restore(lab: Lab, image: Image, blob: str, *, lazy: bool) -> dict[str, floa
     with ExitStack() as stack:
         room = stack.enter_context(lab.room())
         link = stack.enter_context(lab.link(SLOW))
-        lab.cold()
+        lab.cold(_REPOSITORY)
         run("ratarmount", "--version")
         began = time.time()
         directory = stack.enter_context(_mounted(f"http://{link.address}{blob}", room / "mnt"))

@@ -21,7 +21,7 @@ def _measure(lab: Lab) -> None:
 
 def _reading(lab: Lab, image: Image, number: int) -> float:
     with lab.room() as room, lab.link(_LONG) as link:
-        lab.cold()
+        lab.cold(image.repository)
         with mounted(image.reference(link.address), room, "--no-background-fetch") as mount:
             pages = max((mount.path / "checkpoint").glob("pages-*.img"), key=lambda path: path.stat().st_size)
             before, began = link.stats().bytes_down, time.time()
@@ -36,7 +36,7 @@ def _reading(lab: Lab, image: Image, number: int) -> float:
 
 def _copying(lab: Lab, image: Image, number: int) -> float:
     with lab.room() as room, lab.link(_LONG) as link:
-        lab.cold()
+        lab.cold(image.repository)
         began = time.time()
         source = f"docker://{image.reference(link.address)}"
         run("skopeo", "copy", "--quiet", "--src-tls-verify=false", source, f"dir:{room}/copy", timeout=300)

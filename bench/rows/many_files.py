@@ -12,6 +12,7 @@ from tests.support.command import mounted
 from tests.support.images import extract
 
 _DIRECTORIES = 1000
+_REPOSITORY = "bench/files:zstd-chunked"
 
 
 def _measure(lab: Lab) -> None:
@@ -21,7 +22,7 @@ def _measure(lab: Lab) -> None:
     mounts, finds, memory = [], [], []
     for number in range(max(lab.few, 2)):
         with lab.room() as room:
-            lab.cold()
+            lab.cold(_REPOSITORY)
             began = time.time()
             with mounted(reference, room, "--view", "raw") as mount:
                 mounts.append(time.time() - began)
@@ -31,7 +32,7 @@ def _measure(lab: Lab) -> None:
                 facts = {"requests": status_of(mount)["network"]["requests"], "cpu": found.cpu, "rss": found.rss}
         lab.sample("P12", "ckptfs", number, conditions, mount=mounts[-1], find=finds[-1], **facts)
     with lab.room() as room:
-        lab.cold()
+        lab.cold(_REPOSITORY)
         began = time.time()
         copy = extract(reference, room / "eager")
         pulled = time.time() - began

@@ -39,7 +39,7 @@ def _mounting(lab: Lab, image: Image, metadata: Reading, rtt: float, counted: li
     took = []
     for number in range(3):
         with lab.room() as room, lab.link(LinkShape(rtt, 0)) as link:
-            lab.cold()
+            lab.cold(image.repository)
             began = time.time()
             with mounted(image.reference(link.address), room, "--no-background-fetch") as mount:
                 replay(mount.path, metadata.start)
@@ -53,7 +53,7 @@ def _copying(lab: Lab, image: Image, rtt: float) -> float:
     took = []
     for number in range(3):
         with lab.room() as room, lab.link(LinkShape(rtt, 0)) as link:
-            lab.cold()
+            lab.cold(image.repository)
             began = time.time()
             source = f"docker://{image.reference(link.address)}"
             run("skopeo", "copy", "--quiet", "--src-tls-verify=false", source, f"dir:{room}/copy")

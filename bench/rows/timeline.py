@@ -27,7 +27,7 @@ def _measure(lab: Lab) -> None:
         marks = {"mounted": run.ready, "first tick": first, "all pages there": resident}
         lab.add(Series("timeline", flow, conditions, Watcher.columns, points, marks))
     with lab.room() as room, lab.link(SLOW) as link:
-        lab.cold()
+        lab.cold(image.repository)
         with Watcher(link) as watcher:
             began = time.time()
             images = extract(image.reference(link.address), room / "eager") / "checkpoint"
