@@ -2,5 +2,6 @@
 
 from tests.support.faulty import faulty, secure, trusted
 from tests.support.hanging import hanging, hanging_layer
+from tests.support.hosts import hosts
 
-__all__ = ["faulty", "hanging", "hanging_layer", "secure", "trusted"]
+__all__ = ["faulty", "hanging", "hanging_layer", "hosts", "secure", "trusted"]
