@@ -195,7 +195,7 @@ def test_real_open_files(tree: Path) -> None:
     assert [(m.name, m.size, m.shmid) for m in memfds] == [("/dev/zero", 262144, 1399), ("corpus", 131072, 1400)]
     names = {memfd.id: memfd.name for memfd in memfds}
     found = {f.id: f for f in files.parse_files((tree / "files.img").read_bytes(), memfds=names)}
-    assert found[1] == files.OpenFile(1, "REG", "/srv/ckpt/tree", size=690920)
+    assert found[1] == files.OpenFile(1, "REG", "/srv/ckpt/tree", size=690920, mode=0o100755)
     assert found[5].position == 7148
     assert found[14].path == "memfd:corpus"
     socket = found[15].socket

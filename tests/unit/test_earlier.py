@@ -106,8 +106,7 @@ def read_pages(
                 pages = await image.read(node.inode, 0, node.inode.size)
                 if keep:  # as a mount does in the background
                     await image.tables.keep_cells()
-                while image.fetcher.in_flight:  # what has been read is on its way to the disk
-                    await trio.sleep(0.005)
+                await image.fetcher.settled()  # what has been read is on its way to the disk
                 return hashlib.sha256(pages).hexdigest()
         finally:
             chunks.close()

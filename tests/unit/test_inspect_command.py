@@ -137,7 +137,8 @@ def test_a_table_of_images(pushed: dict[str, Path], tmp_path: Path) -> None:
     layouts = [f"oci:{path}" for path in (pushed["counter"], pushed["tree"])]
     result = ckptfs("show", *layouts, "--cache-dir", tmp_path)
     lines = result.out.splitlines()
-    assert len(lines) == 3 and "f63b0282238b" in lines[1] and "1.6 MiB" in lines[1] and lines[2].rstrip().endswith(layouts[1])
+    assert len(lines) == 3 and "f63b0282238b" in lines[1] and "1.6 MiB" in lines[1]
+    assert lines[2].rstrip().endswith(layouts[1])
     rows = ckptfs("show", *layouts, "--json", "--cache-dir", tmp_path).json
     assert [row["container_name"] for row in rows] == ["counter", ""]
     assert rows[0]["total_size"] == reference()["checkpoint_size"]["total_size"]

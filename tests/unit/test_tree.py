@@ -191,7 +191,7 @@ def _make(kind: str, path: str, rank: int) -> Entry:
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.lists(_entries, max_size=5, unique_by=lambda e: e[1]), min_size=2, max_size=3))
 def test_order_of_layers_never_matters(layers: list[list[tuple[str, str]]]) -> None:
-    """Whatever the layers are, reading them in any order shows the same tree (contents within one layer in its order)."""
+    """Whatever the layers are, reading them in any order shows the same tree (entries of one layer in its order)."""
     results = set()
     for order in itertools.permutations(range(1, len(layers) + 1)):
         made = [[_make(kind, path, rank) for kind, path in layer] for rank, layer in enumerate(layers, start=1)]
