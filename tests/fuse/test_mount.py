@@ -6,7 +6,6 @@ import os
 import signal
 import stat
 import subprocess
-import threading
 import time
 from pathlib import Path
 
@@ -143,25 +142,6 @@ def test_second_mount_of_a_busy_directory_is_refused(tmp_path: Path) -> None:
         assert (mount.path / "config.dump").exists()
 
 
-def test_of_four_at_once_exactly_one_wins(tmp_path: Path) -> None:
-    target = tmp_path / "mnt"
-    target.mkdir()
-    codes: list[int] = []
-
-    def attempt() -> None:
-        codes.append(ckptfs("mount", f"oci:{LAYOUT}", target, "--cache-dir", tmp_path / "cache").code)
-
-    threads = [threading.Thread(target=attempt) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    try:
-        assert sorted(codes) == [0, 8, 8, 8]
-    finally:
-        assert ckptfs("umount", target).code == 0
-
-
 @pytest.mark.parametrize("first_mend", ["umount", "mount"])
 def test_killed_daemon_is_mended(first_mend: str, tmp_path: Path) -> None:
     with mounted(f"oci:{LAYOUT}", tmp_path) as mount:
@@ -175,13 +155,6 @@ def test_killed_daemon_is_mended(first_mend: str, tmp_path: Path) -> None:
         again = ckptfs("mount", f"oci:{LAYOUT}", mount.path, "--cache-dir", mount.cache)
         assert again.code == 0, again.err
         assert (mount.path / "checkpoint" / "pages-1.img").read_bytes() == expected
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_end_the_mount_cleanly(number: int, tmp_path: Path) -> None:
-    with mounted(f"oci:{LAYOUT}", tmp_path) as mount:
-        os.kill(mount.pid, number)
-        _until(lambda: not os.path.ismount(mount.path), seconds=6)
 
 
 def test_umount_from_outside_ends_the_daemon(tmp_path: Path) -> None:
