@@ -298,7 +298,7 @@ def test_nothing_is_left_in_the_work_directory(tmp_path: Path) -> None:
     ("make", "error", "message"),
     [
         (lambda top: top / "missing", NotFoundError, "there is no"),
-        (lambda top: "nonsense", UsageError, "names no registry"),
+        (lambda top: "nonsense", NotFoundError, "there is no nonsense"),
         (lambda top: _file(top, b""), FormatError, "is empty"),
         (lambda top: _file(top, b"no tar at all" * 100), FormatError, "tar"),
         (lambda top: top / "empty", FormatError, "is empty"),
