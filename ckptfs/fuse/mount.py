@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 # pyfuse3's default of 99 lets 130 hung reads starve stat for seconds; reads are capped below this by the reader.
 _MAX_TASKS = 4096
+_LAST_WORDS = 0.5  # seconds for answers that are being given when the drain is over
 
 
 class MountSession:
@@ -107,8 +108,7 @@ class MountSession:
         with contextlib.suppress(MountError):
             await trio.to_thread.run_sync(detach, self.mountpoint)
         pyfuse3.terminate()
-        with trio.move_on_after(1):
-            await trio.sleep_forever()
+        await trio.sleep(_LAST_WORDS)
         scope.cancel()
 
 
