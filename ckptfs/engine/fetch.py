@@ -32,6 +32,8 @@ Data = bytes | bytearray | memoryview
 
 _LOW_WATER = 256  # chunks of the background plan that are queued at least: several extents' worth
 _POLL = 0.003  # seconds between two looks at what another process of the node is fetching
+_WRONG = 60.0  # seconds in which bytes that were wrong twice are not asked for again
+_REFUSED = 30.0  # the same for what is not there, or not for us: a login may help
 _BATCH = 1 * MiB  # decoded bytes that are written to the disk cache with one call
 
 
@@ -103,6 +105,10 @@ class Fetcher:
         if sequence is not None:
             self._sequences[len(self._layers) - 1] = sequence
         return len(self._layers) - 1
+
+    def layer(self, number: int) -> tuple[Blob, Layer]:
+        """What `add_layer` was given; chunks carry the number."""
+        return self._layers[number]
 
     @property
     def in_flight(self) -> int:
@@ -279,7 +285,8 @@ class Fetcher:
 
     def fail(self, key: bytes, error: CkptfsError) -> None:
         """Tell the waiters, and all who ask for the same chunk soon: a dead chunk is not asked for in a storm."""
-        hold = 1.0 if error.retryable else 30.0
+        wrong = _WRONG if isinstance(error, IntegrityError | FormatError) else _REFUSED
+        hold = self.settings.timeouts.retry_cap if error.retryable else wrong
         self._failed[key] = (time.monotonic() + hold, error)
         waiter = self._waiters.pop(key, None)
         if waiter is not None and waiter.data is None:
@@ -344,7 +351,10 @@ class Fetcher:
         return data is not None
 
     def _receive(self, job: Job, chunks: list[Chunk]) -> dict[bytes, CkptfsError]:
-        """GET the range that holds `chunks` (sorted by offset), publish each one as it becomes whole."""
+        """GET the range that holds `chunks` (sorted by offset), publish each one as it becomes whole.
+
+        Returns what could not be had; wrong bytes are asked for once more.
+        """
         blob, layer = self._layers[job.layer]
         start = chunks[0].offset
         end = max(chunk.offset + chunk.size for chunk in chunks)
@@ -352,45 +362,49 @@ class Fetcher:
         view = memoryview(buffer)
         filled, at = 0, 0
         bad: list[Chunk] = []
+        failures: dict[bytes, CkptfsError] = {}
         batch: list[tuple[bytes, Data]] = []
         pending = 0
         began = time.monotonic()
-        for piece in blob.stream(start, end - start, attempt=job.attempt):
-            now = time.monotonic()
-            if not filled:
-                self.link.first_byte(now - began)
-            view[filled : filled + len(piece)] = piece
-            filled += len(piece)
-            job.received = filled
-            self.link.received(len(piece), now)
-            ready: list[tuple[bytes, Data]] = []
-            while at < len(chunks) and chunks[at].offset + chunks[at].size - start <= filled:
-                chunk = chunks[at]
-                at += 1
-                lo = chunk.offset - start
-                try:
-                    data = layer.decode(chunk, view[lo : lo + chunk.size])
-                except (IntegrityError, FormatError) as error:
-                    log.warning("%s: %s", self._where(chunk), error)
-                    bad.append(chunk)
-                    continue
-                ready.append((chunk.key, data))
-                pending += len(data)
-            if ready:
-                self._publish(ready)
-                batch += ready
-            if pending >= _BATCH:
-                self.cache.put_many(batch)
-                batch, pending = [], 0
+        try:
+            for piece in blob.stream(start, end - start, attempt=job.attempt):
+                now = time.monotonic()
+                if not filled:
+                    self.link.first_byte(now - began)
+                view[filled : filled + len(piece)] = piece
+                filled += len(piece)
+                job.received = filled
+                self.link.received(len(piece), now)
+                ready: list[tuple[bytes, Data]] = []
+                while at < len(chunks) and chunks[at].offset + chunks[at].size - start <= filled:
+                    chunk = chunks[at]
+                    at += 1
+                    lo = chunk.offset - start
+                    try:
+                        data = layer.decode(chunk, view[lo : lo + chunk.size])
+                    except (IntegrityError, FormatError) as error:
+                        log.warning("%s: %s", self._where(chunk), error)
+                        bad.append(chunk)
+                        continue
+                    ready.append((chunk.key, data))
+                    pending += len(data)
+                if ready:
+                    self._publish(ready)
+                    batch += ready
+                if pending >= _BATCH:
+                    self.cache.put_many(batch)
+                    batch, pending = [], 0
+        except CkptfsError as error:
+            failures.update((chunk.key, error) for chunk in chunks[at:])
         if batch:
             self.cache.put_many(batch)
-        if bad and job.attempt == 0:
-            failures: dict[bytes, CkptfsError] = {}
-            for chunk in bad:
+        for chunk in bad:
+            if job.attempt:
+                failures[chunk.key] = IntegrityError(f"wrong bytes twice for {self._where(chunk)}")
+            else:
                 again = Job(job.layer, chunk.offset, chunk.offset + chunk.size, [chunk], job.priority, attempt=1)
                 failures.update(self._receive(again, [chunk]))
-            return failures
-        return {chunk.key: IntegrityError(f"wrong bytes twice for {self._where(chunk)}") for chunk in bad}
+        return failures
 
     def _publish(self, chunks: list[tuple[bytes, Data]]) -> None:
         """To memory and to the waiters; from any thread. Memory first: who asks after the hand-over must find them."""
