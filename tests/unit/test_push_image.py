@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import zstandard
 
-from ckptfs.errors import FormatError, NotFoundError, UnavailableError, UsageError
+from ckptfs.errors import FormatError, NotFoundError, UnavailableError
 from ckptfs.model.blob import Blob
 from ckptfs.model.index import decode_index
 from ckptfs.model.oci import Descriptor
