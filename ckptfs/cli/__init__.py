@@ -29,6 +29,7 @@ COMMANDS = {
     "diff": "diff",
     "memparse": "memparse",
     "push": "push",
+    "pull": "pull",
     "index": "index",
     "restore": "restore",
     "check": "check",

@@ -6,6 +6,7 @@ that a command which waits is seen to wait. Called by push and pull.
 
 import sys
 import threading
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -14,11 +15,11 @@ _STEP = 0.1  # seconds between two looks at the amounts
 
 
 class Bars:
-    """A context manager. `show(packed=(3, 10))`: a bar called packed, at 3 of 10 bytes."""
+    """A context manager. `amounts` is asked, from another thread: {"sent": (3, 10)} is a bar, 3 of 10 bytes."""
 
-    def __init__(self, *, quiet: bool) -> None:
+    def __init__(self, amounts: Callable[[], Mapping[str, tuple[int, int]]], *, quiet: bool) -> None:
         self._wanted = not quiet and sys.stderr.isatty()
-        self._amounts: dict[str, tuple[int, int]] = {}
+        self._amounts = amounts
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._draw, name="progress", daemon=True)
 
@@ -34,10 +35,6 @@ class Bars:
         if self._wanted:
             self._thread.join()
 
-    def show(self, **amounts: tuple[int, int]) -> None:
-        """(done, total) in bytes, by name; from any thread, as often as they change."""
-        self._amounts = amounts
-
     def _draw(self) -> None:
         if self._over.wait(_PATIENCE):
             return
@@ -49,7 +46,7 @@ class Bars:
         with Progress(*columns, TimeRemainingColumn(compact=True), console=console, transient=True) as progress:
             bars = {}
             while not self._over.wait(_STEP):
-                for name, (done, total) in self._amounts.items():
+                for name, (done, total) in self._amounts().items():
                     if name not in bars:
                         bars[name] = progress.add_task(name, total=total)
                     progress.update(bars[name], completed=done, total=total)

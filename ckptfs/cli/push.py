@@ -77,11 +77,17 @@ def push(
     def reach(wanted: Reference) -> Source:
         return open_source(wanted, settings=settings, counters=counters, plain_http=plain_http)
 
+    latest = [Progress()]
+
+    def amounts() -> Mapping[str, tuple[int, int]]:
+        now = latest[0]
+        return {"packed": (now.read, now.total), "sent": (now.sent, now.to_send)}
+
     def report(now: Progress) -> None:
-        bars.show(packed=(now.read, now.total), sent=(now.sent, now.to_send))
+        latest[0] = now
 
     try:
-        with Bars(quiet=quiet) as bars, open_checkpoint(source, reach, options) as checkpoint:
+        with Bars(amounts, quiet=quiet), open_checkpoint(source, reach, options) as checkpoint:
             image = open_base(checkpoint, base, reach, options) if rootfs else None
             result = publish(checkpoint, target, reference.tag, options, report, base=image)
     except KeyboardInterrupt:

@@ -23,7 +23,7 @@ from ckptfs.errors import CkptfsError
 from ckptfs.fuse.callers import is_lazy_pages_daemon
 from ckptfs.image import OpenImage
 from ckptfs.model.toc import Inode
-from ckptfs.model.tree import Node
+from ckptfs.model.tree import OPAQUE_XATTR, Node
 from ckptfs.settings import MiB
 
 log = logging.getLogger(__name__)
@@ -105,6 +105,8 @@ class Operations(pyfuse3.Operations):
 
     @_answers
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        if (directory := self._tree.directories.get(inode)) is not None:
+            await self.image.describe(directory)
         return self._attributes(self._inode(inode))
 
     @_answers
@@ -166,6 +168,8 @@ class Operations(pyfuse3.Operations):
 
     @_answers
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        if name == OPAQUE_XATTR and (directory := self._tree.directories.get(inode)) is not None:
+            await self.image.mark(directory)
         value = self._inode(inode).xattrs.get(name)
         if value is None:
             raise pyfuse3.FUSEError(errno.ENODATA)
@@ -173,6 +177,8 @@ class Operations(pyfuse3.Operations):
 
     @_answers
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
+        if (directory := self._tree.directories.get(inode)) is not None:
+            await self.image.mark(directory)
         return list(self._inode(inode).xattrs)
 
     @_answers
@@ -266,4 +272,7 @@ class Operations(pyfuse3.Operations):
             else (inode.size + _BLOCK - 1) // _BLOCK
         )
         out.st_atime_ns = out.st_mtime_ns = out.st_ctime_ns = inode.mtime_ns
+        directory = self._tree.directories.get(inode.ino)
+        if directory is not None and not self._tree.lasting(directory):
+            out.attr_timeout = 0.0
         return out

@@ -8,7 +8,7 @@ import logging
 import stat
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -34,7 +34,7 @@ from ckptfs.model.blob import Blob
 from ckptfs.model.index import IndexedLayer
 from ckptfs.model.oci import Descriptor, Digest, Manifest, Reference
 from ckptfs.model.profile import Profile
-from ckptfs.model.toc import Chunk, Entry, Inode
+from ckptfs.model.toc import Chunk, Entry, Inode, prefixed
 from ckptfs.model.tree import Node, Tree, Whiteouts
 from ckptfs.settings import Settings
 from ckptfs.sources import Source
@@ -305,6 +305,17 @@ class OpenImage:
             await self._advance(path)
         return sorted(directory.visible_children(), key=lambda node: node.name)
 
+    async def describe(self, directory: Node) -> None:
+        """Wait until it is known what the tar that a directory stands for says of it; not if the tar is broken."""
+        with suppress(CkptfsError):
+            while not self.tree.described(directory):
+                await self._advance(directory.path)
+
+    async def mark(self, directory: Node) -> None:
+        """Wait until it is known whether overlayfs is to take the directory for opaque."""
+        while not self.tree.marked(directory):
+            await self._advance(directory.path)
+
     async def find(self, path: bytes) -> Node | None:
         """The node at a relative path, symlinks not followed."""
         node = self.tree.root
@@ -398,16 +409,6 @@ class OpenImage:
                     self._fail(ranks[id(layer)], error)
                 else:
                     self._whole.add(descriptor.digest)
-
-
-def prefixed(entries: Sequence[Entry], prefix: bytes) -> Sequence[Entry]:
-    """The entries as they are called under the directory `prefix`."""
-    if not prefix:
-        return entries
-    head = prefix + b"/"
-    return [
-        Entry(head + e.path if e.path else prefix, e.inode, None if e.link is None else head + e.link) for e in entries
-    ]
 
 
 @asynccontextmanager

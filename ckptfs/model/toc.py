@@ -93,6 +93,16 @@ class Entry(NamedTuple):
     link: bytes | None = None
 
 
+def prefixed(entries: Sequence[Entry], prefix: bytes) -> Sequence[Entry]:
+    """The entries as they are called under the directory `prefix`."""
+    if not prefix:
+        return entries
+    head = prefix + b"/"
+    return [
+        Entry(head + e.path if e.path else prefix, e.inode, None if e.link is None else head + e.link) for e in entries
+    ]
+
+
 class MadeExtents(Sequence[Extent]):
     """Extents that are made when they are asked for; finding one by offset must not make others."""
 

@@ -66,6 +66,7 @@ class Tree:
         self._next_ino = ROOT_INO
         self._changed = changed
         self._open: dict[int, bytes] = {}  # rank -> prefix, of layers that are still arriving
+        self._undescribed: dict[int, bytes] = {}  # the same, of those whose first entry may describe that directory
         self._losers: dict[tuple[int, bytes], Inode] = {}  # (rank, path): hidden inodes, for hard links to them
         self._opaque: dict[int, list[bytes]] = {}  # rank -> opaque directories of a layer shown as overlayfs has it
         self._awaited: dict[int, dict[bytes, list[bytes]]] = {}  # rank -> target path -> link paths
@@ -79,6 +80,8 @@ class Tree:
     def begin(self, rank: int, prefix: bytes = b"") -> None:
         """A layer starts to arrive; all its paths lie under `prefix`. Ranks are 1 and up, and unique."""
         self._open[rank] = prefix
+        if prefix:
+            self._undescribed[rank] = prefix
 
     def add(self, entries: Iterable[Entry], rank: int, *, whiteouts: Whiteouts = "merge") -> None:
         """Entries of one layer, in archive order; a repeated path replaces the earlier one.
@@ -100,10 +103,12 @@ class Tree:
                 self._link(path, entry.link, rank)
             elif inode is not None:
                 self._place(path, inode, rank)
+            self._undescribed.pop(rank, None)
 
     def finish(self, rank: int) -> None:
         """The layer is complete. FormatError when it has hard links to files that do not exist."""
         self._open.pop(rank, None)
+        self._undescribed.pop(rank, None)
         self._parent_path = None
         for path in self._opaque.pop(rank, ()):
             node = self.find(path)
@@ -132,6 +137,20 @@ class Tree:
             if inside and (node is None or node.inode is None or node.claim < rank):
                 return False
         return True
+
+    def described(self, directory: Node) -> bool:
+        """Whether its owner, mode and time are those of the layer it stands for, as far as a first entry tells."""
+        return not self._undescribed or directory.path not in self._undescribed.values()
+
+    def marked(self, directory: Node) -> bool:
+        """Whether it is known if the directory is opaque: a list of deleted files comes after all entries."""
+        return not any(self._open[rank] for rank in self.open_ranks(directory.path))
+
+    def lasting(self, directory: Node) -> bool:
+        """Whether owner, mode and time of a directory can change no more: it may be implied until it is described."""
+        if not self._open:
+            return True
+        return self.described(directory) and all(rank <= directory.rank for rank in self.open_ranks(directory.path))
 
     @property
     def closed(self) -> bool:
