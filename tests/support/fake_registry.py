@@ -29,6 +29,8 @@ from ckptfs.model.oci import ANNOTATION_REF_NAME, OCI_MANIFEST, Digest
 from tests.support.certificates import server_context
 from tests.support.registry_faults import (
     Access,
+    Claims,
+    Endless,
     ExpireToken,
     Fault,
     Flip,
@@ -46,6 +48,8 @@ from tests.support.registry_routes import Handler
 
 __all__ = [
     "Access",
+    "Claims",
+    "Endless",
     "ExpireToken",
     "FakeRegistry",
     "Flip",

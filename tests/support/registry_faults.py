@@ -93,6 +93,20 @@ class TooLong(Fault):
 
 
 @dataclass(frozen=True)
+class Claims(Fault):
+    """The right body under these headers; a length that is too long ends with the connection."""
+
+    headers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Endless(Fault):
+    """That status and a body without end."""
+
+    code: int = 200
+
+
+@dataclass(frozen=True)
 class Redirect(Fault):
     """307 to the same path of `to` (scheme://host:port), with a signature in the query; `url` in place of both."""
 

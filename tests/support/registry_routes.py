@@ -15,6 +15,8 @@ from urllib.parse import parse_qs, quote, urlsplit
 from ckptfs.model.oci import OCI_INDEX, OCI_MANIFEST, Digest
 from tests.support.registry_faults import (
     Access,
+    Claims,
+    Endless,
     ExpireToken,
     Fault,
     Flip,
@@ -61,6 +63,10 @@ class Handler(BaseHTTPRequestHandler):
             return
         elif isinstance(self.fault, Reset) and self.command == "GET" and not self.fault.after:
             self._reset()
+            return
+        elif isinstance(self.fault, Endless):
+            self._body()
+            self._endless(self.fault.code)
             return
         elif isinstance(self.fault, Status):
             self._body()
@@ -235,11 +241,12 @@ class Handler(BaseHTTPRequestHandler):
         self._reply(status, json.dumps({"errors": [{"code": code, "message": "canary-error-body"}]}).encode())
 
     def _reply(self, status: int, body: bytes = b"", headers: Mapping[str, str] | None = None) -> None:
+        claims = self.fault.headers if isinstance(self.fault, Claims) else {}
+        length = {"Content-Length": str(len(body))} if status != 204 else {}
         self.send_response(status)
-        for name, value in (headers or {}).items():
+        for name, value in {**(headers or {}), **length, **claims}.items():
             self.send_header(name, value)
-        if status != 204:
-            self.send_header("Content-Length", str(len(body)))
+        self.close_connection = self.close_connection or "Content-Length" in claims
         self.end_headers()
         if self.command == "HEAD":
             return
@@ -263,6 +270,13 @@ class Handler(BaseHTTPRequestHandler):
                     break
         else:
             self.wfile.write(body)
+
+    def _endless(self, status: int) -> None:
+        self.send_response(status)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        while not self.registry.closing.is_set():
+            self.wfile.write(b"10000\r\n" + b" " * 0x10000 + b"\r\n")
 
     def _reset(self) -> None:
         """RST instead of FIN."""
