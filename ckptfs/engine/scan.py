@@ -89,8 +89,8 @@ class LayerScan:
         if self.error is not None and not self.error.retryable:
             self._fetcher.fail(chunk.key, self.error)
             return
-        self._asked[chunk.key] = chunk
         with self._gate:
+            self._asked[chunk.key] = chunk
             self._wanted = max(self._wanted, chunk.offset + chunk.length)
             if chunk.offset < self.position:
                 if self._fetcher.deliver_cached(chunk):
@@ -136,12 +136,23 @@ class LayerScan:
                 self._fetcher.condemn(self._number, failure)
         first = not self.complete
         self.complete = self.complete or failure is None
-        asked, self._asked = self._asked, {}
-        for chunk in asked.values():
-            if not self._fetcher.deliver_cached(chunk):
-                self._fetcher.fail(chunk.key, failure or UnavailableError("the stream ended before the chunk"))
+        self._settle(failure)
         if first or isinstance(failure, IntegrityError):
             self._on_end(failure)
+
+    def _settle(self, failure: CkptfsError | None) -> None:
+        """The stream has ended: whoever still waits for a chunk that has passed gets another run, others the failure."""
+        with self._gate:
+            asked, self._asked, self._rewind = self._asked, {}, False
+        for chunk in asked.values():
+            if self._fetcher.deliver_cached(chunk):
+                continue
+            if failure is None and chunk.offset < self.position:
+                with self._gate:
+                    self._asked[chunk.key] = chunk
+                self._go.set()
+            else:
+                self._fetcher.fail(chunk.key, failure or UnavailableError("the stream ended before the chunk"))
 
     async def _attempt(self, attempt: int) -> CkptfsError | None:
         try:
@@ -190,11 +201,16 @@ class LayerScan:
         self._keys.append(chunk.key)
         with self._gate:
             self.position = chunk.offset + len(data)
-            self._asked.pop(chunk.key, None)
+            asked = self._asked.pop(chunk.key, None) is not None
+        if asked:
+            # Whoever asked between the hand-over and now, and found the chunk gone from both caches again.
+            self._fetcher.publish_stream([(chunk.key, data)])
+        with self._gate:
             while self.position >= self._wanted and not self._rewind and not self._stopped:
                 self._gate.wait()
             if self._stopped:
                 raise _Stopped
-            if self._rewind:
+            # First to whoever waits further on: or two readers of a small cache could send the stream back for ever.
+            if self._rewind and all(ahead.offset < self.position for ahead in self._asked.values()):
                 self._rewind = False
                 raise _Rewind

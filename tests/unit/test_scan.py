@@ -1,0 +1,95 @@
+"""Streams that are read again and again because no cache is large enough: nobody waits for ever."""
+
+import hashlib
+from collections.abc import Iterator
+from random import Random
+
+import pytest
+import trio
+
+from ckptfs.engine.cache import ChunkCache
+from ckptfs.engine.fetch import Fetcher
+from ckptfs.engine.memory import MemoryCache
+from ckptfs.engine.scan import LayerScan
+from ckptfs.errors import CkptfsError, UnavailableError
+from ckptfs.layers.protocols import Emit, Verification
+from ckptfs.model.toc import Chunk, Entry
+from ckptfs.settings import Settings
+from tests.support.blobs import blob_of
+
+COUNT, LENGTH = 40, 1000
+DATA = Random(1).randbytes(COUNT * LENGTH)
+
+
+def chunk(number: int) -> Chunk:
+    data = DATA[number * LENGTH : (number + 1) * LENGTH]
+    return Chunk(
+        hashlib.sha256(b"%d" % number).digest(), 0, number * LENGTH, LENGTH, LENGTH, hashlib.sha256(data).digest()
+    )
+
+
+class Stream:
+    """A layer that can only be read from the front."""
+
+    format = "gzip"
+    sequential = True
+    verification: Verification = "transport"
+
+    def __init__(self) -> None:
+        self.runs = 0
+        self.failure: CkptfsError | None = None
+
+    def scan(self, emit: Emit, *, attempt: int = 0) -> Iterator[Entry]:
+        self.runs += 1
+        for number in range(COUNT):
+            if self.failure is not None and number == COUNT // 2:
+                raise self.failure
+            emit(chunk(number), DATA[number * LENGTH : (number + 1) * LENGTH])
+        return iter(())
+        yield
+
+    def decode(self, chunk: Chunk, data: memoryview) -> bytes:
+        raise NotImplementedError
+
+
+async def read_at_random(fetcher: Fetcher, seed: int, count: int) -> None:
+    rng = Random(seed)
+    for _ in range(count):
+        number = rng.randrange(COUNT)
+        assert bytes(await fetcher.get(chunk(number))) == DATA[number * LENGTH : (number + 1) * LENGTH]
+
+
+def run(memory: int, readers: int, each: int, layer: Stream, *, known: bool) -> None:
+    async def main() -> None:
+        cache = ChunkCache.ephemeral(size=0)
+        fetcher = Fetcher(cache, MemoryCache(memory), Settings())
+        scan = LayerScan(layer, fetcher, lambda _: None, lambda _: None, number=0, known=known)  # type: ignore[arg-type]
+        fetcher.add_layer(blob_of(DATA), layer, scan)  # type: ignore[arg-type]
+        with trio.fail_after(30):
+            async with trio.open_nursery() as outer:
+                outer.start_soon(fetcher.run)
+                outer.start_soon(scan.run)
+                async with trio.open_nursery() as nursery:
+                    for seed in range(readers):
+                        nursery.start_soon(read_at_random, fetcher, seed, each)
+                scan.stop()
+                outer.cancel_scope.cancel()
+        cache.close()
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("memory", [0, 2 * LENGTH, 10 * LENGTH])
+def test_everybody_gets_his_chunk(memory: int, known: bool) -> None:
+    layer = Stream()
+    run(memory, 8, 60, layer, known=known)
+    assert layer.runs > 1
+
+
+def test_a_broken_stream_is_told_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Stream()
+    layer.failure = UnavailableError("the registry is gone")
+    with pytest.raises(BaseExceptionGroup) as caught:
+        run(0, 8, 60, layer, known=True)
+    assert caught.group_contains(UnavailableError, match="gone")
