@@ -189,9 +189,8 @@ def main(mount: Path, expected: Path, seed: int, count: int) -> int:
             at = next(
                 (i for i, (a, b) in enumerate(zip(got, right, strict=False)) if a != b), min(len(got), len(right))
             )
-            print(
-                f"read {number} ({kind}) of {name} at {offset}+{length}: {len(got)} of {len(right)} bytes, wrong at {at}"
-            )
+            what = f"read {number} ({kind}) of {name} at {offset}+{length}"
+            print(f"{what}: {len(got)} of {len(right)} bytes, wrong at {at}")
             return 1
         done[kind] += 1
         compared += len(got)
