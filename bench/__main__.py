@@ -26,7 +26,6 @@ from tests.support.workload import scratch
 
 RESULTS = Path(__file__).parent / "results"
 _QUIET = 0.15  # CPUs that others may use while we measure
-_PATIENCE = 60.0
 
 
 def main() -> int:
@@ -40,6 +39,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="smaller images and fewer runs: a look, not a result")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"where results go (default {RESULTS})")
     parser.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="only make the report of these results")
+    parser.add_argument("--patience", type=float, default=60, help="most seconds to wait for a quiet machine, each row")
     options = parser.parse_args()
     if options.report:
         _write(list(read_results(options.report)), options.report[0])
@@ -57,7 +57,7 @@ def main() -> int:
 def _run(rows: list[Row], options: argparse.Namespace) -> int:
     environment()
     here = stamp()
-    stem = f"{here.date[:16].replace(':', '')}-{here.commit or here.version}{'-quick' if options.quick else ''}"
+    stem = f"{here.date[:19].replace(':', '')}-{here.commit or here.version}{'-quick' if options.quick else ''}"
     results = ResultFile(options.out / f"{stem}.jsonl", here)
     failed = []
     with ExitStack() as stack:
@@ -67,8 +67,7 @@ def _run(rows: list[Row], options: argparse.Namespace) -> int:
             if missing := [need for need in row.needs if shutil.which(need) is None]:
                 lab.add(Absent(row.name, f"needs {' '.join(missing)}"))
                 continue
-            busy = wait_until_idle(_QUIET, _PATIENCE)
-            lab.sample(row.name, "the machine before", 0, {}, busy_cpus=round(busy, 2))
+            busy = wait_until_idle(_QUIET, options.patience)
             if busy > _QUIET:
                 lab.say(f"  the machine is not quiet: {busy:.1f} CPUs are busy with something else")
             began = time.monotonic()
@@ -79,6 +78,8 @@ def _run(rows: list[Row], options: argparse.Namespace) -> int:
                 lab.add(Absent(row.name, f"failed: {' '.join(str(error).split())[:500]}"))
                 if os.environ.get("BENCH_TRACEBACK"):
                     raise
+            after = wait_until_idle(_QUIET, 0)
+            lab.sample(row.name, "others before and after", 0, {}, busy_before=busy, busy_after=after)
             lab.say(f"  took {time.monotonic() - began:.0f} s")
     print(results.path)
     _write(results.facts, results.path)
