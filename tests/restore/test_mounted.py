@@ -53,7 +53,7 @@ def test_a_process_tree_continues(
 def test_the_first_tick_comes_long_before_the_image(
     image_refs: dict[str, str], single_checkpoint: Checkpoint, registry: DockerRegistry, tmp_path: Path
 ) -> None:
-    """Over 20 ms and 200 Mbit/s less than 20 % of the image has come when the process runs; how soon, the bench says."""
+    """Over 20 ms and 200 Mbit/s less than 20 % of the image has come when the process runs; the bench says how soon."""
     repository = image_refs["zstd:chunked"].partition("/")[2]
     with (
         ShapedLink(registry.host) as link,
