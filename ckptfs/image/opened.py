@@ -330,11 +330,19 @@ class OpenImage:
 
     async def find_in_checkpoint(self, path: bytes) -> Node | None:
         """A file of the checkpoint itself, whatever the view shows."""
-        for tree in reversed(self._earlier):
-            node = tree.find(path)
-            if node is not None:
-                return node
-        return await self.find(path)
+        if not self._earlier:
+            return await self.find(path)
+        while True:
+            for tree in reversed(self._earlier):
+                node = tree.find(path)
+                if node is not None:
+                    return node
+            # Not `find` in the view's tree: that would wait for the delta, which may be what is asking.
+            if all(tree.closed for tree in self._earlier):
+                return None
+            self.raise_broken()
+            self.run_on()
+            await self.progress.wait()
 
     async def _advance(self, path: bytes) -> None:
         """Wait until more is known of `path`; start what has to run for that."""
