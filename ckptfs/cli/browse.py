@@ -61,9 +61,16 @@ def ls(reference: Reference, path: str, long: bool, recursive: bool, as_json: bo
         if long:
             when = datetime.fromtimestamp(entry["mtime"], UTC).strftime("%Y-%m-%d %H:%M")
             head = f"{entry['mode']} {entry['uid']:>5} {entry['gid']:>5} {entry['size']:>12} {when}"
-            click.echo(f"{head} {entry['name']}{tail}")
+            _show(f"{head} {entry['name']}{tail}")
         else:
-            click.echo(entry["name"] + ("/" if entry["type"] == "dir" else ""))
+            _show(entry["name"] + ("/" if entry["type"] == "dir" else ""))
+
+
+def _show(line: str) -> None:
+    """A name of somebody else's choice must not act on the user's terminal; a pipe gets it as it is."""
+    if sys.stdout.isatty():
+        line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+    click.echo(line, color=True)  # otherwise click takes escapes out of names in a pipe
 
 
 @click.command()
