@@ -1,0 +1,150 @@
+"""Rows N12 and N13: a registry that goes away under a mount, comes back or does not, and was away all along.
+
+Real mounts and a real docker-registry, which is stopped as an operator stops it; the default time limits, but for the
+deadline where a test says so.
+"""
+
+import errno
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from ckptfs.settings import KiB, MiB, Timeouts
+from tests.support.chunked import PAGES, add_chunked
+from tests.support.command import ckptfs, mounted
+from tests.support.docker_registry import DockerRegistry
+from tests.support.fake_registry import FakeRegistry
+from tests.support.faulty import Record
+from tests.support.hanging import LAZY, errno_of
+from tests.support.sources import client, copy_image
+from tests.support.tools import require, run, wait_for
+
+pytestmark = [pytest.mark.fuse, pytest.mark.registry]
+
+CHUNK = 64 * KiB
+DATA = Random(31).randbytes(8 * MiB)
+REPO = "repo:latest"
+
+
+@pytest.fixture
+def registry() -> Iterator[DockerRegistry]:
+    """One of its own: it will be stopped."""
+    require("docker-registry", "fusermount3")
+    with FakeRegistry() as fake, client(fake) as source, DockerRegistry() as registry:
+        add_chunked(fake, {b"config.dump": b"{}", PAGES: DATA}, CHUNK)
+        with client(registry.host, timeouts=Timeouts()) as target:
+            copy_image(source, target)
+        yield registry
+
+
+def pages(folder: Path) -> int:
+    file = os.open(folder / PAGES.decode(), os.O_RDONLY)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
+    return file
+
+
+def read(file: int, chunk: int) -> None:
+    assert os.pread(file, CHUNK, chunk * CHUNK) == DATA[chunk * CHUNK : (chunk + 1) * CHUNK]
+
+
+@pytest.mark.row("N12")
+@pytest.mark.parametrize("seconds", [2, 12])
+def test_misses_wait_for_a_registry_that_comes_back(
+    seconds: int, registry: DockerRegistry, tmp_path: Path, record_property: Record
+) -> None:
+    """The 55 s of the plan are in scripts/soak."""
+    with mounted(registry.reference(REPO), tmp_path, *LAZY) as mount:
+        file = pages(mount.path)
+        read(file, 10)
+        registry.stop()
+        began = time.monotonic()
+        with ThreadPoolExecutor(16) as pool:
+            reads = [pool.submit(read, file, chunk) for chunk in range(20, 100, 5)]
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            read(file, 10)
+            cached = time.monotonic() - began
+            time.sleep(seconds - cached)
+            registry.start()
+            for done in reads:
+                done.result()
+        waited = time.monotonic() - began
+        os.close(file)
+        assert mount.status()["errors"] == []
+    record_property("figure", f"away for {seconds} s: 16 misses, 0 errors, data after {waited:.1f} s")
+    assert cached < 0.5
+    assert waited < seconds + 5
+
+
+@pytest.mark.row("N12")
+def test_a_registry_that_never_comes_back(registry: DockerRegistry, tmp_path: Path, record_property: Record) -> None:
+    deadline = 4
+    with mounted(registry.reference(REPO), tmp_path, *LAZY, "--read-deadline", deadline) as mount:
+        file = pages(mount.path)
+        read(file, 10)
+        registry.stop()
+        began = time.monotonic()
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda chunk: errno_of(lambda: read(file, chunk)), range(20, 100, 10)))
+        took = time.monotonic() - began
+        read(file, 10)
+        os.close(file)
+    record_property("figure", f"for ever: EIO after {took:.1f} s with a deadline of {deadline} s")
+    assert found == [errno.EIO] * 8
+    assert abs(took - deadline) <= 1.0
+
+
+@pytest.mark.row("N12")
+def test_nothing_is_missed_when_all_is_here(registry: DockerRegistry, tmp_path: Path, record_property: Record) -> None:
+    with mounted(registry.reference(REPO), tmp_path) as mount:
+        wait_for("background fetch", lambda: mount.status()["complete"], step=0.1)
+        registry.stop()
+        file = pages(mount.path)
+        for _ in range(3):
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            for chunk in range(len(DATA) // CHUNK):
+                read(file, chunk)
+        os.close(file)
+        assert mount.status()["errors"] == []
+    record_property("figure", "after the background fetch: 0 errors in 384 reads")
+
+
+@pytest.mark.row("N13")
+def test_a_second_mount_needs_no_network(registry: DockerRegistry, tmp_path: Path, record_property: Record) -> None:
+    """In a network namespace with nothing in it: whoever opened a socket would get an error."""
+    require("unshare", root=True)
+    cache, target = tmp_path / "cache", tmp_path / "mnt"
+    with mounted(registry.reference(REPO), tmp_path, cache=cache) as mount:
+        wait_for("background fetch", lambda: mount.status()["complete"], step=0.1)
+    registry.stop()
+    target.mkdir(exist_ok=True)
+    command = ["unshare", "--net", sys.executable, "-m", "ckptfs", "mount", registry.reference(REPO), target, "--json"]
+    times = []
+    for _ in range(3):
+        try:
+            run(*map(str, command), "--offline", "--cache-dir", str(cache))
+            status = ckptfs("status", target, "--json").json
+            times.append(status["ready_ms"])
+            assert (target / PAGES.decode()).read_bytes() == DATA
+            assert ckptfs("status", target, "--json").json["network"]["requests"] == 0
+        finally:
+            ckptfs("umount", target)
+    record_property("figure", f"--offline without a network: ready after {min(times):.0f} ms, 0 requests")
+    assert min(times) <= 500
+
+
+@pytest.mark.row("N13")
+def test_a_tag_is_remembered_while_its_registry_is_away(registry: DockerRegistry, tmp_path: Path) -> None:
+    """Without --offline as well: it is tried, and what was seen last is shown."""
+    with mounted(registry.reference(REPO), tmp_path) as mount:
+        wait_for("background fetch", lambda: mount.status()["complete"], step=0.1)
+        first = mount.first["digest"]
+    registry.stop()
+    with mounted(registry.reference(REPO), tmp_path) as mount:
+        assert mount.first["digest"] == first
+        assert (mount.path / PAGES.decode()).read_bytes() == DATA
