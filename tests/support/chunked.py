@@ -18,6 +18,7 @@ from ckptfs.model.oci import Reference
 from ckptfs.model.toc import Inode
 from tests.support.fake_registry import FakeRegistry
 from tests.support.sources import Client
+from tests.support.tools import wait_for
 
 T = TypeVar("T")
 
@@ -69,7 +70,9 @@ def with_image(
 
     with ChunkCache.open(folder) as cache:
         try:
-            return trio.run(run)
+            found = trio.run(run)
+            wait_for("abandoned threads", lambda: c.counters.in_flight == 0)
+            return found
         except BaseExceptionGroup as group:
             while isinstance(group, BaseExceptionGroup) and len(group.exceptions) == 1:
                 (group,) = group.exceptions
