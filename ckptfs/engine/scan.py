@@ -156,14 +156,14 @@ class LayerScan:
 
     async def _attempt(self, attempt: int) -> CkptfsError | None:
         try:
-            await trio.to_thread.run_sync(self._scan, attempt, abandon_on_cancel=True)
+            finished = await trio.to_thread.run_sync(self._scan, attempt, abandon_on_cancel=True)
         except CkptfsError as error:
             return error
-        except _Stopped:
-            raise
         except Exception as error:
             log.exception("scan of %s layer failed", self.layer.format)
             return FormatError(f"internal error while reading a layer: {type(error).__name__}")
+        if not finished:
+            raise _Stopped
         return None
 
     def _drain(self) -> None:
@@ -176,7 +176,8 @@ class LayerScan:
 
     # -- in the scanning thread ----------------------------------------------------------------------------------------
 
-    def _scan(self, attempt: int) -> None:
+    def _scan(self, attempt: int) -> bool:
+        """False when it was stopped: as an exception it would keep the stream open until it is collected."""
         while True:
             self.position, self._keys = 0, []
             try:
@@ -189,10 +190,12 @@ class LayerScan:
                         self._draining = True
                         self._token.run_sync_soon(self._drain)
                     if self._stopped:
-                        raise _Stopped
-                return
+                        return False
+                return True
             except _Rewind:
                 continue
+            except _Stopped:
+                return False
 
     def _emit(self, chunk: Chunk, data: bytes) -> None:
         self._fetcher.publish_stream([(chunk.key, data)])
