@@ -9,9 +9,8 @@ Called by cli/.
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckptfs.errors import UsageError
 from ckptfs.settings import Registries, Settings, default_cache_dir
@@ -105,8 +104,7 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-@dataclass(frozen=True, slots=True)
-class Key:
+class Key(NamedTuple):  # a dataclass would cost every command a millisecond more
     """`option`: the parameter of commands whose default it is; None where it goes into Settings.registries."""
 
     parse: Parse
@@ -133,16 +131,14 @@ KEYS: dict[str, Key] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Value:
+class Value(NamedTuple):
     """`origin`: "default", the path of a file, or the name of a variable."""
 
     value: Any
     origin: str
 
 
-@dataclass(frozen=True, slots=True)
-class Configuration:
+class Configuration(NamedTuple):
     """A value for every key of KEYS."""
 
     values: Mapping[str, Value]
