@@ -10,6 +10,7 @@ import gc
 import resource
 
 _PR_SET_DUMPABLE = 4  # prctl(2)
+_M_ARENA_MAX = -8  # mallopt(3)
 _OOM_SCORE = -800  # among the last to be killed: the restored processes hang on us; -1000 would be never
 
 
@@ -26,6 +27,15 @@ def harden() -> None:
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def few_arenas() -> None:
+    """Two heaps for all threads: glibc's eight for each core hold 50 MB more after a restore, and are not faster here.
+
+    Call before threads are started.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # not glibc
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
 
 
 def settle_garbage_collector() -> None:

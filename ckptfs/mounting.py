@@ -21,7 +21,7 @@ from typing import Any, Literal, Self
 from ckptfs.control.client import MountFiles, ask, ensure_runtime_dir, known_mounts
 from ckptfs.errors import CkptfsError, MountError, UnavailableError
 from ckptfs.fuse.mountpoint import canonical, detach, mount_at, prepare
-from ckptfs.hardening import harden
+from ckptfs.hardening import few_arenas, harden
 from ckptfs.model.oci import Reference
 from ckptfs.settings import Settings
 
@@ -47,6 +47,7 @@ class MountRequest:
     allow_other: bool = False
     plain_http: bool = False
     record: Path | None = None
+    transfer_rate: float = 0.0  # see engine/reader.py
     stats: Path | None = None
     ready_fd: int | None = None
     settings: Settings = field(default_factory=Settings)
@@ -293,6 +294,7 @@ def _rebuilt(message: dict[str, Any]) -> CkptfsError:
 def _run(request: MountRequest, claim: _Claim, writer: int | None) -> None:
     """Serve the mount in this process. The first request runs while trio, pyfuse3 … are imported (130 ms)."""
     gc.disable()  # until start-up is over
+    few_arenas()
     harden()
     from ckptfs.sources import Source, open_source
     from ckptfs.sources.early import EarlySource

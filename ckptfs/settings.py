@@ -84,7 +84,7 @@ class Sizes:
     in_flight: int = 32 * MiB
     jobs: int = 8  # extents fetched at the same time
     background_jobs: int = 4
-    memory_cache: int = 64 * MiB
+    memory_cache: int = 32 * MiB  # the kernel keeps what has been read; this is for what will be
     disk_cache: int = 10 * GiB
     segment: int = 64 * MiB
     read_ahead: int = 4 * MiB  # kernel read-ahead: 128 KiB makes a plain restore 10x slower at 20 ms (docs)
