@@ -1,7 +1,8 @@
 """What a process that holds other people's memory does to keep it to itself, and to stay alive.
 
 Owns the settings of our own process (core dumps, ptrace, the OOM killer) and the garbage collector of a long-lived one.
-Called by mounting.py and daemon.py; not by commands that start a restored process, for it would inherit.
+Called by mounting.py and daemon.py, and by commands that read images: what restored processes would inherit is only for
+the first two, which start none.
 """
 
 import contextlib
@@ -26,6 +27,11 @@ def harden() -> None:
             file.write(str(_OOM_SCORE))
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    keep_memory_private()
+
+
+def keep_memory_private() -> None:
+    """No core dump of this process and no ptrace; programs that it starts are as they would be."""
     ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 

@@ -83,10 +83,12 @@ def with_images(
     configure_logging(options["verbose"], options["quiet"])
     import trio
 
+    from ckptfs.hardening import keep_memory_private
     from ckptfs.image import ImageOptions, open_image
     from ckptfs.sources import Source, open_source
     from ckptfs.sources.early import EarlySource
 
+    keep_memory_private()
     settings = make_settings(options["cache_size"], options["memory"])
     counters = NetworkCounters()
 

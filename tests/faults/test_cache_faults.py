@@ -38,7 +38,7 @@ def path(tmp_path: Path) -> Path:
 def test_killed_while_filling(path: Path, record_property: Figure) -> None:
     length, finished, reused = 40_000, 0, 0
     rng = random.Random(1)
-    for _ in range(20):
+    for _ in range(int(os.environ.get("CKPTFS_SOAK_KILLS", "20"))):
         child = start("fill", path, 64 * MiB, length)
         assert child.stdout is not None
         child.stdout.readline()

@@ -3,8 +3,11 @@
 import base64
 import json
 import os
+import shlex
 import signal
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +16,9 @@ import pytest
 
 from ckptfs.control.client import MountFiles
 from tests.support.command import ckptfs, mounted
-from tests.support.fake_registry import FakeRegistry, Redirect, Reset, Status, Trickle, Truncate
+from tests.support.fake_registry import FakeRegistry, Redirect, Reset, Silent, Status, Trickle, Truncate
 from tests.support.other_user import as_nobody
-from tests.support.tools import require, wait_for
+from tests.support.tools import ROOT, require, wait_for
 
 pytestmark = pytest.mark.fuse
 
@@ -212,6 +215,20 @@ def test_no_core_and_no_debugger(tmp_path: Path, record_property: Figure) -> Non
 
 def ended(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+@pytest.mark.row("S5")
+def test_a_command_that_reads_an_image_leaves_no_core(tmp_path: Path) -> None:
+    with registry(script={(BLOB, None): Silent()}) as r:
+        command = [sys.executable, "-m", "ckptfs", "ls", r.reference("repo:latest"), "--cache-dir", str(tmp_path / "c")]
+        shell = f"ulimit -c unlimited && cd {tmp_path} && PYTHONPATH={ROOT} exec {shlex.join(command)}"
+        with subprocess.Popen(["bash", "-c", shell]) as process:
+            wait_for("it reads", lambda: r.requests(BLOB))
+            process.send_signal(signal.SIGABRT)
+            _, status = os.waitpid(process.pid, 0)
+            process.returncode = -signal.SIGABRT
+    assert os.WTERMSIG(status) == signal.SIGABRT and not os.WCOREDUMP(status)
+    assert not list(tmp_path.glob("core*"))
 
 
 @pytest.mark.row("S5")

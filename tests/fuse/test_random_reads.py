@@ -10,7 +10,6 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from random import Random
 
 import pytest
 import zstandard
@@ -18,7 +17,8 @@ import zstandard
 from tests.support.command import mounted
 from tests.support.fake_registry import FakeRegistry
 from tests.support.push import push_to_layout, two_checkpoints, unpacked
-from tests.support.tools import ROOT, require, run
+from tests.support.synthetic import synthetic_tar
+from tests.support.tools import ROOT, require
 
 pytestmark = pytest.mark.fuse
 
@@ -26,7 +26,6 @@ CORPUS = Path(__file__).parent.parent / "data" / "corpus"
 OCI = "application/vnd.oci.image.layer.v1"
 READS = int(os.environ.get("CKPTFS_SOAK_READS", "20000"))  # in all; scripts/soak asks for a million
 PROCESSES = 3
-MIB = 1 << 20
 Figure = Callable[[str, object], None]
 Make = Callable[[FakeRegistry, Path, Path], None]  # (registry, scratch, where the expected files go)
 
@@ -36,34 +35,16 @@ def _fuse() -> None:
     require("fusermount3", "tar")
 
 
-def synthetic(folder: Path) -> bytes:
-    """A tar by GNU tar, holes kept, of files with every kind of end and content; the files stay in `folder`."""
-    rng = Random(7)
-    folder.mkdir()
-    for size in (0, 1, 511, 4096, 100_003):
-        (folder / f"of-{size}").write_bytes(rng.randbytes(size))
-    (folder / "big").write_bytes(b"".join(rng.randbytes(7000) + bytes(rng.randrange(9000)) for _ in range(500)))
-    (folder / "zeros").write_bytes(bytes(3 * MIB))
-    with (folder / "sparse").open("wb") as file:
-        for at in (0, 300_000, 1_000_000, 1_004_096, 5_000_001):
-            file.seek(at)
-            file.write(rng.randbytes(9_999))
-        file.truncate(8 * MIB + 5)
-    archive = folder.parent / "layer.tar"
-    run("tar", "--create", "--sparse", "--format=gnu", "--file", archive, "--directory", folder, ".")
-    return archive.read_bytes()
-
-
 def _tar(registry: FakeRegistry, _: Path, expected: Path) -> None:
-    registry.add_image("repo", "latest", [(f"{OCI}.tar", synthetic(expected))])
+    registry.add_image("repo", "latest", [(f"{OCI}.tar", synthetic_tar(expected))])
 
 
 def _gzip(registry: FakeRegistry, _: Path, expected: Path) -> None:
-    registry.add_image("repo", "latest", [(f"{OCI}.tar+gzip", gzip.compress(synthetic(expected), 1))])
+    registry.add_image("repo", "latest", [(f"{OCI}.tar+gzip", gzip.compress(synthetic_tar(expected), 1))])
 
 
 def _zstd(registry: FakeRegistry, _: Path, expected: Path) -> None:
-    layer = zstandard.ZstdCompressor(1).compress(synthetic(expected))
+    layer = zstandard.ZstdCompressor(1).compress(synthetic_tar(expected))
     registry.add_image("repo", "latest", [(f"{OCI}.tar+zstd", layer)])
 
 
