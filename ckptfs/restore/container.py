@@ -55,7 +55,8 @@ def _run(flow: Flow, runtime: str, lazy: LazyPages | None, bundle: Bundle | None
     console = Console(work / "console") if bundle is not None and bundle.terminal else None
     if console is not None:
         flow.stack.callback(console.close)
-    runtimes.require_free(runtime, flow.name)
+    if flow.request.name:
+        runtimes.require_free(runtime, flow.name)
     flow.stack.callback(end_orphans, flow.daemons)
     flow.stack.callback(runtimes.delete, runtime, flow.name)
     with _output(flow) as (stdout, stderr, relays):
@@ -71,6 +72,8 @@ def _run(flow: Flow, runtime: str, lazy: LazyPages | None, bundle: Bundle | None
             stderr,
             where,
         )
+        if lazy is not None:
+            lazy.listen()
         pid = runtimes.restore(runtime, job, flow.settings)
     flow.place.record(pid=pid, lazy_pid=lazy.pid if lazy is not None else None, runtime=runtime, name=flow.name)
     if console is not None:

@@ -125,7 +125,7 @@ class Flow:
         return target
 
     def start_lazy_pages(self) -> "LazyPages | None":
-        """The daemon, listening; None when all memory is to be there before the container runs."""
+        """The daemon, which must still be waited for; None when all memory is to be there before the container runs."""
         if not self.lazy:
             return None
         from ckptfs.restore.lazy_pages import LazyPages

@@ -4,7 +4,6 @@ Owns its start, its end and its words. It must listen before the runtime restore
 itself when every page has been handed out; after a failed restore it would wait for ever. Called by flow.py.
 """
 
-import contextlib
 import os
 import select
 import subprocess
@@ -19,48 +18,49 @@ _LOG = "lazy-pages.log"
 
 
 class LazyPages:
-    """Listens inside of the block; what is left of it at the end is killed. `images`, `work` as for the restore."""
+    """Runs inside of the block; what is left of it at the end is killed. `images`, `work` as for the restore."""
 
     def __init__(self, images: Path, work: Path, settings: Settings) -> None:
         self._images = images
         self._work = work
         self._patience = settings.timeouts.lazy_daemon
         self._process: subprocess.Popen[bytes] | None = None
+        self._ready = -1
 
     def __enter__(self) -> Self:
-        ready, tell = os.pipe()
+        self._ready, tell = os.pipe()
         command = ["criu", "lazy-pages", "--images-dir", str(self._images), "--work-dir", str(self._work)]
         command += ["--log-file", _LOG, "-v2", "--status-fd", str(tell)]
         null = subprocess.DEVNULL
-        with contextlib.ExitStack() as stack:
-            stack.callback(os.close, ready)
-            try:
-                self._process = subprocess.Popen(
-                    command, stdin=null, stdout=null, stderr=null, pass_fds=[tell], start_new_session=True
-                )
-            finally:
-                os.close(tell)
-            # One zero byte comes once the socket takes connections, the end of the pipe if that will never be.
-            listens = select.select([ready], [], [], self._patience)[0] and os.read(ready, 1) == b"\0"
-        if not listens:
-            self.__exit__()
-            said = criu_complaint(self._work / _LOG) or "it does not say why"
-            raise RestoreError(f"criu lazy-pages does not start: {said}", hint="try --no-lazy-pages")
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=null, stdout=null, stderr=null, pass_fds=[tell], start_new_session=True
+            )
+        except OSError as error:
+            os.close(self._ready)
+            raise RestoreError(f"criu cannot be started: {error.strerror}") from None
+        finally:
+            os.close(tell)
         return self
+
+    def listen(self) -> None:
+        """Until it takes connections; to be called before the runtime restores. RestoreError when it ends instead."""
+        # One zero byte comes once the socket takes connections, the end of the pipe if that will never be.
+        if select.select([self._ready], [], [], self._patience)[0] and os.read(self._ready, 1) == b"\0":
+            return
+        said = criu_complaint(self._work / _LOG) or "it does not say why"
+        raise RestoreError(f"criu lazy-pages does not start: {said}", hint="try --no-lazy-pages")
 
     def __exit__(self, *_: object) -> None:
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
             self._process.wait()
+        os.close(self._ready)
 
     @property
     def pid(self) -> int:
         assert self._process is not None
         return self._process.pid
-
-    @property
-    def ended(self) -> bool:
-        return self._process is not None and self._process.poll() is not None
 
     def require(self) -> None:
         """After its end: UnavailableError unless it has handed out every page."""

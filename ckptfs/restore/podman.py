@@ -49,6 +49,8 @@ def finish(flow: Flow) -> None:
         redirection = redirect(flow.place.path, flow.images, lazy=lazy is not None)
         archive = flow.place / "stub.tar"
         write_stub(flow.files, archive, redirection.config, flow.settings.limits)
+        if lazy is not None:
+            lazy.listen()
         if taken.result():
             raise RestoreError(f"podman has a container {name} already", hint="give another --name")
     undo = flow.stack.enter_context(contextlib.ExitStack())

@@ -47,11 +47,11 @@ class Isolation:
         # What an interrupted tool leaves in its temporary folder goes away with ours.
         environment = {**os.environ, "TMPDIR": str(self._folder / "tmp")}
         options = {"env": environment, **options}
-        return run("nsenter", "-t", str(self._pid), "--mount", "--root", "--wd", *command, **options)
+        return run("nsenter", "-t", str(self.pid), "--mount", "--root", "--wd", *command, **options)
 
     def path(self, inside: str | Path) -> Path:
         """A path of the namespace, as this process can open it."""
-        return Path(f"/proc/{self._pid}/root") / str(inside).lstrip("/")
+        return Path(f"/proc/{self.pid}/root") / str(inside).lstrip("/")
 
     def forget_blobs(self) -> None:
         """Without this a push reuses a blob of the same contents in another compression."""
@@ -59,6 +59,6 @@ class Isolation:
             cache.unlink()
 
     @property
-    def _pid(self) -> int:
+    def pid(self) -> int:
         assert self._holder is not None
         return self._holder.pid
