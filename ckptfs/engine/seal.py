@@ -1,8 +1,8 @@
 """Encryption of what the cache keeps on disk, with a key that is only in memory.
 
 Chunks and documents become AES-256-GCM ciphertext behind a random nonce, bound to their name (256 KiB in 240 us); names
-become keyed hashes, so that the disk does not tell which known contents it holds, and mounts with different secrets
-share a directory without seeing each other. Needs the `cryptography` package (extra `encryption`). Called by cache.py.
+become keyed hashes, so that the disk does not tell which known contents it holds. That a directory has one key is
+key_mark.py's business. Needs the `cryptography` package (extra `encryption`). Called by cache.py.
 """
 
 import hashlib
