@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptfs.errors import FormatError, RestoreError, UsageError
+from ckptfs.restore.runtimes import cgroup
 from ckptfs.restore.workplace import Workplace, mount
 from ckptfs.settings import MiB
 
@@ -153,11 +154,6 @@ class Bundle:
         if done.returncode != 0:
             raise RestoreError(f"no network namespace can be made: {done.stderr.strip()}", hint="name one: --network")
         return path
-
-
-def cgroup(name: str) -> str:
-    """The container's cgroup; a path of its own, so that the original may still run here."""
-    return f"/ckptfs/{name}"
 
 
 def copy_tree(source: Path, target: Path) -> None:

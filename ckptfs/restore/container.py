@@ -5,11 +5,9 @@ keeper.py.
 """
 
 import contextlib
-import errno
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,15 +16,13 @@ from ckptfs.errors import CkptfsError, NotFoundError
 from ckptfs.fuse.mountpoint import detach
 from ckptfs.mounting import Pending
 from ckptfs.restore import runtimes
-from ckptfs.restore.bundle import Bundle, cgroup
+from ckptfs.restore.bundle import Bundle
 from ckptfs.restore.facts import candidates, check_runtime, root_mode, writer_of
 from ckptfs.restore.flow import Flow
 from ckptfs.restore.image_store import local_image, mounted_image
 from ckptfs.restore.lazy_pages import LazyPages
 from ckptfs.restore.rootfs import mount_rootfs
 from ckptfs.restore.supervise import Console, Relay, Watch, become_subreaper, end_orphans
-
-_CGROUP_TRIES = 100  # of 10 ms
 
 
 def finish(flow: Flow) -> None:
@@ -45,7 +41,7 @@ def finish(flow: Flow) -> None:
     bundle = Bundle(flow.place, image, spec, config, flow.request.binds, flow.request.network)
     root = _Root(flow)
     bundle.write(root.mount(config), flow.name)
-    flow.stack.callback(_remove_cgroups, flow.name)
+    flow.stack.callback(runtimes.remove_cgroups, flow.name)
     _run(flow, runtime, lazy, bundle, root.origin)
 
 
@@ -78,9 +74,8 @@ def _run(flow: Flow, runtime: str, lazy: LazyPages | None, bundle: Bundle | None
     flow.place.record(pid=pid, lazy_pid=lazy.pid if lazy is not None else None, runtime=runtime, name=flow.name)
     if console is not None:
         relays.append(Relay(console.master(), output[0] if output is not None else None))
-    flow.running(pid, runtime=runtime, rootfs=rootfs)
     watch = Watch(pid, _stop_signal(bundle), flow.settings.timeouts.stop, relays)
-    code = watch.run(lazy, flow.resident)
+    code = watch.run(lazy, lambda: flow.running(pid, runtime=runtime, rootfs=rootfs), flow.resident)
     flow.tell("ended", exit_code=code, ended_ms=flow.now())
 
 
@@ -152,17 +147,3 @@ def _stop_signal(bundle: Bundle | None) -> int:
     with contextlib.suppress(ValueError, KeyError):
         return int(text) if text.isdigit() else signal.Signals[text].value
     return signal.SIGTERM
-
-
-def _remove_cgroups(name: str) -> None:
-    """The cgroup and the directory above it, in every hierarchy; runtimes remove only the first, if they succeed."""
-    tops = [Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir()]
-    for path in [top / cgroup(name).lstrip("/") for top in tops] + [top / "ckptfs" for top in tops]:
-        for _ in range(_CGROUP_TRIES):
-            try:
-                path.rmdir()
-            except OSError as error:
-                if error.errno == errno.EBUSY and not any(path.glob("*/cgroup.procs")):
-                    time.sleep(0.01)  # its last process is gone, but not yet for the kernel
-                    continue
-            break

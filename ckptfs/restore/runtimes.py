@@ -6,12 +6,14 @@ Called by flow.py.
 """
 
 import contextlib
+import errno
 import functools
 import json
 import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from ckptfs.errors import RestoreError
 from ckptfs.settings import Settings
 
 RUNTIMES = ("runc", "crun")
+_CGROUP_TRIES = 100  # of 10 ms
 _TIDY = 5.0  # seconds for a runtime to clean up; it takes some 20 ms
 # criu says these in every restore without CAP_SYS_RESOURCE, and after every failure.
 _HARMLESS = ("RLIMIT_NOFILE", "Restoring FAILED", "exited, status", "cgroupd: recv req")
@@ -131,6 +134,25 @@ def delete(runtime: str, name: str) -> None:
     """Have the runtime forget the container, and end it if it still runs."""
     if runtime != "criu":
         subprocess.run([runtime, "delete", "--force", name], capture_output=True, check=False, stdin=subprocess.DEVNULL)
+
+
+def cgroup(name: str) -> str:
+    """The container's cgroup; a path of its own, so that the original may still run here."""
+    return f"/ckptfs/{name}"
+
+
+def remove_cgroups(name: str) -> None:
+    """The cgroup and the directory above it, in every hierarchy; runtimes remove only the first, if they succeed."""
+    tops = [Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir()]
+    for path in [top / cgroup(name).lstrip("/") for top in tops] + [top / "ckptfs" for top in tops]:
+        for _ in range(_CGROUP_TRIES):
+            try:
+                path.rmdir()
+            except OSError as error:
+                if error.errno == errno.EBUSY and not any(path.glob("*/cgroup.procs")):
+                    time.sleep(0.01)  # its last process is gone, but not yet for the kernel
+                    continue
+            break
 
 
 def write_criu_config(path: Path, *, lazy: bool, **options: Path) -> Path:

@@ -82,10 +82,11 @@ class Watch:
         self._relays = relays
         self._signals: list[int] = []
 
-    def run(self, lazy: LazyPages | None, resident: Callable[[], None]) -> int | None:
+    def run(self, lazy: LazyPages | None, running: Callable[[], None], resident: Callable[[], None]) -> int | None:
         """Until the container has ended; returns its exit code, 128 + N for signal N, None where nobody can know.
 
-        `resident` is called when all pages are in. UnavailableError, and no container, when they cannot be had.
+        `running` is called once signals stop the container instead of this process, `resident` when all pages are in.
+        UnavailableError when they cannot be had.
         """
         with contextlib.ExitStack() as stack:
             poll = select.poll()
@@ -98,6 +99,7 @@ class Watch:
             if lazy is not None:
                 poll.register(daemon, select.POLLIN)
             poll.register(stack.enter_context(_collected(self._signals)), select.POLLIN)
+            running()
             while True:
                 ready = {descriptor for descriptor, _ in poll.poll()}
                 for source in ready & relays.keys():

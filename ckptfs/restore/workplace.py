@@ -24,7 +24,7 @@ from typing import Self
 from ckptfs.errors import CkptfsError, MountError, RestoreError
 from ckptfs.fuse.mountpoint import detach, mounts
 from ckptfs.mounting import umount
-from ckptfs.restore.runtimes import delete
+from ckptfs.restore.runtimes import delete, remove_cgroups
 
 _STATE = "state.json"
 _KEPT = "kept"
@@ -130,6 +130,7 @@ def _bury(path: Path) -> None:
         os.kill(state["lazy_pid"], signal.SIGKILL)
     if state.get("runtime"):
         delete(state["runtime"], state["name"])
+        remove_cgroups(state["name"])
     clear(path)
 
 
