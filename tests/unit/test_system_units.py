@@ -1,0 +1,49 @@
+"""The systemd units in deploy/systemd: as systemd reads them, and with commands that exist."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import click
+import pytest
+
+from ckptfs.cli import main
+from tests.support.tools import ROOT, require
+
+UNITS = sorted((ROOT / "deploy" / "systemd").iterdir())
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_systemd_understands_it(unit: Path, tmp_path: Path) -> None:
+    require("systemd-analyze")
+    program = tmp_path / "ckptfs"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    text = re.sub(r"^(Exec\w+=-?)ckptfs", rf"\g<1>{program}", unit.read_text(), flags=re.MULTILINE)
+    copy = tmp_path / unit.name.replace("@", "@name")
+    copy.write_text(re.sub(r"^Documentation=.*\n", "", text, flags=re.MULTILINE))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", copy],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_its_commands_parse(unit: Path) -> None:
+    for words in re.findall(r"^Exec\w+=-?ckptfs (.*)$", unit.read_text(), re.MULTILINE):
+        command, *arguments = shlex.split(words.replace("$OPTIONS ", "").replace("%i", "name"))
+        values = {"${REF}": "localhost:5000/x:1", "${DIRECTORY}": "/mnt/x"}
+        found = main.get_command(click.Context(main), command)
+        assert found is not None
+        found.make_context(command, [values.get(word, word) for word in arguments])
+
+
+def test_the_mount_unit_is_named_after_its_directory() -> None:
+    require("systemd-escape")
+    where = re.search(r"^Where=(.*)$", (ROOT / "deploy/systemd/mnt-ckpt.mount").read_text(), re.MULTILINE)
+    assert where is not None
+    escape = [shutil.which("systemd-escape") or "", "--path", "--suffix=mount", where[1]]
+    assert subprocess.run(escape, capture_output=True, text=True, check=True).stdout.strip() == "mnt-ckpt.mount"
