@@ -141,7 +141,7 @@ class LayerScan:
             self._on_end(failure)
 
     def _settle(self, failure: CkptfsError | None) -> None:
-        """The stream has ended: whoever still waits for a chunk that has passed gets another run, others the failure."""
+        """The stream has ended: who still waits for a chunk that has passed gets another run, others the failure."""
         with self._gate:
             asked, self._asked, self._rewind = self._asked, {}, False
         for chunk in asked.values():
