@@ -38,6 +38,17 @@ R = TypeVar("R")
 Handler: TypeAlias = Callable[Concatenate["Operations", P], Coroutine[Any, Any, R]]
 
 
+def _may_show(xattr: bytes) -> bool:
+    """Whether an attribute is the image's business; the others would act on the kernel of whoever mounts or copies it.
+
+    trusted.overlay.* and user.overlay.* steer overlayfs (but for the mark of opaque directories, which is our own),
+    security.* the node's security modules; file capabilities belong to the file.
+    """
+    if xattr == OPAQUE_XATTR or xattr == b"security.capability":
+        return True
+    return xattr.startswith(b"user.") and not xattr.startswith(b"user.overlay.")
+
+
 def _answers(handler: Handler[P, R]) -> Handler[P, R]:
     """No exception but FUSEError leaves a handler."""
 
@@ -171,7 +182,7 @@ class Operations(pyfuse3.Operations):
         if name == OPAQUE_XATTR and (directory := self._tree.directories.get(inode)) is not None:
             await self.image.mark(directory)
         value = self._inode(inode).xattrs.get(name)
-        if value is None:
+        if value is None or not _may_show(name):
             raise pyfuse3.FUSEError(errno.ENODATA)
         return value
 
@@ -179,7 +190,7 @@ class Operations(pyfuse3.Operations):
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
         if (directory := self._tree.directories.get(inode)) is not None:
             await self.image.mark(directory)
-        return list(self._inode(inode).xattrs)
+        return [name for name in self._inode(inode).xattrs if _may_show(name)]
 
     @_answers
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
