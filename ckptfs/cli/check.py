@@ -11,7 +11,7 @@ import click
 from ckptfs.cli.opening import image_options, with_image
 from ckptfs.cli.options import make_settings, reference_argument
 from ckptfs.cli.restore import STORE, base_options
-from ckptfs.errors import CkptfsError
+from ckptfs.errors import CkptfsError, NotFoundError
 from ckptfs.model.oci import Reference
 
 if TYPE_CHECKING:
@@ -59,8 +59,8 @@ def check(
         return await in_thread(image, lambda files: list(_of_image(files, runtime, engine)))
 
     found += with_image(reference, look, **options)
-    if any(one.subject == "network lock" for one in found) and engine is None and rootfs is None:
-        found.append(_base(reference, base, options))
+    if any(one.subject == "network lock" for one in found) and engine is None:
+        found.append(_base(reference, base, rootfs, options))
     bad = [one for one in found if not one.ok]
     if as_json:
         findings = [
@@ -84,7 +84,9 @@ def _of_image(files: "ImageFiles", runtime: str, engine: str | None) -> "Iterato
         yield from check_runtime(files, runtime, settings) if engine is None else check_engine(files, settings)
 
 
-def _base(reference: Reference, base: Reference | str | None, options: dict[str, Any]) -> "Finding":
+def _base(
+    reference: Reference, base: Reference | str | None, rootfs: Path | None, options: dict[str, Any]
+) -> "Finding":
     """Whether the base image can be had from where `restore` would take it."""
     from ckptfs.restore.checking import Finding
     from ckptfs.restore.facts import document
@@ -92,9 +94,12 @@ def _base(reference: Reference, base: Reference | str | None, options: dict[str,
 
     settings = make_settings()
     hint = f"name it: --base REF, --base {STORE}IMAGE, or --rootfs DIR"
+    if rootfs is not None:
+        ok = rootfs.is_dir()
+        return Finding("base image", ok, f"{rootfs} is {'a' if ok else 'no'} directory", hint, NotFoundError)
     if isinstance(base, str):
         name = base.removeprefix(STORE)
-        return Finding("base image", has_image(name, settings), f"{name} in podman's storage", hint)
+        return Finding("base image", has_image(name, settings), f"{name} in podman's storage", hint, NotFoundError)
 
     async def config(image: "OpenImage") -> dict[str, Any]:
         from ckptfs.inspection.image_files import in_thread

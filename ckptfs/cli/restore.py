@@ -17,7 +17,7 @@ from ckptfs.cli.options import (
     reference_argument,
     registry_options,
 )
-from ckptfs.errors import UsageError
+from ckptfs.errors import NotFoundError, UsageError
 from ckptfs.model.oci import Reference
 from ckptfs.settings import default_cache_dir
 
@@ -34,7 +34,7 @@ class BaseImage(RegistryReference):
 
 def base_options(function: F) -> F:
     """Where the container's base image comes from, if not from where the checkpoint says."""
-    directory = click.Path(path_type=Path, file_okay=False, exists=True)
+    directory = click.Path(path_type=Path, file_okay=False)
     function = click.option("--rootfs", type=directory, help="The base image's files as a directory.")(function)
     return click.option(
         "--base", type=BaseImage(), help=f"The base image: a REF, or {STORE}IMAGE for one that podman has."
@@ -109,6 +109,8 @@ def restore(
     configure_logging(verbose, quiet)
     if base is not None and rootfs is not None:
         raise UsageError("--base and --rootfs name the same thing", hint="give one of them")
+    if rootfs is not None and not rootfs.is_dir():
+        raise NotFoundError(f"the base root file system {rootfs} is no directory", hint="name one with --rootfs DIR")
     from ckptfs.mounting import MountRequest
     from ckptfs.restore import keeper
     from ckptfs.restore.flow import RestoreRequest

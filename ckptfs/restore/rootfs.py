@@ -9,14 +9,11 @@ import os
 import stat
 from pathlib import Path
 
-from ckptfs.errors import NotFoundError
 from ckptfs.restore.workplace import Workplace, mount
 
 
 def mount_rootfs(place: Workplace, lower: Path, delta: Path | None, root_mode: int | None) -> Path:
     """Mount the overlay; returns where. `delta` goes over `lower`; `root_mode` are the root's permissions for criu."""
-    if not lower.is_dir():
-        raise NotFoundError(f"the base root file system {lower} is not a directory", hint="name one with --rootfs DIR")
     upper, merged = place / "upper", place / "merged"
     _copy_attributes(lower, upper)
     if root_mode is not None:

@@ -260,6 +260,7 @@ def test_refusals(reference: str, base: str, single_checkpoint: Checkpoint, tmp_
         ([reference, "--base", base], no_criu, 8, "criu is not in PATH; install criu"),
         ([reference, "--base", base, "--runtime", "crun"], {}, 8, "made with runc"),
         ([reference, "--base", base, "--runtime", "criu"], {}, 8, "is of a container"),
+        ([reference, "--rootfs", str(tmp_path / "none")], {}, 3, "is no directory"),
         ([base], {}, 7, "holds no checkpoint"),
         ([f"oci:{tmp_path}/arm:latest"], {}, 7, "the checkpoint is of a arm64 machine, this one is amd64"),
         ([reference, "--base", base, "--bind", "/nowhere=/tmp"], {}, 2, "the container has no such mount"),

@@ -1,0 +1,154 @@
+"""What a restore decides before anything runs: the bundle, the machine's conditions, criu's words."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptfs.errors import RestoreError, UsageError
+from ckptfs.restore import checking
+from ckptfs.restore.bundle import Bundle
+from ckptfs.restore.runtimes import criu_complaint, write_criu_config
+from ckptfs.restore.workplace import Workplace, check_name
+from ckptfs.settings import Settings
+from tests.support.tools import ROOT
+
+SPEC: dict[str, Any] = {
+    "ociVersion": "1.0.2",
+    "hostname": "web-1",
+    "process": {"args": ["/srv"], "terminal": False},
+    "root": {"path": "/somewhere/else", "readonly": True},
+    "hooks": {"prestart": [{"path": "/bin/sh"}]},
+    "annotations": {"org.criu.config": "/etc/shadow", "kept": "yes"},
+    "mounts": [
+        {"destination": "/proc", "type": "proc", "source": "proc"},
+        {"destination": "/etc/hosts", "type": "bind", "source": "/run/gone/hosts", "options": ["bind"]},
+        {"destination": "/data", "type": "bind", "source": "/run/gone/data", "options": ["rbind"]},
+        {"destination": "/srv", "type": "bind", "source": "/run/gone/srv", "options": ["bind"]},
+    ],
+    "linux": {
+        "cgroupsPath": "/kubepods/x",
+        "namespaces": [{"type": "pid"}, {"type": "ipc", "path": "/run/gone/ipc"}, {"type": "network"}],
+    },
+}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Any:
+    with Workplace(tmp_path / "place") as place:
+        yield place
+    assert not (tmp_path / "place").exists()
+
+
+def written(place: Workplace, binds: dict[str, str], network: str = "") -> dict[str, Any]:
+    bundle = Bundle(place, place / "image", json.loads(json.dumps(SPEC)), {}, binds, network)
+    bundle.write(Path("/the/root"), "web")
+    document: dict[str, Any] = json.loads((place / "bundle" / "config.json").read_text())
+    return document
+
+
+def test_a_bundle_for_this_machine(place: Workplace, tmp_path: Path) -> None:
+    spec = written(place, {"/data": str(tmp_path), "/srv": str(tmp_path)}, network="/proc/self/ns/net")
+    assert spec["root"] == {"path": "/the/root", "readonly": True}
+    assert "hooks" not in spec
+    assert spec["annotations"] == {"kept": "yes"}
+    assert spec["linux"]["cgroupsPath"] == "/ckptfs/web"
+    assert spec["linux"]["namespaces"] == [
+        {"type": "pid"},
+        {"type": "ipc"},
+        {"type": "network", "path": "/proc/self/ns/net"},
+    ]
+    sources = {mount["destination"]: mount["source"] for mount in spec["mounts"]}
+    assert sources["/data"] == sources["/srv"] == str(tmp_path)
+    assert Path(sources["/etc/hosts"]).read_text().startswith("127.0.0.1 localhost web-1\n")
+
+
+def test_mounts_that_this_machine_lacks_are_named_together(place: Workplace, tmp_path: Path) -> None:
+    with pytest.raises(RestoreError, match=r"/data \(was /run/gone/data\), /srv \(was /run/gone/srv\).*--bind"):
+        written(place, {})
+
+
+def test_binds_must_mean_something(place: Workplace, tmp_path: Path) -> None:
+    binds = {"/data": str(tmp_path), "/srv": str(tmp_path), "/other": str(tmp_path)}
+    with pytest.raises(UsageError, match="--bind /other"):
+        written(place, binds)
+    with pytest.raises(UsageError, match="there is no /nowhere"):
+        written(place, {**binds, "/data": "/nowhere"})
+
+
+def test_a_directory_in_use_is_refused(place: Workplace) -> None:
+    """By another process: the lock is one of those that belong to a process (fcntl(2))."""
+    code = "import sys, pathlib; from ckptfs.restore.workplace import Workplace\n"
+    code += "Workplace(pathlib.Path(sys.argv[1])).__enter__()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, place.path], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert "RestoreError" in done.stderr and "exists; another restore has it" in done.stderr
+    assert place.path.exists()
+
+
+@pytest.mark.parametrize("name", ["", ".hidden", "a/b", "a b", "x" * 64])
+def test_names_that_no_runtime_takes(name: str) -> None:
+    with pytest.raises(RestoreError, match="--name"):
+        check_name(name)
+
+
+def fake_criu(folder: Path, version: str, *, check: str = "Looks good.", feature: str = "supported") -> None:
+    """A program that answers as criu does; what is not empty and not the good answer fails."""
+    script = f"""#!/bin/sh
+    case "$*" in
+      --version) echo "Version: {version}" ;;
+      check) echo "{check}" >&2; [ "{check}" = "Looks good." ] ;;
+      *) echo "uffd-noncoop is {feature}"; [ "{feature}" = supported ] ;;
+    esac
+    """
+    (folder / "criu").write_text(script)
+    (folder / "criu").chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("version", "kernel", "answers", "refused"),
+    [
+        ("4.1.1", "6.18.0", {}, ""),
+        ("4.0", "6.12.9-amd64", {}, ""),
+        ("3.17.1", "6.13.0", {}, "criu 3.17.1 is too old for Linux 6.13.0"),
+        ("3.14", "5.10.0", {}, "criu 3.14 is too old"),
+        ("4.1.1", "3.10.0", {"check": "Kernel is too old"}, "criu does not work on Linux 3.10.0: Kernel is too old"),
+        ("4.1.1", "4.4.0", {"feature": "not supported"}, "no lazy pages on Linux 4.4.0"),
+    ],
+)
+def test_criu_and_kernel(
+    version: str, kernel: str, answers: dict[str, str], refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_criu(tmp_path, version, **answers)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(platform, "release", lambda: kernel)
+    found = list(checking.kernel(Settings(), lazy=True))
+    bad = [finding for finding in found if not finding.ok]
+    if not refused:
+        assert bad == []
+        return
+    assert len(bad) == 1 and bad[0].detail.startswith(refused) and bad[0].hint
+    with pytest.raises(RestoreError):
+        bad[0].require()
+
+
+def test_the_first_error_that_explains(tmp_path: Path) -> None:
+    log = tmp_path / "restore.log"
+    log.write_text(
+        "(00.029837) Error (criu/util.c:1533): rlimit: Can't setup RLIMIT_NOFILE for self: Operation not permitted\n"
+        "(00.098786)      1: Error (criu/files-reg.c:2294): File . has bad mode 040755 (expect 040555)\n"
+        "(00.100434) Error (criu/cr-restore.c:2320): Restoring FAILED.\n"
+    )
+    assert criu_complaint(log) == "(criu/files-reg.c:2294): File . has bad mode 040755 (expect 040555)"
+    assert criu_complaint(tmp_path / "none") == ""
+
+
+def test_criu_configuration(tmp_path: Path) -> None:
+    path = write_criu_config(tmp_path / "criu.conf", lazy=True, images_dir=Path("/a"), work_dir=Path("/b"))
+    assert path.read_text() == "images-dir /a\nwork-dir /b\nlazy-pages\n"
