@@ -6,20 +6,24 @@ The decisions are in views.py; this module carries them out on an `OpenImage`, b
 import logging
 import stat
 from dataclasses import replace
+from functools import partial
 
 import trio
 
+from ckptfs.errors import UsageError
 from ckptfs.image.delta import DerivedTars, Unpacked
 from ckptfs.image.earlier import EarlierImages
 from ckptfs.image.indexed import inline_index
 from ckptfs.image.opened import OpenImage
-from ckptfs.image.rootfs import OpenSource, show_rootfs
+from ckptfs.image.rootfs import OpenSource, base_directories, show_rootfs
 from ckptfs.image.views import (
     CONTAINERD_CONFIG,
     CRIU_TAR,
     Layout,
     criu_descriptors,
+    gathering,
     images_directory,
+    parent_link,
     recognise,
     spec_of,
 )
@@ -34,7 +38,7 @@ log = logging.getLogger(__name__)
 async def arrange(image: OpenImage, open_source: OpenSource | None, base: Reference | None) -> None:
     """Open the layers and give the tree the shape of the view; returns once a first read works.
 
-    `open_source` and `base` are for the root file system view: see rootfs.py.
+    `open_source` and `base` are for the container's base image: see rootfs.py.
     """
     manifest, limits = image.resolved.manifest, image.options.settings.limits
     index = inline_index(manifest, image.fetcher.next_layer, limits)
@@ -63,10 +67,15 @@ async def arrange(image: OpenImage, open_source: OpenSource | None, base: Refere
     elif layout is Layout.NONE:
         log.warning("%s is not a checkpoint; its files are shown as they are", image.resolved.reference)
     if image.options.view == "rootfs":
-        if layout in (Layout.FLAT, Layout.NESTED):
+        if layout is Layout.POD:
+            raise UsageError(
+                f"{image.resolved.reference} holds several containers, each with a root file system",
+                hint="mount the checkpoint view: each has a rootfs-diff/ there",
+            )
+        if layout is not Layout.NONE:
             await show_rootfs(image, open_source, base)
         return
-    derived = DerivedTars(image)
+    derived = DerivedTars(image, partial(base_directories, image, open_source, base))
     image.arrived = derived.look
     derived.look()
 
@@ -131,7 +140,7 @@ async def _unnest(image: OpenImage) -> None:
             extent_free = Inode(stat.S_IFREG | 0o600, size=len(spec), mtime_ns=node.inode.mtime_ns)
             tree.add([Entry(b"spec.dump", image.fetcher.keep_file(spec, extent_free))], image.next_rank)
         elif descriptor.media_type.startswith("application/vnd.oci.image.layer.v1.tar"):
-            delta = replace(node.inode, ino=0, nlink=1)
+            delta = replace(node.inode, mode=stat.S_IFREG | 0o600, uid=0, gid=0, ino=0, nlink=1)  # as spec.dump
             tree.add([Entry(b"rootfs-diff.tar", delta)], image.next_rank)
     await image.ready()
 
@@ -141,6 +150,17 @@ def _blob_node(tree: Tree, descriptor: Descriptor) -> Node | None:
 
 
 def _gather(tree: Tree, path: bytes) -> None:
-    """CRIU's images that lie in `path` are shown in checkpoint/, where every other producer has them."""
-    if path != b"checkpoint":
-        tree.move(path, b"checkpoint")
+    """CRIU's images that lie in `path` are shown in checkpoint/; in the root they get a directory, as push makes it."""
+
+    def link(path: bytes) -> bytes | None:
+        directory = tree.find(path)
+        return parent_link(directory) if directory is not None else None
+
+    for source, target in gathering(path, link, lambda path: tree.find(path) is not None):
+        tree.move(source, target)
+    images = tree.find(b"checkpoint")
+    if images is not None and images.inode is not None and not images.rank:
+        inventory = images.children[b"inventory.img"].inode
+        if inventory is not None:
+            images.inode.mode, images.inode.uid, images.inode.gid = stat.S_IFDIR | 0o700, inventory.uid, inventory.gid
+            images.inode.mtime_ns = inventory.mtime_ns

@@ -8,6 +8,8 @@ whiteouts under the same name.
 
 import json
 import stat
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 from ckptfs.engine.scan import LayerScan
 from ckptfs.errors import CkptfsError, FormatError
@@ -28,8 +30,10 @@ _DELETED_BYTES = 64 << 20  # a list of a million paths; the real ones have a few
 class DerivedTars:
     """Directories beside the tars of a checkpoint; each is filled when somebody first looks into it."""
 
-    def __init__(self, image: OpenImage) -> None:
+    def __init__(self, image: OpenImage, base: Callable[[], Awaitable[Tree | None]]) -> None:
+        """`base`: what is known of the directories that the delta was taken from."""
         self._image = image
+        self._base = base
         self._seen: set[bytes] = set()
 
     def look(self) -> None:
@@ -43,10 +47,10 @@ class DerivedTars:
                 continue
             self._seen.add(path)
             if image.tree.find(directory) is None:
-                deleted = None
-                if directory.rpartition(b"/")[2] == b"rootfs-diff":
-                    deleted = directory.removesuffix(b"rootfs-diff") + b"deleted.files"
-                Unpacked(image, image.tree, directory, inode, "overlay", deleted).later()
+                delta = directory.rpartition(b"/")[2] == b"rootfs-diff"
+                deleted = directory.removesuffix(b"rootfs-diff") + b"deleted.files" if delta else None
+                base = self._base if delta else None
+                Unpacked(image, image.tree, directory, inode, "overlay", deleted, base).later()
 
 
 class Unpacked:
@@ -60,14 +64,19 @@ class Unpacked:
         inode: Inode,
         whiteouts: Whiteouts,
         deleted: bytes | None = None,
+        base: Callable[[], Awaitable[Tree | None]] | None = None,
     ) -> None:
-        """`deleted`: the path of the list of deleted files in the image's tree, if the tar can have one."""
+        """`deleted`: the path of the list of deleted files in the image's tree, if the tar can have one.
+
+        base   gives directories that the tar only leads through their owners and modes.
+        """
         self._image = image
         self._tree = tree
         self._directory = directory
         self._inode = inode
         self._whiteouts = whiteouts
         self._deleted = deleted
+        self._base = base
         self._rank = image.next_rank
         if directory:
             tree.add([Entry(directory, Inode(stat.S_IFDIR | 0o755, mtime_ns=inode.mtime_ns))], self._rank)
@@ -112,17 +121,44 @@ class Unpacked:
         """The list of deleted files becomes whiteouts; what the tar has again wins."""
         failure: CkptfsError | None = None
         try:
-            for path in await self._deleted_paths(name):
-                path = self._directory + b"/" + path if self._directory else path
+            gone = [self._within(path) for path in await self._deleted_paths(name)]
+            for path in filter(self._can_be_deleted, gone):
                 if self._whiteouts == "overlay":
                     self._tree.delete(path, self._rank)
                 else:
                     head, slash, last = path.rpartition(b"/")
                     mark = Entry(head + slash + WHITEOUT + last, Inode(stat.S_IFREG))
                     self._tree.add([mark], self._rank, whiteouts="merge")
+            if self._base is not None:
+                self._describe(await self._base(), set(gone))
         except CkptfsError as error:
             failure = error
         self._image.finish(self._tree, self._rank, failure)
+
+    def _within(self, path: bytes) -> bytes:
+        return self._directory + b"/" + path if self._directory else path
+
+    def _can_be_deleted(self, path: bytes) -> bool:
+        """Not what a new file that is no directory hides anyway: the tar has it in place of one above."""
+        while len(path := path.rpartition(b"/")[0]) > len(self._directory):
+            above = self._tree.find(path)
+            if above is not None and above.rank == self._rank:
+                return above.inode is None or above.inode.is_dir
+        return True
+
+    def _describe(self, base: Tree | None, deleted: set[bytes]) -> None:
+        """Directories that are only implied are the base's, unless they were made anew after a deletion."""
+        implied, anew = [], deleted
+        for node in self._tree.walk(self._directory) if base is not None else ():
+            path = node.path
+            if path in deleted or path.rpartition(b"/")[0] in anew:
+                anew.add(path)
+            elif node.inode is not None and node.inode.is_dir and not node.rank:
+                implied.append(path)
+        for path in implied:
+            found = base.find(path[len(self._directory) + 1 :]) if base is not None else None
+            if found is not None and found.inode is not None and found.inode.is_dir and found.rank:
+                self._tree.add([Entry(path, replace(found.inode))], self._rank)
 
     async def _deleted_paths(self, name: bytes) -> list[bytes]:
         node = await self._image.find_in_checkpoint(name)

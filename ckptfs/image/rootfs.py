@@ -6,7 +6,7 @@ name, in whatever registry that is.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import trio
 
@@ -14,8 +14,10 @@ from ckptfs.errors import CkptfsError, NotFoundError, UsageError
 from ckptfs.image.delta import Unpacked
 from ckptfs.image.opened import OpenImage
 from ckptfs.image.resolve import Resolved, resolve
-from ckptfs.model.annotations import BASE_DIGEST, BASE_NAME, ROOTFS_DIGEST
-from ckptfs.model.oci import Digest, Reference, parse_json
+from ckptfs.layers import select_format
+from ckptfs.model.annotations import BASE_DIGEST, BASE_NAME, DELTA_ROLE, ROLE, ROOTFS_DIGEST
+from ckptfs.model.oci import Descriptor, Digest, Reference, parse_json
+from ckptfs.model.tree import Tree
 from ckptfs.sources import Source
 from ckptfs.sources.offline import offline
 
@@ -30,10 +32,8 @@ async def show_rootfs(image: OpenImage, open_source: OpenSource | None, base: Re
     """Replace the checkpoint's tree, which must be arranged, by the tree of the root file system."""
     if open_source is None:
         raise UsageError("the root file system view needs to know how to reach the base image")
-    annotations = image.resolved.manifest.annotations
-    own = image.source.reference
-    if base is None and ROOTFS_DIGEST in annotations:
-        whole = Reference(own.kind, own.host, own.repository, own.path, digest=Digest.parse(annotations[ROOTFS_DIGEST]))
+    whole = _root_image(image)
+    if base is None and whole is not None:
         source, resolved = await _open(image, open_source, whole)
         delta = None
     else:
@@ -48,6 +48,44 @@ async def show_rootfs(image: OpenImage, open_source: OpenSource | None, base: Re
     if delta is not None and delta.inode is not None:
         Unpacked(image, tree, b"", delta.inode, "merge", b"deleted.files").now()
     await image.ready()
+
+
+async def base_directories(image: OpenImage, open_source: OpenSource | None, base: Reference | None) -> Tree | None:
+    """Directories as the container had them, for a delta that only leads through them; None when nothing tells.
+
+    The layer that `ckptfs push --rootfs` made of the delta has them; else the base image, if the user named it.
+    """
+    whole = _root_image(image)
+    if open_source is None or (whole is None and base is None):
+        return None
+    try:
+        if whole is not None:
+            source, resolved = await _open(image, open_source, whole)
+            layers = [layer for layer in resolved.manifest.layers if layer.annotations.get(ROLE) == DELTA_ROLE]
+        elif base is not None:
+            source, resolved = await _open(image, open_source, base)
+            layers = list(resolved.manifest.layers)
+        return await trio.to_thread.run_sync(_names, source, layers, abandon_on_cancel=True)
+    except CkptfsError as error:
+        log.warning("directories above the delta are shown as root's, 0755: %s", error)
+        return None
+
+
+def _names(source: Source, layers: Sequence[Descriptor]) -> Tree:
+    tree = Tree()
+    for rank, descriptor in enumerate(layers, start=1):
+        tree.begin(rank)
+        tree.add(select_format(descriptor).open(source.blob(descriptor), 0).scan(lambda chunk, data: None), rank)
+        tree.finish(rank)
+    return tree
+
+
+def _root_image(image: OpenImage) -> Reference | None:
+    """What `ckptfs push --rootfs` has put beside the checkpoint."""
+    own, digest = image.source.reference, image.resolved.manifest.annotations.get(ROOTFS_DIGEST)
+    if digest is None:
+        return None
+    return Reference(own.kind, own.host, own.repository, own.path, digest=Digest.parse(digest))
 
 
 async def _open(image: OpenImage, open_source: OpenSource, reference: Reference) -> tuple[Source, Resolved]:

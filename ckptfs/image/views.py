@@ -1,7 +1,7 @@
 """What `--view checkpoint` shows, whatever tool made the image: checkpoint/, the dumps, and the delta as a directory.
 
 Recognises the layouts that exist (docs: producers) by what stands in the merged root, and arranges the tree:
-flat    podman, CRI-O, the kubelet's API: as it is.
+flat    podman, CRI-O, the kubelet's API: as it is; podman's pre-checkpoints too.
 nested  containerd's `ctr checkpoint` unpacked into an image: index.json, oci-layout, blobs/; CRIU's files in a blob.
 images  a directory of CRIU's images and nothing else, at the root or below (criu, runc, crun, docker, LXC).
 pod     several containers, each a directory with a flat checkpoint in it.
@@ -9,7 +9,8 @@ None of these: no checkpoint; the tree stays raw.
 """
 
 import json
-from collections.abc import Iterator
+import posixpath
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 
 from ckptfs.errors import FormatError
@@ -48,9 +49,46 @@ def recognise(tree: Tree, *, complete: bool) -> Layout | None:
 
 
 def images_directory(tree: Tree) -> bytes | None:
-    """The path of the first directory that holds CRIU's inventory.img; the nearest to the root wins."""
-    found = [node.parent.path for node in tree.walk() if node.name == b"inventory.img" and node.parent is not None]
-    return min(found, key=lambda path: (path.count(b"/") + bool(path), path)) if found else None
+    """The path of the first directory that holds CRIU's inventory.img; the nearest to the root wins.
+
+    Those that an increment takes for its parent come last: nobody restores from them while there is a later one.
+    """
+    found = [node.parent for node in tree.walk() if node.name == b"inventory.img" and node.parent is not None]
+    parents = {parent_images(node) for node in found}
+    paths = sorted((n.path for n in found), key=lambda path: (path in parents, path.count(b"/") + bool(path), path))
+    return paths[0] if paths else None
+
+
+def parent_images(directory: Node) -> bytes | None:
+    """Where the `parent` link of an increment leads (criu/image.c: open_parent), as a path; None without one."""
+    link = parent_link(directory)
+    return posixpath.normpath(posixpath.join(directory.path, link)) if link else None
+
+
+def parent_link(directory: Node) -> bytes | None:
+    link = directory.children.get(b"parent")
+    return link.inode.target if link is not None and link.inode is not None else None
+
+
+def gathering(
+    path: bytes, link: Callable[[bytes], bytes | None], exists: Callable[[bytes], bool]
+) -> list[tuple[bytes, bytes]]:
+    """The moves, (from, to), that show CRIU's images of `path` in checkpoint/, where other producers have them.
+
+    What an increment's `parent` leads to comes along where the link would lead nowhere otherwise. `link`: the target of
+    a directory's `parent`, None without one.
+    """
+    moves = [] if path == b"checkpoint" else [(path, b"checkpoint")]
+    while moves and (to := link(path)):
+        parent = posixpath.normpath(posixpath.join(path, to))
+        target = posixpath.normpath(posixpath.join(moves[-1][1], to))
+        inside = not path or parent == path or parent.startswith(path + b"/")  # it has moved with its child
+        known = any(parent == source for source, _ in moves)
+        if inside or known or not exists(parent) or exists(target) or b"/" in target or target in (b".", b".."):
+            break
+        moves.append((parent, target))
+        path = parent
+    return moves
 
 
 def containers(tree: Tree) -> list[Node]:
@@ -120,5 +158,5 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 def _is_container(node: Node) -> bool:
     if node.inode is None or not node.inode.is_dir:
         return False
-    images = node.children.get(b"checkpoint")
-    return images is not None and images.inode is not None and images.inode.is_dir
+    images = (node.children.get(name) for name in (b"checkpoint", b"pre-checkpoint"))
+    return any(child is not None and child.inode is not None and child.inode.is_dir for child in images)

@@ -7,6 +7,7 @@ BASE_NAME = "org.opencontainers.image.base.name"
 BASE_DIGEST = "org.opencontainers.image.base.digest"
 OURS = "dev.ckptfs."  # made anew by every push, never copied from the source
 ROLE = "dev.ckptfs.role"  # on a layer: what it holds, see push/plan.py
+DELTA_ROLE = "rootfs-diff"
 ROOTFS_DIGEST = "dev.ckptfs.rootfs.digest"  # on a checkpoint image: the manifest of its root file system image
 VERSION = "dev.ckptfs.version"  # on an image: what pushed it
 

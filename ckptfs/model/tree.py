@@ -131,10 +131,16 @@ class Tree:
     # -- asking --------------------------------------------------------------------------------------------------------
 
     def settled(self, path: bytes, node: Node | None) -> bool:
-        """Whether what `path` shows now (`node`, None for nothing) is what it will show when all layers are there."""
+        """Whether what `path` shows now (`node`, None for nothing) is what it will show when all layers are there.
+
+        A directory that is only implied may still be described by a lower layer, or by what is known of a delta's base.
+        That the layer which implies it describes it later, no tool does: that is not waited for, see `lasting`.
+        """
         for rank, prefix in self._open.items():
             inside = not prefix or path == prefix or path.startswith(prefix + b"/")
             if inside and (node is None or node.inode is None or node.claim < rank):
+                return False
+            if inside and node is not None and not node.rank and (prefix or rank < node.claim):
                 return False
         return True
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ckptfs.errors import FormatError, LimitExceeded
+from ckptfs.image.views import gathering
 from ckptfs.layers.zstd_chunked_writer import Payload
 from ckptfs.model.toc import Inode
 
@@ -74,8 +75,8 @@ class Checkpoint:
 def under_checkpoint(files: Sequence[CheckpointFile]) -> list[CheckpointFile]:
     """The flat layout: a directory of CRIU images (criu, runc, crun, docker, LXC) is what lies in `checkpoint/`.
 
-    Where no directory is called so already, the one that holds inventory.img is; a pre-dump's (`parent` leads to it)
-    keeps its name. With several the files stay as they are.
+    Where no directory is called so already, the one that holds inventory.img is, and not a pre-dump's (`parent` leads
+    to it). With several the files stay as they are.
     """
     tops = {file.directory for file in files if file.name == b"inventory.img"}
     if any(top == b"checkpoint" or top.endswith(b"/checkpoint") for top in tops):
@@ -84,7 +85,10 @@ def under_checkpoint(files: Sequence[CheckpointFile]) -> list[CheckpointFile]:
     if len(tops) != 1:
         return list(files)
     (top,) = tops
-    moved = [_moved(file, top) for file in files]
+    links = {f.directory: f.inode.target for f in files if f.name == b"parent" and stat.S_ISLNK(f.inode.mode)}
+    known = {file.path for file in files}
+    moves = gathering(top, links.get, known.__contains__)
+    moved = [_moved(file, moves) for file in files]
     if not any(file.path == b"checkpoint" for file in moved):
         moved.append(CheckpointFile(b"checkpoint", _like(files)))
     return sorted(moved, key=lambda file: file.path)
@@ -102,12 +106,14 @@ def parent_directories(files: Sequence[CheckpointFile]) -> list[bytes]:
     return sorted(found, key=lambda path: (-path.count(b"/"), path))
 
 
-def _moved(file: CheckpointFile, top: bytes) -> CheckpointFile:
+def _moved(file: CheckpointFile, moves: Sequence[tuple[bytes, bytes]]) -> CheckpointFile:
     def under(path: bytes) -> bytes:
-        if not top:
-            return b"checkpoint/" + path if path else b"checkpoint"
-        inside = path == top or path.startswith(top + b"/")
-        return b"checkpoint" + path[len(top) :] if inside else path
+        for source, target in moves:
+            if not source:
+                return target + b"/" + path if path else target
+            if path == source or path.startswith(source + b"/"):
+                return target + path[len(source) :]
+        return path
 
     return CheckpointFile(under(file.path), file.inode, None if file.link is None else under(file.link), file.open)
 

@@ -16,7 +16,7 @@ from ckptfs.errors import FormatError
 from ckptfs.layers.compression import DECOMPRESS
 from ckptfs.layers.paths import normalise
 from ckptfs.layers.zstd_chunked_writer import Member, write_layer
-from ckptfs.model.annotations import BASE_DIGEST, BASE_NAME, ROLE, VERSION
+from ckptfs.model.annotations import BASE_DIGEST, BASE_NAME, DELTA_ROLE, ROLE, VERSION
 from ckptfs.model.oci import Descriptor, Digest, Manifest, parse_json
 from ckptfs.model.toc import Inode
 from ckptfs.model.tree import OPAQUE, WHITEOUT, Tree
@@ -110,7 +110,7 @@ class RootfsImage:
         if not members:
             return None
         out = self._work.spool()
-        written = write_layer(members, out.write, annotations={ROLE: "rootfs-diff"}, threads=threads)
+        written = write_layer(members, out.write, annotations={ROLE: DELTA_ROLE}, threads=threads)
         out.complete(written.descriptor)
         publisher.add(written.descriptor, out, done=out.close)
         return written.descriptor, written.diff_id

@@ -6,12 +6,14 @@ import json
 import os
 import random
 import stat
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ckptfs.model.oci import OCI_MANIFEST
 from ckptfs.settings import KiB, MiB
 from tests.support import golden
-from tests.support.blobs import TAR
+from tests.support.blobs import BytesBlob, blob_of
 from tests.support.tools import run
 
 
@@ -94,22 +96,29 @@ def without_what_go_drops(listing: golden.Listing) -> golden.Listing:
 
 def layout_of(tar: bytes, folder: Path) -> Path:
     """An OCI layout with one plain layer, tagged latest."""
+    return layout_with(folder, [blob_of(tar)])
+
+
+def layout_with(folder: Path, layers: Sequence[BytesBlob], annotations: Mapping[str, str] | None = None) -> Path:
+    """An OCI layout of one image, tagged latest. The config's diff_ids are those of uncompressed layers only."""
     blobs = folder / "blobs" / "sha256"
     blobs.mkdir(parents=True)
 
-    def put(data: bytes, media_type: str) -> dict[str, object]:
+    def put(data: bytes, media_type: str) -> dict[str, Any]:
         name = hashlib.sha256(data).hexdigest()
         (blobs / name).write_bytes(data)
         return {"mediaType": media_type, "digest": f"sha256:{name}", "size": len(data)}
 
-    layer = put(tar, TAR)
+    for layer in layers:
+        put(layer.data, layer.descriptor.media_type)
     config = {"architecture": "amd64", "os": "linux", "config": {}}
-    config["rootfs"] = {"type": "layers", "diff_ids": [layer["digest"]]}
+    config["rootfs"] = {"type": "layers", "diff_ids": [str(layer.descriptor.digest) for layer in layers]}
     manifest = {
         "schemaVersion": 2,
         "mediaType": OCI_MANIFEST,
         "config": put(json.dumps(config).encode(), "application/vnd.oci.image.config.v1+json"),
-        "layers": [layer],
+        "layers": [layer.descriptor.to_json() for layer in layers],
+        "annotations": dict(annotations or {}),
     }
     tagged = put(json.dumps(manifest).encode(), OCI_MANIFEST)
     tagged["annotations"] = {"org.opencontainers.image.ref.name": "latest"}
