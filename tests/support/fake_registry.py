@@ -15,6 +15,7 @@ import re
 import secrets
 import socket
 import ssl
+import struct
 import threading
 import time
 from base64 import b64decode
@@ -195,6 +196,10 @@ class FakeRegistry:
         with self._lock:
             self.tokens = {token: (0.0, scope) for token, (_, scope) in self.tokens.items()}
 
+    def reset_connections(self) -> None:
+        """RST on every connection that there is, whatever is under way on it."""
+        self._server.reset()
+
     # -- for the handler -----------------------------------------------------------------------------------------------
 
     def note(self, access: Access) -> Fault | None:
@@ -252,6 +257,14 @@ class _Server(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients that go away are what the tests are about."""
+
+    def reset(self) -> None:
+        for connection in list(self.connections):
+            try:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
 
     def end(self) -> None:
         for connection in list(self.connections):
