@@ -102,6 +102,7 @@ async def _serve(
             log.info("%s is mounted on %s after %.0f ms", image.resolved.reference, mountpoint, facts["ready_ms"])
             settle_garbage_collector()
             image.reader.observer = recorder
+            image.reader.transfer_rate = request.transfer_rate
             if request.ready_fd is not None:
                 tell(request.ready_fd)
             if writer is None:

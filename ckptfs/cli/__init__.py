@@ -32,6 +32,7 @@ COMMANDS = {
     "pull": "pull",
     "index": "index",
     "restore": "restore",
+    "profile": "profile",
     "check": "check",
     "stub": "stub",
     "bench": "bench",

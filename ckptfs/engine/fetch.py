@@ -268,7 +268,7 @@ class Fetcher:
         finally:
             self.scheduler.running.remove(job)
             self._flying.difference_update(chunk.key for chunk in job.chunks)
-            self.link.sample(time.monotonic())
+            self.link.sample(time.monotonic(), full=self.scheduler.full)
         if job.priority != Priority.DEMAND:
             self.prefetched_bytes += job.size
             self._unused.update((chunk.key, chunk.size) for chunk in job.chunks)

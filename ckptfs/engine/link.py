@@ -11,7 +11,7 @@ from ckptfs.settings import KiB, Sizes
 
 _SAMPLE = 0.05  # seconds; shorter intervals measure bursts of the receive buffer, not the link
 _SAMPLE_BYTES = 512 * KiB
-_SLACK = 0.03  # seconds of data on top of two round trips: covers the pauses between requests of one connection
+_SLACK = 0.03  # seconds of data on top of a round trip, at least: covers the pauses between requests of one connection
 _FLOOR = 512 * KiB  # two chunks of a pages file
 _GUESS = 25e6  # bytes per second until the first sample: 2 MB at no delay, 12 MB at 200 ms
 
@@ -21,9 +21,9 @@ class LinkEstimate:
 
     def __init__(self, sizes: Sizes) -> None:
         self._ceiling = sizes.in_flight
-        self._delays: deque[float] = deque(maxlen=16)
+        self._delays: deque[float] = deque(maxlen=128)
         self._rates: deque[float] = deque(maxlen=8)
-        self._since = 0.0
+        self._since: float | None = None
         self._bytes = 0
 
     @property
@@ -33,31 +33,39 @@ class LinkEstimate:
 
     @property
     def delay(self) -> float:
-        """Seconds from request to first byte, the best of the last requests; 0 while unknown."""
+        """Seconds from request to first bytes, the best of many: those that had the link to themselves. 0: unknown."""
         return min(self._delays, default=0.0)
 
     @property
     def window(self) -> int:
         rate = self.rate or _GUESS
-        return int(min(max(rate * (2 * self.delay + _SLACK), _FLOOR), self._ceiling))
+        return int(min(max(rate * (self.delay + max(self.delay, _SLACK)), _FLOOR), self._ceiling))
 
     def first_byte(self, seconds: float) -> None:
         self._delays.append(seconds)
 
     def received(self, count: int, now: float) -> None:
         """Called from the fetching threads; a lost update would only blur one sample."""
-        if not self._bytes:
-            self._since = now  # the round trip before the first byte says nothing of the bandwidth
-        self._bytes += count
+        if self._since is None:
+            self._since = now  # what came before, and the way of the first bytes, say nothing of the bandwidth
+        else:
+            self._bytes += count
 
     def busy(self) -> None:
         """The link goes from idle to busy: start measuring."""
-        self._bytes = 0
+        self._since, self._bytes = None, 0
 
-    def sample(self, now: float) -> None:
-        """The link has been busy since the last call of `busy` or `sample`."""
+    def sample(self, now: float, *, full: bool) -> None:
+        """The link has been busy since the last call of `busy` or `sample`, and is `full` if more had to wait.
+
+        If it was not full, its rate says no more than that the link carries at least so much (BBR: "app-limited").
+        """
+        if self._since is None:
+            return
         elapsed = now - self._since
         # A few chunks that came in one burst, or one small request, would make the estimate far too high or low.
         if self._bytes and elapsed >= _SAMPLE and (self._bytes >= _SAMPLE_BYTES or elapsed >= 20 * _SAMPLE):
-            self._rates.append(self._bytes / elapsed)
-            self._bytes = 0
+            rate = self._bytes / elapsed
+            if full or rate > (self.rate or _GUESS):
+                self._rates.append(rate)
+            self._since, self._bytes = None, 0

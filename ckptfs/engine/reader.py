@@ -6,7 +6,7 @@ bytes that the file has there, or raise: a short read inside a file makes CRIU's
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import trio
@@ -20,6 +20,7 @@ from ckptfs.settings import KiB, MiB
 _STRAIGHT = 512 * KiB  # reads of this size and more are of large files, front to back: the kernel keeps the pages
 _SEQUENTIAL = 512 * KiB  # read in sequence before running ahead
 _FAULT = 16 * KiB  # a read of so little elsewhere is a page fault or a look-up, never the kernel reading ahead
+_HELD = 0.02  # seconds at most for which a piece of the daemon's transfer is held back: faults wait behind it
 _REORDERED = 2 * MiB  # how far apart reads of one sequence may come
 
 
@@ -51,6 +52,7 @@ class Handle:
     streak    bytes read in sequence.
     ahead     up to where chunks have been asked for ahead of the sequence.
     jumped    where the last read that was out of sequence ended; one that goes on there starts a new sequence.
+    paging    whether it is CRIU that reads, restoring with lazy pages.
     """
 
     inode: Inode
@@ -59,6 +61,7 @@ class Handle:
     streak: int = 0
     ahead: int = 0
     jumped: int = -1
+    paging: bool = False
 
     def observe(self, offset: int, size: int) -> bool:
         """Note a read; whether it goes on sequentially. The kernel's read-ahead may overtake itself."""
@@ -81,9 +84,23 @@ class Reader:
         self.fetcher = fetcher
         self.counters = ReadCounters()
         self.observer: Callable[[Handle, int, int, bool], None] | None = None  # of (handle, offset, size, hit)
+        self.transfer_rate = 0.0  # bytes per second of what no process waits for, to the lazy-pages daemon; 0: no limit
         self.sequential = trio.Event()  # set once somebody reads a large file from front to back
+        self._apart: dict[bytes, Sequence[Extent]] = {}
         self._answered = trio.Event()
         self._slots = trio.CapacityLimiter(max_hung)
+
+    def take_apart(self, chunks: Mapping[bytes, Sequence[Extent]]) -> None:
+        """By key, chunks and their cells: page faults in a chunk that is not here fetch the cell, from now on."""
+        self._apart.update(chunks)
+
+    def _extents(self, inode: Inode, offset: int, size: int) -> Iterator[Extent]:
+        for extent in overlapping(inode.extents, offset, size):
+            cells = self._apart.get(extent.chunk.key) if size <= _FAULT else None
+            if cells is None or self.fetcher.has(extent.chunk):
+                yield extent
+            else:
+                yield from overlapping(cells, offset, size)
 
     def cached(self, inode: Inode, offset: int, size: int) -> Data | None:
         """The bytes, when this node has them all; None otherwise. b"" at and past the end of the file."""
@@ -93,7 +110,7 @@ class Reader:
         if size >= _STRAIGHT:
             return self._straight(inode, offset, size)
         parts: list[tuple[Extent, Data]] = []
-        for extent in overlapping(inode.extents, offset, size):
+        for extent in self._extents(inode, offset, size):
             data = self.fetcher.lookup(extent.chunk)
             if data is None:
                 return None
@@ -117,7 +134,7 @@ class Reader:
         size = min(size, inode.size - offset)
         if size <= 0:
             return b""
-        extents = list(overlapping(inode.extents, offset, size))
+        extents = list(self._extents(inode, offset, size))
         began = time.monotonic()
         self.counters.waiting += 1
         try:
@@ -159,11 +176,16 @@ class Reader:
         else:
             counters.memory_hits += 1
         counters.bytes += len(data)
+        if self.transfer_rate and handle.paging and size > _FAULT:
+            await trio.sleep(min(size / self.transfer_rate, _HELD))
         return data
 
     def _run_ahead(self, handle: Handle, position: int) -> None:
-        """Keep the link busy past what the kernel reads ahead: two windows' worth, in file order."""
-        distance = 2 * self.fetcher.link.window
+        """Keep the link busy past what the kernel reads ahead, in file order: two windows' worth in the end.
+
+        At first no more than has been read: what is asked for in one burst is in the way of a fault.
+        """
+        distance = min(2 * self.fetcher.link.window, handle.streak)
         target = min(position + distance, handle.inode.size)
         start = max(handle.ahead, position)
         if target - start < distance // 4 and target < handle.inode.size:

@@ -62,6 +62,7 @@ class Scheduler:
     # Bytes that prefetch and background together may have on the way: about what the link holds, so that a demand
     # read does not queue behind megabytes of what nobody waits for. fetch.py adjusts it to the measured link.
     window: int = 0
+    full: bool = False  # whether something was refused because the window is full: then the link has all it can carry
 
     def __post_init__(self) -> None:
         self.window = self.window or self.sizes.in_flight
@@ -97,6 +98,7 @@ class Scheduler:
     def next_job(self) -> Job | None:
         """The job to start now, None when nothing is queued or enough is under way; the caller adds it to `running`."""
         jobs = self.sizes.jobs
+        self.full = False
         if len(self.running) >= 2 * jobs:
             return None
         for priority in Priority:
@@ -106,39 +108,41 @@ class Scheduler:
                 if wanted is None or wanted.priority != priority:
                     queue.popleft()
                     continue
-                if not self._admits(priority):
+                job = self._grown(wanted.chunk, priority)
+                if not self._admits(job):
                     return None
                 queue.popleft()
-                return self._grow(wanted.chunk, priority)
+                for chunk in job.chunks:
+                    self._take(chunk.key)
+                return job
         return None
 
-    def _admits(self, priority: Priority) -> bool:
+    def _admits(self, job: Job) -> bool:
         """Demand may always start; the others leave room on the link and among the connections."""
-        if priority == Priority.DEMAND:
+        if job.priority == Priority.DEMAND:
             return True
         others = [job for job in self.running if job.priority != Priority.DEMAND]
-        limit = self.sizes.jobs if priority == Priority.PREFETCH else self.sizes.background_jobs
+        limit = self.sizes.jobs if job.priority == Priority.PREFETCH else self.sizes.background_jobs
         if len(others) >= limit:
             return False
-        under_way = sum(job.outstanding for job in self.running)
-        return not others or under_way + self.extent_limit(priority) <= self.window
+        self.full = bool(others) and job.size + sum(job.outstanding for job in self.running) > self.window
+        return not self.full
 
-    def _grow(self, first: Chunk, priority: Priority) -> Job:
+    def _grown(self, first: Chunk, priority: Priority) -> Job:
         """The extent that starts at `first` and goes on over whatever wanted chunks follow it in the blob."""
         places = self._places[first.layer]
         at = bisect.bisect_left(places, (first.offset, first.inner, first.key))
         limit = self.extent_limit(priority)
         start, end, chunks = first.offset, first.offset + first.size, [first]
-        company = min(limit, self.sizes.random_extent, self.window // 4) if priority == Priority.DEMAND else limit
+        # Of what is less urgent only a little comes along, and only with what could not be foreseen.
+        company = min(limit, self.sizes.random_extent, self.window // 4) if priority == Priority.DEMAND else 0
         for offset, _, key in places[at + 1 : at + 1 + 4096]:
             chunk, asked = self._wanted[key].chunk, self._wanted[key].priority
-            most = limit if asked == priority else company
+            most = limit if asked <= priority else company
             if offset > end + self.sizes.coalesce_gap or offset + chunk.size > start + most:
                 break
             chunks.append(chunk)
             end = max(end, offset + chunk.size)
-        for chunk in chunks:
-            self._take(chunk.key)
         return Job(first.layer, start, end, chunks, priority)
 
     def extent_limit(self, priority: Priority) -> int:

@@ -1,14 +1,15 @@
-"""Who opens a file: CRIU's lazy-pages daemon, for which pages are better read without the kernel's page cache.
+"""Who opens a file: CRIU restoring with lazy pages, for which pages are better read without the kernel's page cache.
 
-The daemon reads every page once, some of them because a process waits for them right now. With the page cache the
-kernel would read up to 4 MiB ahead of each piece, and a fault would wait for all that. Nothing but speed depends on the
-answer: whoever pretends to be the daemon gets no more than direct I/O. Called by operations.py.
+The lazy-pages daemon reads every page once, some of them because a process waits for them right now. With the page
+cache the kernel would read up to 4 MiB ahead of each piece, and a fault would wait for all that. The restore beside it
+reads a few pages only. Nothing but speed depends on the answer: whoever pretends to be CRIU gets no more than direct
+I/O. Called by operations.py.
 """
 
 import trio
 
-_ARGUMENT = b"lazy-pages"
-_PATIENCE = 0.05  # seconds; 0.1 ms is usual
+_ARGUMENTS = {b"lazy-pages", b"--lazy-pages"}  # `criu lazy-pages`, `criu restore --lazy-pages`
+_PATIENCE = 0.5  # seconds; 0.1 ms is usual
 _MOST = 4096  # bytes of a command line that are looked at
 
 # Reading a command line reads the memory of that process, which may be mapped from a file system that does not answer,
@@ -16,8 +17,8 @@ _MOST = 4096  # bytes of a command line that are looked at
 _threads = trio.CapacityLimiter(4)
 
 
-async def is_lazy_pages_daemon(pid: int) -> bool:
-    """Whether `pid` was started as `criu lazy-pages`. False where that cannot be seen (0: in another namespace)."""
+async def pages_lazily(pid: int) -> bool:
+    """Whether `pid` was started with lazy pages on its command line. False where that cannot be seen (pid 0)."""
     if not pid or not _threads.available_tokens:
         return False
     with trio.move_on_after(_PATIENCE):
@@ -28,6 +29,6 @@ async def is_lazy_pages_daemon(pid: int) -> bool:
 def _has_argument(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/cmdline", "rb", buffering=0) as file:
-            return _ARGUMENT in file.read(_MOST).split(b"\0")
+            return not _ARGUMENTS.isdisjoint(file.read(_MOST).split(b"\0"))
     except OSError:
         return False

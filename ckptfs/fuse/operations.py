@@ -20,7 +20,7 @@ import pyfuse3
 
 from ckptfs.engine.reader import Handle
 from ckptfs.errors import CkptfsError
-from ckptfs.fuse.callers import is_lazy_pages_daemon
+from ckptfs.fuse.callers import pages_lazily
 from ckptfs.image import OpenImage
 from ckptfs.model.toc import Inode
 from ckptfs.model.tree import OPAQUE_XATTR, Node
@@ -158,9 +158,9 @@ class Operations(pyfuse3.Operations):
         if not found.is_file:
             raise pyfuse3.FUSEError(errno.EINVAL)
         number = self._number()
-        self._handles[number] = await self.image.open(found)
-        exact = found.size >= _LARGE and await is_lazy_pages_daemon(ctx.pid)
-        return pyfuse3.FileInfo(fh=number, keep_cache=True, direct_io=exact)
+        handle = self._handles[number] = await self.image.open(found)
+        handle.paging = found.size >= _LARGE and await pages_lazily(ctx.pid)
+        return pyfuse3.FileInfo(fh=number, keep_cache=True, direct_io=handle.paging)
 
     @_answers
     async def read(self, handle: int, offset: int, size: int) -> bytes:

@@ -19,6 +19,7 @@ from ckptfs.prefetch.background import Background, Metadata
 from ckptfs.prefetch.profile import Recorded
 from ckptfs.prefetch.restore_order import RestoreOrder
 
+_WORTH = 2  # times its own size that a table of cells must save, before it is fetched
 _BATCH = 512  # chunks of a profile between two looks at what else there is to do
 _BACKGROUND_DELAY = 1.0  # seconds; a restore with lazy pages has its first tick before the rest is fetched
 
@@ -74,10 +75,15 @@ async def _recorded(image: OpenImage) -> None:
         if profile is None:
             return
         image.profile = profile
-        policy = Recorded(profile)
-        for inode in policy.files(image.tree):
+        policy = Recorded(profile, image.tree)
+        cells = {}
+        for inode in policy.files:
             await image.tables.load(inode)
-        plan = policy.plan(image.tree)
+            table = image.tables.cells_size(inode)
+            if table is not None and policy.spare(inode) > _WORTH * table:
+                cells[inode] = await image.tables.cells(inode)
+        image.reader.take_apart(policy.take_apart(cells))
+        plan = policy.plan()
         while batch := list(islice(plan, _BATCH)):
             image.fetcher.want(batch, Priority.PREFETCH)
             await trio.lowlevel.checkpoint()

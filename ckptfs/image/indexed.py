@@ -8,15 +8,16 @@ shares with it.
 import base64
 import binascii
 import logging
+from collections.abc import Sequence
 
 import trio
 
 from ckptfs.errors import FormatError
 from ckptfs.image.earlier import Documents, EarlierImages, table_bytes
 from ckptfs.model.blob import Blob
-from ckptfs.model.index import ANNOTATION_INDEX, ImageIndex, IndexedFile, decode_index, load_table
+from ckptfs.model.index import ANNOTATION_INDEX, ImageIndex, IndexedFile, decode_index, load_table, read_cells
 from ckptfs.model.oci import Manifest
-from ckptfs.model.toc import Inode
+from ckptfs.model.toc import Extent, Inode
 from ckptfs.settings import Limits
 
 log = logging.getLogger(__name__)
@@ -74,11 +75,28 @@ class ChunkTables:
         for inode in list(self._pending):
             await self.load(inode)
 
+    def cells_size(self, inode: Inode) -> int | None:
+        """Bytes of the table of the file's cells; None where there is none."""
+        found = (file.cells for file, _, _ in self.with_cells if file.entry.inode is inode)
+        return next((cells.size for cells in found if cells is not None), None)
+
+    async def cells(self, inode: Inode) -> Sequence[Extent]:
+        """The file's cells; nothing where it has none."""
+        for file, blob, layer in self.with_cells:
+            if file.entry.inode is inode:
+                return await trio.to_thread.run_sync(self._cells, file, blob, layer, abandon_on_cancel=True)
+        return ()
+
     async def keep_cells(self) -> None:
         """Fetch what later images of the repository will need to know of this one."""
         if self.earlier is not None:
             for file, blob, _ in self.with_cells:
                 await trio.to_thread.run_sync(self.earlier.keep, file, blob, abandon_on_cancel=True)
+
+    def _cells(self, file: IndexedFile, blob: Blob, layer: int) -> Sequence[Extent]:
+        if file.cells is None:
+            return ()
+        return read_cells(file, table_bytes(self._documents, file.cells, blob), layer, blob.size, self._limits)
 
     def _load(self, file: IndexedFile, blob: Blob, layer: int) -> None:
         if file.table is not None:

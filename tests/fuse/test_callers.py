@@ -1,4 +1,4 @@
-"""Who opens a file: CRIU's lazy-pages daemon is known by its command line; nobody can make the mount wait for it."""
+"""Who opens a file: CRIU with lazy pages is known by its command line; nobody can make the mount wait for that."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from ckptfs.fuse import callers
-from ckptfs.fuse.callers import is_lazy_pages_daemon
+from ckptfs.fuse.callers import pages_lazily
 
 
 @contextmanager
@@ -28,20 +28,21 @@ def started(*arguments: str) -> Iterator[int]:
     [
         (["lazy-pages", "-D", "/mnt"], True),
         (["-D", "/mnt", "lazy-pages"], True),
-        (["restore", "--lazy-pages"], False),
+        (["restore", "--lazy-pages"], True),
+        (["restore", "-D", "/mnt/lazy-pages"], False),
         ([], False),
     ],
 )
-def test_the_daemon_is_known_by_its_command_line(arguments: list[str], expected: bool) -> None:
+def test_criu_is_known_by_its_command_line(arguments: list[str], expected: bool) -> None:
     with started(*arguments) as pid:
-        assert trio.run(is_lazy_pages_daemon, pid) is expected
+        assert trio.run(pages_lazily, pid) is expected
 
 
-def test_a_process_that_cannot_be_seen_is_not_the_daemon() -> None:
-    assert not trio.run(is_lazy_pages_daemon, 0)
+def test_a_process_that_cannot_be_seen_is_not_criu() -> None:
+    assert not trio.run(pages_lazily, 0)
     with started() as pid:
         pass
-    assert not trio.run(is_lazy_pages_daemon, pid)
+    assert not trio.run(pages_lazily, pid)
 
 
 def test_a_process_whose_memory_does_not_answer_costs_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,9 +53,9 @@ def test_a_process_whose_memory_does_not_answer_costs_a_moment(monkeypatch: pyte
     async def ask() -> None:
         async with trio.open_nursery() as nursery:
             for _ in range(20):
-                nursery.start_soon(is_lazy_pages_daemon, 1)
+                nursery.start_soon(pages_lazily, 1)
 
     began = time.monotonic()
     trio.run(ask)
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 3.0
     answered.set()
