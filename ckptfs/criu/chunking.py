@@ -30,13 +30,25 @@ def page_cuts(runs: Iterable[tuple[int, int]], size: int) -> Iterator[tuple[int,
     runs: (virtual address, bytes) of what the file holds, in the order of the file, as the pagemap lists it.
     A cell ends where the next page is of another cell of the address space. A chunk no larger than a cell is not cut.
     """
-    cell = cell_for(size)
     for span in _pieces(runs, SPAN):
-        total = sum(length for _, length in span)
-        if total <= cell:
-            yield (total,)
-        else:
-            yield tuple(sum(length for _, length in piece) for piece in _pieces(span, cell))
+        yield tuple(map(_length, _cells(span, cell_for(size))))
+
+
+def placed_cells(runs: Iterable[tuple[int, int]], size: int) -> Iterator[tuple[int, int, int]]:
+    """(virtual address, offset in the file, bytes) of the cells that `page_cuts` makes."""
+    offset = 0
+    for span in _pieces(runs, SPAN):
+        for cell in _cells(span, cell_for(size)):
+            yield cell[0][0], offset, _length(cell)
+            offset += _length(cell)
+
+
+def _cells(span: list[tuple[int, int]], cell: int) -> Iterable[list[tuple[int, int]]]:
+    return [span] if _length(span) <= cell else _pieces(span, cell)
+
+
+def _length(piece: list[tuple[int, int]]) -> int:
+    return sum(length for _, length in piece)
 
 
 def _pieces(runs: Iterable[tuple[int, int]], unit: int) -> Iterator[list[tuple[int, int]]]:

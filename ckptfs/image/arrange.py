@@ -45,7 +45,7 @@ async def arrange(image: OpenImage, open_source: OpenSource | None, base: Refere
     if index is not None:
         image.fetcher.keep(index.contents)
         if image.options.increments:
-            await _find_earlier(image)
+            await _find_earlier(image, index)
     if image.resolved.loose_blobs:
         _lay_out(image)
     side = await image.find_side_documents(image.source, manifest) if index is None else {}
@@ -93,7 +93,7 @@ def _lay_out(image: OpenImage) -> None:
     image.tree.add(layout, image.next_rank)
 
 
-async def _find_earlier(image: OpenImage) -> None:
+async def _find_earlier(image: OpenImage, index: ImageIndex) -> None:
     """What this node knows of earlier images of the repository; before the layers are added."""
     limits, resolved = image.options.settings.limits, image.resolved
     earlier = EarlierImages(image.source, image.cache, image.cells, limits)
@@ -101,7 +101,7 @@ async def _find_earlier(image: OpenImage) -> None:
     def index_of(manifest: Manifest) -> ImageIndex | None:
         return inline_index(manifest, 0, limits)
 
-    await trio.to_thread.run_sync(earlier.find, resolved.reference, resolved.manifest, index_of)
+    await trio.to_thread.run_sync(earlier.find, resolved.reference, resolved.manifest, index, index_of)
     image.tables.earlier = earlier
 
 

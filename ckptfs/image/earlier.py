@@ -3,8 +3,10 @@
 A node that has run one checkpoint of a process and mounts the next fetches the pages that changed, not the chunks that
 they lie in. Remembers, for each repository, the last images that were opened; where a pages file of this image has the
 name of one of theirs, and chunks that this node lacks, those chunks are taken apart into cells, of which most are in
-the earlier image's chunks (engine/shared_cells.py). Costs two small tables of the layers and nothing when no earlier
-image is here. A failure costs the saving, never the read. Blocking calls, made from worker threads by indexed.py.
+the earlier image's chunks (engine/shared_cells.py): at the same virtual addresses, which both images' pagemaps tell, or
+anywhere, if the table of the earlier image's cells is here. Costs the table of this image's cells, and nothing when no
+earlier image is here. A failure costs the saving, never the read. Blocking calls, made from worker threads by
+indexed.py.
 """
 
 import json
@@ -13,13 +15,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ckptfs.criu.chunking import placed_cells
+from ckptfs.criu.pagemap import Pagemap, parse_pagemap
 from ckptfs.engine.shared_cells import Place, SharedCells
-from ckptfs.errors import CkptfsError
+from ckptfs.errors import CkptfsError, FormatError
 from ckptfs.model.blob import Blob
 from ckptfs.model.index import ImageIndex, IndexedFile, Table, load_table, read_cells
 from ckptfs.model.oci import Digest, Manifest, Reference, parse_document
 from ckptfs.model.packed import PackedExtents
-from ckptfs.model.toc import Extent
+from ckptfs.model.toc import Extent, overlapping
 from ckptfs.settings import Limits
 from ckptfs.sources import Source
 
@@ -34,11 +38,23 @@ class Documents(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class _Pagemap:
+    """As it is in an index: parsed when it is needed."""
+
+    name: str
+    data: bytes
+
+    def parse(self, limits: Limits) -> Pagemap:
+        return parse_pagemap(self.data, self.name, limits)
+
+
+@dataclass(frozen=True, slots=True)
 class _Pages:
-    """A pages file of an earlier image, and its layer."""
+    """A pages file of an earlier image, its layer, and its pagemap, where that is in the index."""
 
     file: IndexedFile
     blob: Blob
+    pagemap: _Pagemap | None
 
 
 class EarlierImages:
@@ -48,21 +64,31 @@ class EarlierImages:
         self._cells = cells
         self._limits = limits
         self._pages: dict[bytes, list[_Pages]] = {}
+        self._pagemaps: dict[bytes, _Pagemap] = {}  # of this image, by the path of the pages file
 
-    def find(self, reference: Reference, image: Manifest, index_of: Callable[[Manifest], ImageIndex | None]) -> None:
+    def find(
+        self,
+        reference: Reference,
+        image: Manifest,
+        index: ImageIndex,
+        index_of: Callable[[Manifest], ImageIndex | None],
+    ) -> None:
         """Look up the earlier images of `reference`'s repository, and remember `image` as the latest one."""
+        self._pagemaps = self._find_pagemaps(index)
         key = f"earlier/{reference.kind}/{reference.host}/{reference.repository or reference.path}"
         known = [d for d in _digests(self._documents.get_document(key)) if d != image.digest]
         for earlier in known:
             manifest = self._manifest(earlier)
-            index = index_of(manifest) if manifest is not None else None
-            if manifest is None or index is None:
+            theirs = index_of(manifest) if manifest is not None else None
+            if manifest is None or theirs is None:
                 continue
-            for descriptor, layer in zip(manifest.layers, index.layers, strict=True):
+            pagemaps = self._find_pagemaps(theirs)
+            for descriptor, layer in zip(manifest.layers, theirs.layers, strict=True):
                 for file in layer.files:
                     if file.cells is not None:
-                        pages = _Pages(file, self._source.blob(descriptor))
-                        self._pages.setdefault(file.entry.path, []).append(pages)
+                        path = file.entry.path
+                        pages = _Pages(file, self._source.blob(descriptor), pagemaps.get(path))
+                        self._pages.setdefault(path, []).append(pages)
         self._documents.put_document(f"earlier/{image.digest}", image.raw)
         names = [str(d) for d in (image.digest, *known)][:_REMEMBERED]
         self._documents.put_document(key, json.dumps(names).encode())
@@ -72,9 +98,9 @@ class EarlierImages:
         return file.cells is not None and file.entry.path in self._pages
 
     def keep(self, file: IndexedFile, blob: Blob) -> None:
-        """Fetch the table of cells for the images to come: they will ask for it when every byte counts."""
+        """Fetch the table of cells for the images to come, where addresses do not tell what they share."""
         try:
-            if file.cells is not None:
+            if file.cells is not None and file.entry.path not in self._pagemaps:
                 table_bytes(self._documents, file.cells, blob)
         except CkptfsError as error:
             log.info("the cells of %s are not kept: %s", file.entry.path.decode("utf-8", "replace"), error)
@@ -95,10 +121,11 @@ class EarlierImages:
         if not lacking:
             return
         cells = self._table(file, blob, layer)
-        wanted = {cell.chunk.key for _, inside in _within(chunks, cells) for cell in inside}
+        missing = [cell for chunk, inside in _within(chunks, cells) if chunk.start in lacking for cell in inside]
         places: dict[bytes, Place] = {}
         for earlier in self._pages[file.entry.path]:
-            self._places(earlier, wanted, places)
+            if not self._share_addresses(file, earlier, missing):
+                self._places(earlier, {cell.chunk.key for cell in missing}, places)
         self._cells.add(places)
         refined = PackedExtents(layer)
         for chunk, inside in _within(chunks, cells):
@@ -108,14 +135,49 @@ class EarlierImages:
                 refined.append(extent.start, extent.length, known.offset, known.size, known.key)
         inode.extents = refined
 
+    def _share_addresses(self, file: IndexedFile, earlier: _Pages, cells: Sequence[Extent]) -> bool:
+        """Take cells from where the earlier file has the same memory; False when the memory's addresses are not known.
+
+        That it has not changed is seen from its hash, which `SharedCells` checks before it hands anything out.
+        """
+        ours, theirs = self._pagemaps.get(file.entry.path), earlier.pagemap
+        if ours is None or theirs is None:
+            return False
+        where = {(address, length): at for address, at, length in self._placed(theirs, earlier.file)}
+        wanted = {(cell.start, cell.length): cell.chunk.key for cell in cells}
+        extents = self._extents(earlier)
+        for address, start, length in self._placed(ours, file):
+            key, at = wanted.get((start, length)), where.get((address, length))
+            if key is None or at is None or self._cells.contains(key):
+                continue
+            for chunk in overlapping(extents, at, length):
+                if chunk.start <= at and at + length <= chunk.start + chunk.length:
+                    self._cells.add({key: Place(chunk.chunk.key, at - chunk.start, length)})
+                    self._cells.get(key)  # forgets it where the memory has changed
+        return True
+
+    def _placed(self, described: _Pagemap, file: IndexedFile) -> Iterator[tuple[int, int, int]]:
+        size = file.entry.inode.size if file.entry.inode is not None else 0
+        pagemap = described.parse(self._limits)
+        return placed_cells(((run.vaddr, run.length) for run in pagemap.placed(pagemap.page_size(size))), size)
+
+    def _find_pagemaps(self, index: ImageIndex) -> dict[bytes, _Pagemap]:
+        """The pagemaps that an index has whole, by the path of the pages file that each describes."""
+        found = {}
+        for file in (file for layer in index.layers for file in layer.files if file.content is not None):
+            directory, _, name = file.entry.path.rpartition(b"/")
+            if name.startswith(b"pagemap-") and file.content is not None:
+                pagemap = _Pagemap(name.decode("utf-8", "replace"), file.content)
+                try:
+                    pages = pagemap.parse(self._limits).file.encode()
+                except FormatError:
+                    continue
+                found[directory + b"/" + pages if directory else pages] = pagemap
+        return found
+
     def _places(self, earlier: _Pages, wanted: set[bytes], places: dict[bytes, Place]) -> None:
         """Add where the chunks of an earlier file, as far as they are here, have cells that are wanted."""
-        inode = earlier.file.entry.inode
-        if inode is None:
-            return
-        extents = inode.extents
-        if earlier.file.table is not None:
-            extents = self._extents(earlier)
+        extents = self._extents(earlier)
         here = [chunk for chunk in extents if self._cells.contains(chunk.chunk.key)]
         if not here:
             return
@@ -138,10 +200,10 @@ class EarlierImages:
 
     def _extents(self, earlier: _Pages) -> Sequence[Extent]:
         inode, table = earlier.file.entry.inode, earlier.file.table
-        if inode is None or table is None:
-            return ()
-        load_table(earlier.file, table_bytes(self._documents, table, earlier.blob), 0, earlier.blob.size, self._limits)
-        return inode.extents
+        if inode is not None and table is not None:
+            data = table_bytes(self._documents, table, earlier.blob)
+            load_table(earlier.file, data, 0, earlier.blob.size, self._limits)
+        return inode.extents if inode is not None else ()
 
 
 def table_bytes(documents: Documents, table: Table, blob: Blob) -> bytes:
