@@ -199,6 +199,7 @@ def _toucher(folder: Path, megabytes: int) -> Workload:
 
 WORKLOADS: dict[str, Callable[[Path, int], AbstractContextManager[Workload]]] = {
     "ticker": _ticker,
+    "scattered": _ticker,
     "toucher": _toucher,
     "tree": process_tree,
     "heap": heap,

@@ -38,10 +38,12 @@ def all_rows() -> tuple[Row, ...]:
         round_trips,
         timeline,
         warm_reads,
+        working_set,
     )
 
     modules = (
         first_tick, plain_restore, timeline, round_trips, read_ratio, pauses, at_rest, read_everything, long_delay,
-        warm_reads, cpu_and_memory, many_mounts, increments, many_files, lazy_peer, over_links,
+        warm_reads, cpu_and_memory, many_mounts, increments, working_set, many_files, lazy_peer,
+        over_links,
     )  # fmt: skip
     return tuple(module.ROW for module in modules)
