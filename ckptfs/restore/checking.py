@@ -5,6 +5,8 @@ the first condition that does not hold, and by `ckptfs check`, which prints them
 in facts.py.
 """
 
+import contextlib
+import json
 import os
 import platform
 import re
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptfs.errors import CkptfsError, RestoreError
-from ckptfs.settings import Settings
+from ckptfs.settings import Settings, runtime_dir
 
 _OLDEST = (3, 15)  # images of time namespaces and clone3 with chosen pids
 # criu below 4.1 cannot read the vDSO of newer kernels ("Unexpected rt vDSO area bounds"); `criu check` does not see it
@@ -73,6 +75,27 @@ def kernel(settings: Settings, *, lazy: bool) -> Iterator[Finding]:
         ok, said = _ask_criu(settings, "check", "--feature", "uffd-noncoop")
         detail = "userfaultfd" if ok else f"no lazy pages on Linux {release}: {said}"
         yield Finding("lazy pages", ok, detail, "Linux 4.11 or newer has them; or restore with --no-lazy-pages")
+
+
+def kernel_once(settings: Settings, *, lazy: bool) -> list[Finding]:
+    """The same for restores: what held is remembered until the next boot, for this criu and this kernel.
+
+    Asking costs as much time as mounting the image. criu itself remembers the kernel in the same place (criu.kdat).
+    """
+    program = Path(shutil.which("criu") or "criu")
+    note = runtime_dir() / "criu-works"
+    try:
+        status = program.stat()
+        known = json.dumps([str(program), status.st_mtime_ns, status.st_size, platform.release(), lazy])
+        if note.read_text() == known:
+            return []
+    except OSError:
+        known = ""
+    found = list(kernel(settings, lazy=lazy))
+    if known and all(finding.ok for finding in found):
+        with contextlib.suppress(OSError):
+            note.write_text(known)
+    return found
 
 
 def criu_version(settings: Settings) -> tuple[int, ...]:

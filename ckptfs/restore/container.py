@@ -28,12 +28,12 @@ from ckptfs.restore.supervise import Console, Relay, Watch, become_subreaper, en
 def finish(flow: Flow) -> None:
     """Restore what `flow` has begun to mount, and stay until it has ended."""
     image = flow.open_image()
+    lazy = flow.start_lazy_pages()
     spec, config = flow.document("spec.dump"), flow.document("config.dump") or {}
     wanted, settings = flow.request.runtime, flow.settings
     flow.require(check_runtime(flow.files, wanted, settings))
-    flow.check_machine()
-    lazy = flow.start_lazy_pages()
     if spec is None:
+        flow.check_machine()
         _run(flow, "criu", lazy, None, None)
         return
     names = candidates(writer_of(config), wanted)
@@ -42,6 +42,7 @@ def finish(flow: Flow) -> None:
     root = _Root(flow)
     bundle.write(root.mount(config), flow.name)
     flow.stack.callback(runtimes.remove_cgroups, flow.name)
+    flow.check_machine()
     _run(flow, runtime, lazy, bundle, root.origin)
 
 

@@ -178,5 +178,5 @@ class Flow:
     def _begin_checks(self) -> Callable[[], None]:
         """Ask criu and the kernel; the result waits for the answer and raises what stands against a restore."""
         worker = self.stack.enter_context(ThreadPoolExecutor(1))
-        answer = worker.submit(lambda: list(checking.kernel(self.settings, lazy=self.lazy)))
+        answer = worker.submit(checking.kernel_once, self.settings, lazy=self.lazy)
         return lambda: self.require(answer.result())

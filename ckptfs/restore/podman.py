@@ -39,16 +39,16 @@ def refuse_options(request: RestoreRequest) -> None:
 def finish(flow: Flow) -> None:
     """Restore and stay until all pages are in; then the container is podman's alone."""
     flow.open_image()
+    lazy = flow.start_lazy_pages()
     flow.require(check_engine(flow.files, flow.settings))
     config = flow.document("config.dump") or {}
     name = check_name(flow.request.name or str(config.get("name", "")) or flow.name)
     with ThreadPoolExecutor(1) as worker:
         taken = worker.submit(_exists, name)
-        flow.check_machine()
-        lazy = flow.start_lazy_pages()
         redirection = redirect(flow.place.path, flow.images, lazy=lazy is not None)
         archive = flow.place / "stub.tar"
         write_stub(flow.files, archive, redirection.config, flow.settings.limits)
+        flow.check_machine()
         if lazy is not None:
             lazy.listen()
         if taken.result():
