@@ -166,10 +166,7 @@ class Flow:
     # -- what runs meanwhile -------------------------------------------------------------------------------------------
 
     def _begin_mount(self, name: str, view: Literal["checkpoint", "rootfs"], base: Reference | None = None) -> Pending:
-        stats = self.place / f"{name}.json"
-        pending = begin(
-            replace(self.request.mount, mountpoint=str(self.place / name), view=view, base=base, stats=stats)
-        )
+        pending = begin(replace(self.request.mount, mountpoint=str(self.place / name), view=view, base=base))
         self.daemons.add(pending.pid)
         if not self.request.keep:
             self.stack.callback(pending.end)

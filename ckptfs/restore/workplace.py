@@ -13,6 +13,7 @@ import ctypes
 import errno
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -25,6 +26,8 @@ from ckptfs.errors import CkptfsError, MountError, RestoreError
 from ckptfs.fuse.mountpoint import detach, mounts
 from ckptfs.mounting import umount
 from ckptfs.restore.runtimes import delete, remove_cgroups
+
+log = logging.getLogger(__name__)
 
 _STATE = "state.json"
 _KEPT = "kept"
@@ -63,6 +66,11 @@ class Workplace:
     def __exit__(self, *_: object) -> None:
         if self.kept:
             (self.path / _KEPT).touch()
+            below = [mount for mount in mounts() if Path(mount.path).is_relative_to(self.path)]
+            others = " ".join(mount.path for mount in reversed(below) if not mount.ours)
+            ours = " ".join(mount.path for mount in below if mount.ours)
+            how = [f"umount {others}"] * bool(others) + [f"ckptfs umount {ours}"] * bool(ours) + [f"rm -r {self.path}"]
+            log.warning("kept: %s; when you have seen it: %s", self.path, "; ".join(how))
         else:
             clear(self.path)
         os.close(self._lock)

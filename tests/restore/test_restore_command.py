@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -18,7 +19,7 @@ from tests.support.docker_registry import DockerRegistry
 from tests.support.podman import BASE, Podman, PodmanCheckpoint
 from tests.support.push import push_to_layout
 from tests.support.restored import assert_nothing_left, restored, start
-from tests.support.tools import ROOT, wait_for
+from tests.support.tools import ROOT, run, wait_for
 from tests.support.workload import kill_tree
 
 pytestmark = [pytest.mark.restore, pytest.mark.registry, pytest.mark.fuse]
@@ -103,6 +104,24 @@ def test_detached(reference: str, base: str, podman_checkpoint: PodmanCheckpoint
     finally:
         os.kill(pid, signal.SIGKILL)
     wait_for("the directory to go", lambda: not place.exists())
+    assert_nothing_left(tmp_path)
+
+
+def test_kept(reference: str, base: str, tmp_path: Path) -> None:
+    """Everything stays to be looked at; what the command says to type at the end takes it all away."""
+    process = start(tmp_path, reference, "--base", base, "--keep")
+    assert process.stdout is not None
+    os.kill(json.loads(process.stdout.readline())["pid"], signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    place = tmp_path / "place"
+    assert (place / "merged/data/added.txt").exists() and (place / "image/checkpoint").exists()
+    assert (place / "work/restore.log").stat().st_size > 0
+    _, _, how = err.partition("when you have seen it: ")
+    script = how.replace("ckptfs", shlex.join([sys.executable, "-m", "ckptfs"]))
+    run("sh", "-ec", script, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    for name in ("image", "base"):
+        MountFiles.of(str(place / name)).log.unlink(missing_ok=True)  # stays if it says something
     assert_nothing_left(tmp_path)
 
 
