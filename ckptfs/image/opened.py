@@ -60,6 +60,7 @@ class ImageOptions:
     background: bool = True
     base: Reference | None = None
     increments: bool = True  # fetch of a pages file only what an earlier image of the repository has not
+    remember: bool = True  # keep what scans learn of layers for the next mount
     settings: Settings = field(default_factory=Settings)
 
 
@@ -86,7 +87,7 @@ class OpenImage:
         self.fetcher = Fetcher(self.cells, MemoryCache(sizes.memory_cache), options.settings)
         self.reader = Reader(self.fetcher, _MAX_WAITING)
         self.tables = ChunkTables(cache, options.settings.limits)
-        self.memory = LayerMemory(cache, options.settings)
+        self.memory = LayerMemory(cache, options.settings, learning=options.remember)
         self._earlier: list[Tree] = []
         self.tree = self._new_tree()
         self.layout = ""
@@ -123,9 +124,8 @@ class OpenImage:
         """What is known of an image's layers outside of them; see side.py."""
         from ckptfs.image.side import find_side_documents  # not for images that bring their index along
 
-        options = self.options
-        how = {"offline": options.offline, "strict": options.strict}
-        return await find_side_documents(source, manifest, self.cache, self.memory, options.settings, **how)
+        how = {"offline": self.options.offline, "strict": self.options.strict}
+        return await find_side_documents(source, manifest, self.cache, self.memory, self.options.settings, **how)
 
     def add_layer(
         self,
@@ -143,8 +143,7 @@ class OpenImage:
         `indexed` is what the image's own index says of the layer, `side` what was found elsewhere (side.py).
         IntegrityError when strict and the layer cannot be verified.
         """
-        descriptor = blob.descriptor
-        index = self.fetcher.next_layer
+        descriptor, index = blob.descriptor, self.fetcher.next_layer
         layer: Layer
         known: Sequence[Entry] | None
         if indexed is not None:
@@ -162,6 +161,7 @@ class OpenImage:
                 f"layer {descriptor.digest} ({layer.format}) cannot be verified chunk by chunk",
                 hint="mount with --verify auto, or push the image with `ckptfs push`",
             )
+        self.memory.prepare(layer)
         tree = self.tree if tree is None else tree
         tree.begin(rank, prefix)
         entries: list[Entry] = []
@@ -211,8 +211,6 @@ class OpenImage:
             tree.add(entries, rank, whiteouts=whiteouts)
         except CkptfsError as error:
             self._fail(rank, error)
-        if self.arrived is not None:
-            self.arrived()
         self.notify()
 
     def finish(self, tree: Tree, rank: int, error: CkptfsError | None) -> None:
@@ -224,8 +222,6 @@ class OpenImage:
                 error = bad
         if error is not None:
             self._fail(rank, error)
-        if self.arrived is not None:
-            self.arrived()
         self.notify()
 
     def _fail(self, rank: int, error: CkptfsError) -> None:
@@ -237,6 +233,8 @@ class OpenImage:
             self.distrusted()
 
     def notify(self) -> None:
+        if self.arrived is not None:
+            self.arrived()
         self.progress.set()
         self.progress = trio.Event()
 
@@ -383,7 +381,7 @@ class OpenImage:
         """How many of `image_bytes` this node has; all of them only when every chunk of every file is here."""
         complete = not self.tables and all(scan.complete for scan in self._scans.values() if not scan.dormant)
         chunks = self.chunks() if complete else {}
-        here = sum(chunk.size for chunk in chunks.values() if self._has(chunk))
+        here = sum(chunk.size for chunk in chunks.values() if self.fetcher.has(chunk))
         total = sum(chunk.size for chunk in chunks.values())
         if complete and here == total:
             return self.image_bytes
@@ -395,9 +393,6 @@ class OpenImage:
     def chunks(self) -> dict[bytes, Chunk]:
         """Every chunk that the view's files need, by key; only of a complete tree."""
         return {extent.chunk.key: extent.chunk for inode in self.tree.inodes.values() for extent in inode.extents}
-
-    def _has(self, chunk: Chunk) -> bool:
-        return self.fetcher.has(chunk)
 
     @property
     def verification(self) -> str:

@@ -32,9 +32,16 @@ class RemovableStore(DocumentStore, Protocol):
 
 
 class LayerMemory:
-    def __init__(self, cache: RemovableStore, settings: Settings) -> None:
+    def __init__(self, cache: RemovableStore, settings: Settings, *, learning: bool = True) -> None:
+        """`learning`: whether anything is to be kept; a stream is read faster without."""
         self._cache = cache
         self._settings = settings
+        self._learning = learning
+
+    def prepare(self, layer: Layer) -> None:
+        """Before the layer's first scan."""
+        if isinstance(layer, StreamLayer):
+            layer.learning = self._learning
 
     def document(self, descriptor: Descriptor) -> bytes | None:
         """The index of a layer that this node has streamed, as `encode_layer_index` wrote it."""
@@ -67,6 +74,8 @@ class LayerMemory:
 
     async def keep(self, entries: Sequence[Entry], layer: Layer, descriptor: Descriptor) -> None:
         """After a complete scan: the next mount needs no scan and no network for it. The image's end waits for this."""
+        if not self._learning:
+            return
         with trio.CancelScope(shield=True):
             # 0.3 s for 100 000 files: not in the event loop
             await trio.to_thread.run_sync(self._keep, entries, layer, descriptor)

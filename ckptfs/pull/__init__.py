@@ -68,7 +68,13 @@ def pull(
 ) -> PullResult:
     """Write the image to `directory`, which appears when all of it is there, and not at all after an error."""
     options = ImageOptions(
-        view=view, base=base, prefetch=False, background=False, increments=False, settings=settings or Settings()
+        view=view,
+        base=base,
+        prefetch=False,
+        background=False,
+        increments=False,
+        remember=False,
+        settings=settings or Settings(),
     )
     with Destination(directory) as destination:
         cache = ChunkCache.ephemeral(destination.target.parent, size=_UNBOUNDED)
