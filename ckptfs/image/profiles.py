@@ -60,7 +60,7 @@ def attached(source: Source, image: Digest, limits: Limits) -> Profile | None:
     """The newest profile that can be read. Raises what keeps it from asking."""
     if not isinstance(source, Repository):
         return None
-    offers = source.referrers(image, PROFILE_ARTIFACT)
+    offers = reversed(source.referrers(image, PROFILE_ARTIFACT))  # registries without dates list the oldest first
     for offer in sorted(offers, key=lambda offer: offer.annotations.get(CREATED, ""), reverse=True):
         try:
             return decode_profile(_document(source, image, offer, limits), limits)

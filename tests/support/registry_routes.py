@@ -153,7 +153,8 @@ class Handler(BaseHTTPRequestHandler):
             document = json.loads(raw)
             if name == self.name and ":" in key and document.get("subject", {}).get("digest") == digest:
                 own = document.get("artifactType") or document["config"]["mediaType"]
-                entries.append({"mediaType": kind, "digest": key, "size": len(raw), "artifactType": own})
+                entry = {"mediaType": kind, "digest": key, "size": len(raw), "artifactType": own}
+                entries.append({**entry, "annotations": document.get("annotations", {})})
         index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}
         self._reply(200, json.dumps(index).encode(), {"Content-Type": OCI_INDEX})
 
