@@ -31,7 +31,11 @@ from ckptfs.settings import default_cache_dir
     show_default=True,
     help="checkpoint: the same tree whatever the producer; raw: exactly the image; rootfs: the container's root.",
 )
-@click.option("--base", type=RegistryReference(), help="The base image of the rootfs view, if the image names none.")
+@click.option(
+    "--base",
+    type=RegistryReference(),
+    help="The base image, if the image names none: of the rootfs view, and of rootfs-diff/'s directories.",
+)
 @click.option("--offline", is_flag=True, help="Send nothing; what the node's cache lacks is an I/O error.")
 @click.option("--ephemeral", is_flag=True, help="Keep nothing: a private cache that is removed at the end.")
 @click.option(
