@@ -1,20 +1,49 @@
 """The table behind `scripts/test --faults`: one line per row of the reliability plan, with the figure that was held.
 
 A test says which row it is with `@pytest.mark.row("N1")`, and what it measured with `record_property("figure", …)`.
-A pytest plugin, loaded by tests/conftest.py; adds one mark and one option.
+What each row promises is in docs/reliability.md; a row there without a test is named as one that does not hold.
+A pytest plugin, loaded by tests/conftest.py; adds one mark and two options.
 """
 
+import os
+import platform
 import re
+import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
-_ROWS = pytest.StashKey[dict[str, tuple[str, str]]]()
-_RANK = {"failed": 2, "skipped": 1, "passed": 0}
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
+_FIGURE_WIDTH = 260  # of a cell: more is cut
+_STAMP = "<!-- measured -->"
+
+
+@dataclass
+class Row:
+    """What the tests of one row came to."""
+
+    outcomes: list[str] = field(default_factory=list)
+    figures: list[str] = field(default_factory=list)
+
+    @property
+    def outcome(self) -> str:
+        """ "failed" if any test did; skipped ones count when there are no others."""
+        return next((word for word in ("failed", "passed", "skipped") if word in self.outcomes), "no test")
+
+    @property
+    def figure(self) -> str:
+        skipped = self.outcomes.count("skipped") if self.outcome != "skipped" else 0
+        return "; ".join([*self.figures, *([f"{skipped} tests skipped"] if skipped else [])])
+
+
+_ROWS = pytest.StashKey[dict[str, Row]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rows", action="store_true", help="print the table of reliability rows at the end")
+    parser.addoption("--rows-to", type=Path, help="write what was measured into the table of this document")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -26,22 +55,66 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     report: pytest.TestReport = yield  # type: ignore[assignment]
     if report.when == "call" or report.outcome != "passed":
-        figures = [f"{value}" for name, value in item.user_properties if name == "figure"]
         for mark in item.iter_markers("row"):
-            rows = item.config.stash[_ROWS]
-            outcome, held = rows.get(mark.args[0], ("passed", ""))
-            worst = max(outcome, report.outcome, key=_RANK.__getitem__)
-            rows[mark.args[0]] = (worst, "; ".join(filter(None, [held, *figures])))
+            row = item.config.stash[_ROWS].setdefault(mark.args[0], Row())
+            row.outcomes.append(report.outcome)
+            row.figures += [f"{value}" for name, value in item.user_properties if name == "figure"]
     return report  # type: ignore[return-value]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if not config.getoption("--rows"):
-        return
-    terminalreporter.section("reliability rows")
     rows = config.stash[_ROWS]
-    for name in sorted(rows, key=lambda name: (re.sub(r"\d", "", name), int(re.sub(r"\D", "", name) or 0))):
-        outcome, figures = rows[name]
-        terminalreporter.write_line(f"{name:5} {outcome:8} {figures}")
-    passed = sum(outcome == "passed" for outcome, _ in rows.values())
-    terminalreporter.write_line(f"{passed} of {len(rows)} rows hold")
+    if config.getoption("--rows"):
+        terminalreporter.section("reliability rows")
+        promised = promises(DOCUMENT.read_text()) if DOCUMENT.exists() else {}
+        for name in sorted({*rows, *(promised if not config.option.file_or_dir else ())}, key=_order):
+            row = rows.get(name, Row())
+            promise, hold = promised.get(name, ("", ""))
+            terminalreporter.write_line(f"{name:4} {row.outcome:8} {promise}")
+            for label, text in (("to hold", hold), ("measured", row.figure)):
+                if text:
+                    terminalreporter.write_line(f"{'':13} {label}: {text}")
+        passed = sum(row.outcome == "passed" for row in rows.values())
+        terminalreporter.write_line(f"{passed} of {len(rows)} rows hold")
+    if (document := config.getoption("--rows-to")) is not None:
+        document.write_text(filled(document.read_text(), rows))
+
+
+def promises(document: str) -> dict[str, tuple[str, str]]:
+    """row -> (promise, figure to hold), out of the table of docs/reliability.md."""
+    found = (_cells(line) for line in document.splitlines())
+    return {
+        cells[0]: (cells[1], cells[2]) for cells in found if len(cells) == 6 and re.fullmatch(r"[A-Z]\d+", cells[0])
+    }
+
+
+def filled(document: str, rows: dict[str, Row]) -> str:
+    """The document with what was measured in its table, and when and where."""
+    lines = document.splitlines()
+    for number, line in enumerate(lines):
+        cells = _cells(line)
+        if len(cells) == 6 and cells[0] in rows:
+            row = rows[cells[0]]
+            figure = row.figure.replace("|", "/")
+            cells[4] = figure if len(figure) <= _FIGURE_WIDTH else figure[:_FIGURE_WIDTH].rpartition(";")[0] + "; …"
+            cells[5] = {"passed": "holds", "failed": "**fails**"}.get(row.outcome, row.outcome)
+            lines[number] = f"| {' | '.join(cells)} |"
+        if line == _STAMP:
+            held = sum(row.outcome == "passed" for row in rows.values())
+            lines[number + 1] = f"{held} of {len(rows)} rows hold. {_where()}."
+    return "\n".join(lines) + "\n"
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")] if line.startswith("|") else []
+
+
+def _order(name: str) -> tuple[str, int]:
+    return re.sub(r"\d", "", name), int(re.sub(r"\D", "", name) or 0)
+
+
+def _where() -> str:
+    command = ["git", "-C", str(DOCUMENT.parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    machine = f"{os.cpu_count()} CPUs, Linux {platform.release()}, Python {platform.python_version()}"
+    return f"Measured at commit {commit or 'unknown'} on {machine}"
