@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import zstandard
 
+from ckptfs.errors import UsageError, only_error
 from tests.support import golden
 from tests.support.blobs import TAR, blob_of
 from tests.support.producers import PRODUCER, PRODUCERS, deltas, nested_blobs, unpack
@@ -280,3 +281,24 @@ def test_real_images_show_what_they_hold(tmp_path: Path) -> None:
             assert {p: shown.entries[p] for p in expected["entries"]} == expected["entries"]
         names = golden.load(PRODUCERS / f"{delta_of}.golden.json")["entries"].keys()
         assert {name for name in names if "/.wh." not in name} <= shown.under("rootfs-diff").keys()
+
+
+def test_an_image_that_is_no_checkpoint_says_so(
+    made: Callable[[str], Made], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shown = show(FORMATS["gzip"](made("none").tar, tmp_path), tmp_path / "cache")
+    assert shown.layout == "none"
+    assert "is not a checkpoint; its files are shown as they are" in caplog.text
+
+
+def test_the_root_file_system_of_several_containers(made: Callable[[str], Made], tmp_path: Path) -> None:
+    with pytest.raises(BaseExceptionGroup) as caught:
+        show(FORMATS["tar"](made("pod").tar, tmp_path), tmp_path / "cache", "rootfs")
+    error = only_error(caught.value)
+    assert isinstance(error, UsageError) and "several containers" in error.message
+
+
+def test_the_root_file_system_of_what_is_no_checkpoint(made: Callable[[str], Made], tmp_path: Path) -> None:
+    other = made("none")
+    reference = FORMATS["tar"](other.tar, tmp_path)
+    assert differences(show(reference, tmp_path / "cache", "rootfs").entries, other.raw) == {}

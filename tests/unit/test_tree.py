@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ckptfs.errors import FormatError
 from ckptfs.model.toc import Entry, Inode
-from ckptfs.model.tree import Tree
+from ckptfs.model.tree import OPAQUE_XATTR, Tree
 
 
 def file(path: str, mark: int = 0) -> Entry:
@@ -197,3 +197,56 @@ def test_order_of_layers_never_matters(layers: list[list[tuple[str, str]]]) -> N
         made = [[_make(kind, path, rank) for kind, path in layer] for rank, layer in enumerate(layers, start=1)]
         results.add(str(shown(build(*made, order=order))))
     assert len(results) == 1, results
+
+
+def test_an_implied_directory_waits_for_the_layers_that_could_describe_it() -> None:
+    tree = Tree()
+    tree.begin(1)
+    tree.begin(2)
+    tree.add([file("d/x")], 2)
+    node = tree.find(b"d")
+    assert node is not None
+    assert not tree.settled(b"d", node) and not tree.lasting(node)
+    tree.finish(2)
+    assert not tree.settled(b"d", node), "layer 1 may still say what mode it has"
+    tree.add([directory("d", 0o700)], 1)
+    assert tree.settled(b"d", node) and tree.lasting(node)
+    assert shown(tree)["d"] == ("d", 0o700, 0)
+
+
+def test_a_stream_is_not_waited_for_to_describe_what_it_implied() -> None:
+    """Tars list directories before what is in them; a later entry is told by attributes that do not last."""
+    tree = Tree()
+    tree.begin(1)
+    tree.add([file("d/x")], 1)
+    node = tree.find(b"d")
+    assert node is not None
+    assert tree.settled(b"d", node) and not tree.lasting(node)
+    tree.finish(1)
+    assert tree.lasting(node)
+
+
+def test_a_tar_may_describe_the_directory_that_it_is_shown_in() -> None:
+    tree = Tree()
+    tree.add([directory("delta")], 1)
+    tree.begin(1, b"delta")
+    node = tree.find(b"delta")
+    assert node is not None
+    assert tree.settled(b"delta", node) and not tree.described(node) and not tree.lasting(node)
+    tree.add([directory("delta", 0o1777)], 1)
+    assert tree.described(node) and tree.lasting(node)
+    assert shown(tree)["delta"][1] == 0o1777
+
+
+def test_whether_a_directory_is_opaque_is_known_at_the_end() -> None:
+    tree = Tree()
+    tree.add([directory("delta")], 1)
+    tree.begin(1, b"delta")
+    tree.add([directory("delta/d"), file("delta/d/x")], 1, whiteouts="overlay")
+    node = tree.find(b"delta/d")
+    assert node is not None and node.inode is not None
+    assert not tree.marked(node)
+    tree.delete(b"delta/d", 1)
+    tree.finish(1)
+    assert tree.marked(node)
+    assert set(node.inode.xattrs) == {OPAQUE_XATTR}
