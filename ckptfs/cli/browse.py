@@ -47,6 +47,8 @@ def ls(reference: Reference, path: str, long: bool, recursive: bool, as_json: bo
             directory, prefix = pending.pop()
             for child in await image.listing(directory):
                 name = prefix + child.name
+                if child.inode.is_dir and (long or as_json):
+                    await image.describe(child)
                 found.append(_facts(child, name))
                 if recursive and child.inode.is_dir:
                     pending.append((child, name + b"/"))
