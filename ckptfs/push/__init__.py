@@ -180,8 +180,19 @@ def open_base(checkpoint: Checkpoint, reference: str, open_source: OpenSource, o
     name = reference or read_facts(checkpoint, options.name, options.settings.limits).base
     if not name:
         raise UsageError("the checkpoint does not say which image it ran from", hint="name it with --base REF")
+    if not reference and not _names_a_registry(name):
+        raise UsageError(f"no registry is known for the base image {name}", hint="name it with --base REF")
     source = open_source(Reference.parse(name))
     return BaseImage(source, select_manifest(source, options.settings), name)
+
+
+def _names_a_registry(name: str) -> bool:
+    """Engines also write short names, image IDs, and localhost/NAME for what was made on the machine."""
+    try:
+        found = Reference.parse(name)
+    except UsageError:
+        return False
+    return found.kind == "registry" and found.host != "localhost"
 
 
 def _origin(base: BaseImage, target: Target) -> str:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,6 +134,7 @@ def test_the_root_file_system_as_well(registry: DockerRegistry, tmp_path: Path) 
         (["{images}", "{ref}", "--base", "{ref}"], 2, "--rootfs"),
         (["{images}", "{ref}", "--rootfs"], 2, "--base REF"),
         (["{images}", "{ref}", "--rootfs", "--base", "{registry}/command/nowhere:1"], 3, "nowhere"),
+        (["{tmp}/local", "{ref}", "--rootfs"], 2, "no registry is known for the base image localhost/web:1"),
         (["{images}", "{ref}", "--work-dir", "/proc"], 8, "--work-dir"),
         (["{images}", "{ref}", "--work-dir", "{tmp}/nowhere"], 2, "--work-dir"),
         (["{images}"], 2, "REF"),
@@ -142,8 +144,10 @@ def test_the_root_file_system_as_well(registry: DockerRegistry, tmp_path: Path) 
 def test_bad_input_gets_one_line_and_its_code(
     arguments: list[str], code: int, words: str, images: Path, registry: DockerRegistry, tmp_path: Path
 ) -> None:
-    for name in ("empty", "plain"):
-        (tmp_path / name).mkdir()
+    for name in ("empty", "plain", "local/checkpoint"):
+        (tmp_path / name).mkdir(parents=True)
+    shutil.copy(images / "inventory.img", tmp_path / "local" / "checkpoint")
+    (tmp_path / "local" / "config.dump").write_text('{"name": "web", "rootfsImageName": "localhost/web:1"}')
     (tmp_path / "plain" / "file").write_text("no checkpoint")
     (tmp_path / "junk").write_text("no tar " * 1000)
     push_to_layout(images, tmp_path / "layout", "1")
