@@ -144,9 +144,13 @@ class Rotation:
         self._judge(route.host.netloc, error)
         if wait is None:
             route.error = error
+            home = self._routes[-1].error  # what the registry itself says counts for more than its mirrors
             if all(other.error is not None for other in self._routes):
                 counters.failed()
-                raise self._routes[-1].error or error  # what the registry itself says counts for more than its mirrors
+                raise home or error
+            if home is not None:
+                for other in self._routes:
+                    other.attempts.outlast = False  # nobody waits a minute for a mirror when the registry has answered
         else:
             route.ready_at = clock.now() + wait
         log.debug("%s; trying again", error.message)

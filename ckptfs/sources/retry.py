@@ -105,7 +105,7 @@ class Attempts:
         self._counters = counters
         self._clock = clock
         self._seconds = seconds
-        self._outlast = outlast
+        self.outlast = outlast
         self._deadline = clock.now() + seconds
         self._tries = 0
         self._arrived = 0
@@ -150,7 +150,7 @@ class Attempts:
         left = self._deadline - self._clock.now()
         if not error.retryable or left <= 0:
             return None
-        tries_count = not (self._outlast and isinstance(error, NoAnswer))
+        tries_count = not (self.outlast and isinstance(error, NoAnswer))
         if tries_count and self._tries >= self._timeouts.tries_per_host:
             return None
         if isinstance(error, NoAnswer) and error.at_once and self._tries == 1:

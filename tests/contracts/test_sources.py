@@ -19,13 +19,14 @@ from ckptfs.model.oci import (
     Manifest,
     Reference,
 )
-from ckptfs.settings import Limits, Settings
+from ckptfs.settings import Limits, Registries, Settings
 from ckptfs.sources import Source, open_source
 from ckptfs.sources.layout import LayoutSource
 from ckptfs.telemetry import NetworkCounters
 from tests.support.docker_registry import DockerRegistry
 from tests.support.fake_registry import FakeRegistry
 from tests.support.sources import Client, client
+from tests.support.tools import free_port
 
 TAR = "application/vnd.oci.image.layer.v1.tar"
 CONFIG = "application/vnd.oci.image.config.v1+json"
@@ -118,7 +119,7 @@ class Case:
         return found
 
 
-@pytest.fixture(scope="module", params=["docker-registry", "redirecting", "fake", "layout"])
+@pytest.fixture(scope="module", params=["docker-registry", "redirecting", "fake", "mirrored", "layout"])
 def case(request: pytest.FixtureRequest, layout: Layout) -> Iterator[Case]:
     if request.param == "layout":
         yield Case("layout", lambda tail: LayoutSource(Reference.parse(f"oci:{layout.top}{tail}")), layout)
@@ -130,6 +131,16 @@ def case(request: pytest.FixtureRequest, layout: Layout) -> Iterator[Case]:
         request.getfixturevalue("registry")  # skips where there is none
         with DockerRegistry(redirect=True) as redirecting, client(redirecting.host) as c:
             yield Case("registry", published(layout, c, "sources"), layout)
+    elif request.param == "mirrored":
+        with FakeRegistry() as home, FakeRegistry() as mirror:
+            where = (f"127.0.0.1:{free_port()}", mirror.host)  # nobody is at the first
+            registries = Registries(mirrors={home.host: where}, mirror_tags=True)
+            with client(home, registries=registries) as c:
+                open_ = published(layout, c, "sources")
+                mirror.blobs, mirror.manifests, mirror.owned = dict(home.blobs), dict(home.manifests), set(home.owned)
+                home.log.clear()
+                yield Case("registry", open_, layout)
+                assert len(home.log) < len(mirror.log), "it is asked for what the mirror does not have"
     else:
         with FakeRegistry() as fake, client(fake) as c:
             yield Case("registry", published(layout, c, "sources"), layout)

@@ -120,6 +120,16 @@ def test_when_all_fail_the_registrys_own_error_is_told(hosts: Hosts) -> None:
         read(blob)
 
 
+def test_a_mirror_that_is_away_is_not_waited_for_when_the_registry_has_said_no(hosts: Hosts) -> None:
+    blob = hosts.blob
+    hosts.mirrors[0].script[BLOB, None] = hosts.mirrors[1].script[BLOB, None] = Reset()
+    hosts.home.script[BLOB, None] = Status(404)
+    began = time.monotonic()
+    with pytest.raises(NotFoundError):
+        read(blob)
+    assert time.monotonic() - began < 0.6 * QUICK.read_deadline
+
+
 @pytest.mark.row("N12")
 def test_an_outage_of_all_hosts_is_waited_out() -> None:
     with ExitStack() as stack:
