@@ -5,6 +5,7 @@ the kernel, and can be limited. Only the network is apart: files, mounts and pro
 Called by tests and scripts/soak.
 """
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any, Self
@@ -63,7 +64,8 @@ class Nodes:
 
     def __exit__(self, *_: object) -> None:
         for node in self._nodes:
-            run("ip", "netns", "delete", node.name)
+            with contextlib.suppress(RuntimeError):  # the others have to go as well
+                run("ip", "netns", "delete", node.name)
         if Path(f"/sys/class/net/{self._tag}").exists():
             run("ip", "link", "delete", self._tag)
 
