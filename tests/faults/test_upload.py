@@ -33,7 +33,6 @@ def test_an_interrupted_upload_goes_on_where_it_ended() -> None:
         told = upload(c, registry)
         _, second = registry.requests("PATCH")
         assert second.headers["content-range"].partition("-")[0] == str(5 * MiB)
-        assert any(count < 0 for count in told)
         assert len(registry.requests("POST")) == 1
 
 
