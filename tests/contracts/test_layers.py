@@ -204,7 +204,8 @@ def test_a_stream_gives_entries_and_chunks_as_they_arrive(suffix: str) -> None:
 
 def test_a_stream_with_another_digest_is_refused_at_its_end() -> None:
     data = gzip.compress(member(b"file", b"data") + END, mtime=0)
-    for broken in (data[:4] + b"\x01" + data[5:], data[:30] + bytes([data[30] ^ 1]) + data[31:], data[: len(data) // 2]):
+    other = bytes([data[30] ^ 1])
+    for broken in (data[:4] + b"\x01" + data[5:], data[:30] + other + data[31:], data[: len(data) // 2]):
         blob = BytesBlob(broken, Descriptor(TAR + "+gzip", Digest.of(data), len(data)))
         with pytest.raises(IntegrityError, match="digest"):
             ScannedLayer.of(blob)

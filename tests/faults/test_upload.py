@@ -30,7 +30,7 @@ def upload(c: Client, registry: FakeRegistry) -> list[int]:
 
 def test_an_interrupted_upload_goes_on_where_it_ended() -> None:
     with FakeRegistry({("PATCH", 1): Reset(5 * MiB)}) as registry, client(registry) as c:
-        told = upload(c, registry)
+        upload(c, registry)
         _, second = registry.requests("PATCH")
         assert second.headers["content-range"].partition("-")[0] == str(5 * MiB)
         assert len(registry.requests("POST")) == 1
