@@ -1,41 +1,29 @@
-"""FUSE requests translated into questions to an open image; the one place where errors become errno.
+"""FUSE requests translated into questions to an open image.
 
-pyfuse3 ends the whole mount on any exception but FUSEError, so every handler goes through `_answers`, which turns a
-CkptfsError into its errno and a bug into one EIO with a traceback in the log. All answers are immutable: the mount is
-pinned to a digest, so the kernel may keep entries, attributes, absences and pages for as long as it likes.
+All answers are immutable: the mount is pinned to a digest, so the kernel may keep entries, attributes, absences and
+pages for as long as it likes. Errors become errno in answers.py.
 """
 
 import contextlib
 import errno
-import functools
-import logging
 import os
 import stat
 import threading
-import time
-from collections.abc import Callable, Coroutine
-from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, cast
+from typing import Any, cast
 
 import pyfuse3
 
 from ckptfs.engine.reader import Handle
-from ckptfs.errors import CkptfsError
+from ckptfs.fuse.answers import Answering, answers
 from ckptfs.fuse.callers import pages_lazily
 from ckptfs.image import OpenImage
 from ckptfs.model.toc import Inode
 from ckptfs.model.tree import OPAQUE_XATTR, Node
 from ckptfs.settings import MiB
 
-log = logging.getLogger(__name__)
-
 _FOREVER = 3600.0 * 24 * 365  # seconds; as nydus does: nothing ever changes under a pinned digest
-_QUIET = 60.0  # seconds between two tracebacks of the same place in the log
 _BLOCK = 512
 _LARGE = 1 * MiB  # smaller files are hardly worth a look at who opens them
-
-P = ParamSpec("P")
-R = TypeVar("R")
-Handler: TypeAlias = Callable[Concatenate["Operations", P], Coroutine[Any, Any, R]]
 
 
 def _may_show(xattr: bytes) -> bool:
@@ -49,45 +37,19 @@ def _may_show(xattr: bytes) -> bool:
     return xattr.startswith(b"user.") and not xattr.startswith(b"user.overlay.")
 
 
-def _answers(handler: Handler[P, R]) -> Handler[P, R]:
-    """No exception but FUSEError leaves a handler."""
-
-    @functools.wraps(handler)
-    async def answer(self: "Operations", *args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return await handler(self, *args, **kwargs)
-        except pyfuse3.FUSEError:
-            raise
-        except CkptfsError as error:
-            self.report(handler.__name__, error)
-            raise pyfuse3.FUSEError(error.errno) from None
-        except Exception as error:
-            self.bug(handler.__name__, error)
-            raise pyfuse3.FUSEError(errno.EIO) from None
-        except BaseExceptionGroup as group:  # trio's nurseries wrap bugs; a cancellation goes on
-            bugs = group.subgroup(Exception)
-            if bugs is None:
-                raise
-            self.bug(handler.__name__, bugs)
-            raise pyfuse3.FUSEError(errno.EIO) from None
-
-    return cast("Handler[P, R]", answer)
-
-
-class Operations(pyfuse3.Operations):
+class Operations(Answering):
     """Read-only operations over one image."""
 
-    supports_dot_lookup = True
-    enable_writeback_cache = False
-
-    def __init__(self, image: OpenImage) -> None:
-        super().__init__()
+    def __init__(self, image: OpenImage, base: int = 0) -> None:
+        """`base` is added to the image's inode numbers: several images can be shown by one session."""
+        super().__init__(image.errors)
         self.image = image
         self._tree = image.tree
         self._handles: dict[int, Handle] = {}
         self._listings: dict[int, list[Node]] = {}
-        self._next_handle = 1
-        self._last_bug: dict[str, float] = {}
+        self._next_handle = base + 1
+        self._base = base
+        self.references = 0  # how often the kernel has been told of an inode and has not forgotten it
         # As an extraction by an ordinary user gives it: checkpoints are 0600, root's would be closed to who mounted.
         self._owner = None if os.geteuid() == 0 else (os.geteuid(), os.getegid())
         image.changed = self._changed
@@ -95,14 +57,14 @@ class Operations(pyfuse3.Operations):
 
     # -- names ---------------------------------------------------------------------------------------------------------
 
-    @_answers
+    @answers
     async def lookup(self, parent: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         directory = self._directory(parent)
         if name == b".":
-            return self._attributes(self._inode(parent))
+            return self._told(self._inode(parent))
         if name == b"..":
             up = directory.parent or directory
-            return self._attributes(cast("Inode", up.inode))
+            return self._told(cast("Inode", up.inode))
         if len(name) > 255:
             raise pyfuse3.FUSEError(errno.ENAMETOOLONG)
         node = await self.image.lookup(directory, name)
@@ -112,29 +74,29 @@ class Operations(pyfuse3.Operations):
             absent.st_ino = 0
             absent.entry_timeout = _FOREVER
             return absent
-        return self._attributes(node.inode)
+        return self._told(node.inode)
 
-    @_answers
+    @answers
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        if (directory := self._tree.directories.get(inode)) is not None:
+        if (directory := self._tree.directories.get(inode - self._base)) is not None:
             await self.image.describe(directory)
         return self._attributes(self._inode(inode))
 
-    @_answers
+    @answers
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
         found = self._inode(inode)
         if not stat.S_ISLNK(found.mode):
             raise pyfuse3.FUSEError(errno.EINVAL)
         return found.target
 
-    @_answers
+    @answers
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
         directory = self._directory(inode)
         number = self._number()
         self._listings[number] = await self.image.listing(directory)
         return number
 
-    @_answers
+    @answers
     async def readdir(self, handle: int, start: int, token: Any) -> None:
         listing = self._listings[handle]
         for position in range(start, len(listing)):
@@ -143,14 +105,15 @@ class Operations(pyfuse3.Operations):
                 continue
             if not pyfuse3.readdir_reply(token, node.name, self._attributes(node.inode), position + 1):
                 return
+            self.references += 1
 
-    @_answers
+    @answers
     async def releasedir(self, handle: int) -> None:
         self._listings.pop(handle, None)
 
     # -- bytes ---------------------------------------------------------------------------------------------------------
 
-    @_answers
+    @answers
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             raise pyfuse3.FUSEError(errno.EROFS)
@@ -162,37 +125,37 @@ class Operations(pyfuse3.Operations):
         handle.paging = found.size >= _LARGE and await pages_lazily(ctx.pid)
         return pyfuse3.FileInfo(fh=number, keep_cache=True, direct_io=handle.paging)
 
-    @_answers
+    @answers
     async def read(self, handle: int, offset: int, size: int) -> bytes:
         # pyfuse3 takes any buffer and sends it as it is; a copy into bytes would cost as much as the request.
         return cast("bytes", await self.image.reader.serve(self._handles[handle], offset, size))
 
-    @_answers
+    @answers
     async def flush(self, handle: int) -> None:
         return None
 
-    @_answers
+    @answers
     async def release(self, handle: int) -> None:
         self._handles.pop(handle, None)
 
     # -- the rest ------------------------------------------------------------------------------------------------------
 
-    @_answers
+    @answers
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
-        if name == OPAQUE_XATTR and (directory := self._tree.directories.get(inode)) is not None:
+        if name == OPAQUE_XATTR and (directory := self._tree.directories.get(inode - self._base)) is not None:
             await self.image.mark(directory)
         value = self._inode(inode).xattrs.get(name)
         if value is None or not _may_show(name):
             raise pyfuse3.FUSEError(errno.ENODATA)
         return value
 
-    @_answers
+    @answers
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
-        if (directory := self._tree.directories.get(inode)) is not None:
+        if (directory := self._tree.directories.get(inode - self._base)) is not None:
             await self.image.mark(directory)
         return [name for name in self._inode(inode).xattrs if _may_show(name)]
 
-    @_answers
+    @answers
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
         out = pyfuse3.StatvfsData()
         out.f_bsize = out.f_frsize = 4096
@@ -201,37 +164,15 @@ class Operations(pyfuse3.Operations):
         out.f_namemax = 255
         return out
 
-    @_answers
+    @answers
     async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
         if mode & os.W_OK:
             raise pyfuse3.FUSEError(errno.EROFS)
         return True  # default_permissions: the kernel has judged by mode and owner already
 
     async def forget(self, inode_list: Any) -> None:
-        """Nothing to free: inodes live as long as the mount."""
-
-    # -- errors --------------------------------------------------------------------------------------------------------
-
-    def report(self, operation: str, error: CkptfsError) -> None:
-        """A failure that the reader sees as errno: once in the log and in the status."""
-        text = str(error)
-        if self._due(text):
-            log.error("%s: %s", operation, text)
-            self.image.errors.append(text)
-            del self.image.errors[:-100]
-
-    def bug(self, operation: str, error: BaseException) -> None:
-        """Ours: the reader gets EIO, the log gets the traceback, the mount lives."""
-        if self._due(operation + type(error).__name__):
-            log.error("%s failed unexpectedly; the request got EIO", operation, exc_info=error)
-            self.image.errors.append(f"internal error in {operation}: {type(error).__name__}")
-
-    def _due(self, what: str) -> bool:
-        now = time.monotonic()
-        if now - self._last_bug.get(what, -_QUIET) < _QUIET:
-            return False
-        self._last_bug[what] = now
-        return True
+        """Nothing to free: inodes live as long as the image is open."""
+        self.references -= sum(count for _, count in inode_list)
 
     # -- translation ---------------------------------------------------------------------------------------------------
 
@@ -240,24 +181,25 @@ class Operations(pyfuse3.Operations):
         return self._next_handle
 
     def _inode(self, number: int) -> Inode:
-        inode = self._tree.inodes.get(number)
+        inode = self._tree.inodes.get(number - self._base)
         if inode is None:
             raise pyfuse3.FUSEError(errno.ESTALE)
         return inode
 
     def _directory(self, number: int) -> Node:
-        node = self._tree.directories.get(number)
+        node = self._tree.directories.get(number - self._base)
         if node is None:
-            raise pyfuse3.FUSEError(errno.ENOTDIR if number in self._tree.inodes else errno.ESTALE)
+            known = number - self._base in self._tree.inodes
+            raise pyfuse3.FUSEError(errno.ENOTDIR if known else errno.ESTALE)
         return node
 
     def _changed(self, parent: int, name: bytes) -> None:
         """A repeated tar entry replaced what the kernel may know: it asks again."""
-        pyfuse3.invalidate_entry_async(parent, name, ignore_enoent=True)
+        pyfuse3.invalidate_entry_async(self._base + parent, name, ignore_enoent=True)
 
     def _distrusted(self) -> None:
         """What was read may be wrong: the kernel forgets all pages. From a thread, since it can wait for reads."""
-        numbers = [number for number, inode in self._tree.inodes.items() if inode.is_file]
+        numbers = [self._base + number for number, inode in self._tree.inodes.items() if inode.is_file]
 
         def forget() -> None:
             for number in numbers:
@@ -266,9 +208,14 @@ class Operations(pyfuse3.Operations):
 
         threading.Thread(target=forget, name="invalidate", daemon=True).start()
 
+    def _told(self, inode: Inode) -> pyfuse3.EntryAttributes:
+        """Attributes for a lookup, by which the kernel gets to know the inode."""
+        self.references += 1
+        return self._attributes(inode)
+
     def _attributes(self, inode: Inode) -> pyfuse3.EntryAttributes:
         out = pyfuse3.EntryAttributes()
-        out.st_ino = inode.ino
+        out.st_ino = self._base + inode.ino
         out.generation = 0
         out.entry_timeout = out.attr_timeout = _FOREVER
         out.st_mode = inode.mode

@@ -1,0 +1,85 @@
+"""What every file system here does with errors: the one place where they become errno.
+
+pyfuse3 ends the whole mount on any exception but FUSEError, so every handler goes through `answers`, which turns a
+CkptfsError into its errno and a bug into one EIO with a traceback in the log. Used by operations.py and
+store_operations.py.
+"""
+
+import errno
+import functools
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, cast
+
+import pyfuse3
+
+from ckptfs.errors import CkptfsError
+
+log = logging.getLogger(__name__)
+
+_QUIET = 60.0  # seconds between two tracebacks of the same place in the log
+_KEPT = 100  # errors that the status can show
+
+P = ParamSpec("P")
+R = TypeVar("R")
+S = TypeVar("S", bound="Answering")
+Handler: TypeAlias = Callable[Concatenate[S, P], Coroutine[Any, Any, R]]
+
+
+def answers(handler: Handler[S, P, R]) -> Handler[S, P, R]:
+    """No exception but FUSEError leaves a handler."""
+
+    @functools.wraps(handler)
+    async def answer(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return await handler(self, *args, **kwargs)
+        except pyfuse3.FUSEError:
+            raise
+        except CkptfsError as error:
+            self.report(handler.__name__, error)
+            raise pyfuse3.FUSEError(error.errno) from None
+        except Exception as error:
+            self.bug(handler.__name__, error)
+            raise pyfuse3.FUSEError(errno.EIO) from None
+        except BaseExceptionGroup as group:  # trio's nurseries wrap bugs; a cancellation goes on
+            bugs = group.subgroup(Exception)
+            if bugs is None:
+                raise
+            self.bug(handler.__name__, bugs)
+            raise pyfuse3.FUSEError(errno.EIO) from None
+
+    return cast("Handler[S, P, R]", answer)
+
+
+class Answering(pyfuse3.Operations):
+    """Read-only operations whose failures are told once in the log and in `errors`, the status's list."""
+
+    supports_dot_lookup = True
+    enable_writeback_cache = False
+
+    def __init__(self, errors: list[str]) -> None:
+        super().__init__()
+        self.errors = errors
+        self._last: dict[str, float] = {}
+
+    def report(self, operation: str, error: CkptfsError) -> None:
+        """A failure that the reader sees as errno: once in the log and in the status."""
+        text = str(error)
+        if self._due(text):
+            log.error("%s: %s", operation, text)
+            self.errors.append(text)
+            del self.errors[:-_KEPT]
+
+    def bug(self, operation: str, error: BaseException) -> None:
+        """Ours: the reader gets EIO, the log gets the traceback, the mount lives."""
+        if self._due(operation + type(error).__name__):
+            log.error("%s failed unexpectedly; the request got EIO", operation, exc_info=error)
+            self.errors.append(f"internal error in {operation}: {type(error).__name__}")
+
+    def _due(self, what: str) -> bool:
+        now = time.monotonic()
+        if now - self._last.get(what, -_QUIET) < _QUIET:
+            return False
+        self._last[what] = now
+        return True
