@@ -100,7 +100,10 @@ class Fetcher:
         """The number that the next added layer will have; chunks carry it."""
         return len(self._layers)
 
-    def add_layer(self, blob: Blob, layer: Layer, sequence: Sequence | None = None) -> int:
+    def add_layer(self, blob: Blob, layer: Layer, sequence: Sequence | None = None, *, inside: bool = False) -> int:
+        """`inside`: the blob is a file of another layer, and is read through this fetcher."""
+        if inside:
+            self.scheduler.inside.add(len(self._layers))
         self._layers.append((blob, layer))
         if sequence is not None:
             self._sequences[len(self._layers) - 1] = sequence

@@ -68,6 +68,8 @@ class LayerScan:
         self._gate = threading.Condition()
         self._go = trio.Event()
         self._token: trio.lowlevel.TrioToken | None = None
+        # Its own: a stream rests in its thread until it is needed, and trio's 40 are for everybody else.
+        self._thread = trio.CapacityLimiter(1)
 
     # -- in the event loop ---------------------------------------------------------------------------------------------
 
@@ -156,7 +158,7 @@ class LayerScan:
 
     async def _attempt(self, attempt: int) -> CkptfsError | None:
         try:
-            finished = await trio.to_thread.run_sync(self._scan, attempt, abandon_on_cancel=True)
+            finished = await trio.to_thread.run_sync(self._scan, attempt, abandon_on_cancel=True, limiter=self._thread)
         except CkptfsError as error:
             return error
         except Exception as error:

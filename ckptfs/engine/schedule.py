@@ -52,9 +52,11 @@ class Scheduler:
     """Queues of wanted chunks. A chunk is in at most one queue; asking again can only raise its priority."""
 
     sizes: Sizes
+    # Layers that are files of other layers: their jobs wait for chunks of those, whose places they must not take.
+    inside: set[int] = field(default_factory=set)
     _wanted: dict[bytes, _Wanted] = field(default_factory=dict)
-    _queues: tuple[deque[bytes], deque[bytes], deque[bytes]] = field(
-        default_factory=lambda: (deque(), deque(), deque())
+    _queues: dict[tuple[bool, Priority], deque[bytes]] = field(
+        default_factory=lambda: {(inside, priority): deque() for inside in (False, True) for priority in Priority}
     )
     # layer -> sorted (offset, inner, key) of what is queued: where an extent can grow
     _places: dict[int, list[tuple[int, int, bytes]]] = field(default_factory=dict)
@@ -71,24 +73,25 @@ class Scheduler:
         known = self._wanted.get(chunk.key)
         if known is None:
             self._wanted[chunk.key] = _Wanted(chunk, priority)
-            self._queues[priority].append(chunk.key)
+            self._queues[chunk.layer in self.inside, priority].append(chunk.key)
             bisect.insort(self._places.setdefault(chunk.layer, []), (chunk.offset, chunk.inner, chunk.key))
         elif priority < known.priority:
             known.priority = priority  # its old place in the other queue is skipped when it comes up
-            self._queues[priority].append(chunk.key)
+            self._queues[chunk.layer in self.inside, priority].append(chunk.key)
 
     def forget(self, priority: Priority) -> None:
         """Drop what is queued at `priority` and not yet fetched."""
         for key in [k for k, w in self._wanted.items() if w.priority == priority]:
             self._take(key)
-        self._queues[priority].clear()
+        for inside in (False, True):
+            self._queues[inside, priority].clear()
 
     def queued(self, key: bytes) -> bool:
         return key in self._wanted
 
     def pending(self, priority: Priority) -> int:
         """How many chunks are queued at this priority (an upper bound: raised ones are counted twice)."""
-        return len(self._queues[priority])
+        return sum(len(self._queues[inside, priority]) for inside in (False, True))
 
     @property
     def waiting(self) -> bool:
@@ -97,12 +100,14 @@ class Scheduler:
 
     def next_job(self) -> Job | None:
         """The job to start now, None when nothing is queued or enough is under way; the caller adds it to `running`."""
-        jobs = self.sizes.jobs
         self.full = False
-        if len(self.running) >= 2 * jobs:
+        return self._next_job(inside=False) or self._next_job(inside=True)
+
+    def _next_job(self, *, inside: bool) -> Job | None:
+        if sum((job.layer in self.inside) == inside for job in self.running) >= 2 * self.sizes.jobs:
             return None
         for priority in Priority:
-            queue = self._queues[priority]
+            queue = self._queues[inside, priority]
             while queue:
                 wanted = self._wanted.get(queue[0])
                 if wanted is None or wanted.priority != priority:

@@ -23,6 +23,7 @@ from ckptfs.engine.schedule import Priority
 from ckptfs.engine.shared_cells import SharedCells
 from ckptfs.errors import CkptfsError, IntegrityError, UnavailableError
 from ckptfs.image.indexed import ChunkTables
+from ckptfs.image.inner import InodeBlob
 from ckptfs.image.remembered import LayerMemory
 from ckptfs.image.resolve import Resolved, resolve
 from ckptfs.image.whole import hash_layer
@@ -180,7 +181,7 @@ class OpenImage:
         # With the background switched off, a stream runs only as far as somebody waits for it.
         eager = self.options.background or not layer.sequential
         scan = LayerScan(layer, self.fetcher, arrived, ended, number=index, known=known is not None, eager=eager)
-        self.fetcher.add_layer(blob, layer, scan if layer.sequential else None)
+        self.fetcher.add_layer(blob, layer, scan if layer.sequential else None, inside=isinstance(blob, InodeBlob))
         self._scans[rank] = scan
         self._layers[index] = (descriptor, layer)
         if known is not None:

@@ -1,4 +1,6 @@
-"""Streams that are read again and again because no cache is large enough: nobody waits for ever."""
+"""Streams that are read again and again because no cache is large enough, and more of them than threads: nobody waits
+for ever.
+"""
 
 import hashlib
 from collections.abc import Iterator
@@ -21,11 +23,10 @@ COUNT, LENGTH = 40, 1000
 DATA = Random(1).randbytes(COUNT * LENGTH)
 
 
-def chunk(number: int) -> Chunk:
+def chunk(number: int, layer: int = 0) -> Chunk:
     data = DATA[number * LENGTH : (number + 1) * LENGTH]
-    return Chunk(
-        hashlib.sha256(b"%d" % number).digest(), 0, number * LENGTH, LENGTH, LENGTH, hashlib.sha256(data).digest()
-    )
+    key = hashlib.sha256(b"%d/%d" % (layer, number)).digest()
+    return Chunk(key, layer, number * LENGTH, LENGTH, LENGTH, hashlib.sha256(data).digest())
 
 
 class Stream:
@@ -35,7 +36,8 @@ class Stream:
     sequential = True
     verification: Verification = "transport"
 
-    def __init__(self) -> None:
+    def __init__(self, number: int = 0) -> None:
+        self.number = number
         self.runs = 0
         self.failure: CkptfsError | None = None
 
@@ -44,7 +46,7 @@ class Stream:
         for number in range(COUNT):
             if self.failure is not None and number == COUNT // 2:
                 raise self.failure
-            emit(chunk(number), DATA[number * LENGTH : (number + 1) * LENGTH])
+            emit(chunk(number, self.number), DATA[number * LENGTH : (number + 1) * LENGTH])
         return iter(())
         yield
 
@@ -93,3 +95,31 @@ def test_a_broken_stream_is_told_to_all(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(BaseExceptionGroup) as caught:
         run(0, 8, 60, layer, known=True)
     assert caught.group_contains(UnavailableError, match="gone")
+
+
+def test_streams_that_wait_keep_no_thread_from_others() -> None:
+    """Each of many is read for one chunk and then rests; of trio's own threads there are 40."""
+    streams = 64
+
+    async def main() -> None:
+        cache = ChunkCache.ephemeral(size=0)
+        fetcher = Fetcher(cache, MemoryCache(0), Settings())
+        scans = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fetcher.run)
+            for number in range(streams):
+                layer = Stream(number)
+                scan = LayerScan(layer, fetcher, lambda _: None, lambda _: None, number=number, known=True)  # type: ignore[arg-type]
+                fetcher.add_layer(blob_of(DATA), layer, scan)  # type: ignore[arg-type]
+                nursery.start_soon(scan.run)
+                scans.append(scan)
+            with trio.fail_after(10):
+                for number in range(streams):
+                    assert bytes(await fetcher.get(chunk(0, number))) == DATA[:LENGTH]
+                await trio.to_thread.run_sync(lambda: None)
+            for scan in scans:
+                scan.stop()
+            nursery.cancel_scope.cancel()
+        cache.close()
+
+    trio.run(main)
