@@ -82,7 +82,7 @@ async def _serve(
     async with open_image(source, cache, options, counters, reach) as image:
         await image.ready()
         operations = Operations(image)
-        session = MountSession(operations, image, mountpoint, request.settings)
+        session = MountSession(operations, mountpoint, request.settings)
         facts: dict[str, Any] = {}
 
         def status(_: dict[str, Any]) -> dict[str, Any]:

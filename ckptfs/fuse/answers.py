@@ -9,6 +9,7 @@ import errno
 import functools
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, cast
 
@@ -52,8 +53,8 @@ def answers(handler: Handler[S, P, R]) -> Handler[S, P, R]:
     return cast("Handler[S, P, R]", answer)
 
 
-class Answering(pyfuse3.Operations):
-    """Read-only operations whose failures are told once in the log and in `errors`, the status's list."""
+class Answering(pyfuse3.Operations, ABC):
+    """Read-only operations, whose failures are told once in the log and in `errors`, and what a session needs besides."""
 
     supports_dot_lookup = True
     enable_writeback_cache = False
@@ -62,6 +63,18 @@ class Answering(pyfuse3.Operations):
         super().__init__()
         self.errors = errors
         self._last: dict[str, float] = {}
+
+    @abstractmethod
+    def first_file(self) -> bytes:
+        """The path of a file that is known already; b"" without one: asking for a name could wait for a stream."""
+
+    @abstractmethod
+    def quiesce(self) -> None:
+        """The mount is about to end: nothing new is fetched unless somebody waits for it."""
+
+    @abstractmethod
+    async def drained(self) -> None:
+        """Until nobody waits for bytes."""
 
     def report(self, operation: str, error: CkptfsError) -> None:
         """A failure that the reader sees as errno: once in the log and in the status."""

@@ -14,10 +14,9 @@ import pyfuse3
 import trio
 
 from ckptfs.errors import MountError, UnavailableError
+from ckptfs.fuse.answers import Answering
 from ckptfs.fuse.kernel import set_max_background, set_read_ahead
 from ckptfs.fuse.mountpoint import Mount, detach, mount_at
-from ckptfs.fuse.operations import Operations
-from ckptfs.image import OpenImage
 from ckptfs.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -28,10 +27,9 @@ _LAST_WORDS = 0.5  # seconds for answers that are being given when the drain is 
 
 
 class MountSession:
-    """A mounted image. `stop` may be called from any task; `run` returns when the mount is gone."""
+    """A mounted file system. `stop` may be called from any task; `run` returns when the mount is gone."""
 
-    def __init__(self, operations: Operations, image: OpenImage, mountpoint: str, settings: Settings) -> None:
-        self.image = image
+    def __init__(self, operations: Answering, mountpoint: str, settings: Settings) -> None:
         self.mountpoint = mountpoint
         self._operations = operations
         self._settings = settings
@@ -69,7 +67,7 @@ class MountSession:
 
     async def _announce(self, mount: Mount, on_ready: Callable[[], None]) -> None:
         """A read through the kernel, from a thread: only then others may count on it."""
-        path = os.path.join(os.fsencode(self.mountpoint), self._some_file())
+        path = os.path.join(os.fsencode(self.mountpoint), self._operations.first_file())
 
         def read() -> None:
             os.stat(self.mountpoint)
@@ -79,14 +77,6 @@ class MountSession:
         await trio.to_thread.run_sync(read, abandon_on_cancel=True)
         on_ready()
         await trio.to_thread.run_sync(set_max_background, mount, self._settings.sizes)
-
-    def _some_file(self) -> bytes:
-        """A file that is known already: asking for another name could wait for the end of a stream."""
-        tree = self.image.tree
-        for path in (b"checkpoint/inventory.img", b"config.dump"):
-            if tree.find(path) is not None:
-                return path
-        return next((node.path for node in tree.walk() if node.inode is not None and node.inode.is_file), b"")
 
     async def _watch_signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
@@ -101,9 +91,9 @@ class MountSession:
 
     async def _end(self, scope: trio.CancelScope) -> None:
         await self._stopping.wait()
-        self.image.quiesce()
+        self._operations.quiesce()
         with trio.move_on_after(self._settings.timeouts.drain):
-            await self.image.reader.drained()
+            await self._operations.drained()
         # First the name goes, then the session: new readers see the empty directory, never a dead mount.
         with contextlib.suppress(MountError):
             await trio.to_thread.run_sync(detach, self.mountpoint)
@@ -112,14 +102,16 @@ class MountSession:
         scope.cancel()
 
 
-def mount_options(source: str, *, allow_other: bool) -> set[str]:
+def mount_options(source: str, *, allow_other: bool, read_only: bool = True) -> set[str]:
     """Read-only, no devices, no set-user-id; permissions judged by the kernel by the image's modes.
+
+    Not `read_only`: the kernel hands on what would write, for the operations to refuse.
 
     But not where an ordinary user mounts for nobody else: the files are root's, mostly, and the kernel lets only that
     user in, who could read the whole image anyway.
     """
     name = source.replace("\\", "\\\\").replace(",", "\\,")
-    options = {f"fsname={name}", "subtype=ckptfs", "ro", "nodev", "nosuid"}
+    options = {f"fsname={name}", "subtype=ckptfs", "ro" if read_only else "rw", "nodev", "nosuid"}
     if allow_other or os.geteuid() == 0:
         options.add("default_permissions")
     if allow_other:

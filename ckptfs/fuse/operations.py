@@ -55,6 +55,20 @@ class Operations(Answering):
         image.changed = self._changed
         image.distrusted = self._distrusted
 
+    # -- for the session -----------------------------------------------------------------------------------------------
+
+    def first_file(self) -> bytes:
+        for path in (b"checkpoint/inventory.img", b"config.dump"):
+            if self._tree.find(path) is not None:
+                return path
+        return next((node.path for node in self._tree.walk() if node.inode is not None and node.inode.is_file), b"")
+
+    def quiesce(self) -> None:
+        self.image.quiesce()
+
+    async def drained(self) -> None:
+        await self.image.reader.drained()
+
     # -- names ---------------------------------------------------------------------------------------------------------
 
     @answers
