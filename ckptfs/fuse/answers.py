@@ -54,7 +54,7 @@ def answers(handler: Handler[S, P, R]) -> Handler[S, P, R]:
 
 
 class Answering(pyfuse3.Operations, ABC):
-    """Read-only operations, whose failures are told once in the log and in `errors`, and what a session needs besides."""
+    """Read-only operations, whose failures are told once in the log and in `errors`; and what a session needs."""
 
     supports_dot_lookup = True
     enable_writeback_cache = False
