@@ -17,7 +17,12 @@ _GUESS = 25e6  # bytes per second until the first sample: 2 MB at no delay, 12 M
 
 
 class LinkEstimate:
-    """`window` is the number of bytes that prefetch may have under way."""
+    """Estimates, brought up to date when something is learnt: they are asked for far more often.
+
+    window  bytes that prefetch may have under way.
+    rate    bytes per second, the best of the last samples; 0 while unknown.
+    delay   seconds from request to first bytes, the best of many: those that had the link to themselves. 0: unknown.
+    """
 
     def __init__(self, sizes: Sizes) -> None:
         self._ceiling = sizes.in_flight
@@ -25,24 +30,13 @@ class LinkEstimate:
         self._rates: deque[float] = deque(maxlen=8)
         self._since: float | None = None
         self._bytes = 0
-
-    @property
-    def rate(self) -> float:
-        """Bytes per second, the best of the last samples; 0 while unknown."""
-        return max(self._rates, default=0.0)
-
-    @property
-    def delay(self) -> float:
-        """Seconds from request to first bytes, the best of many: those that had the link to themselves. 0: unknown."""
-        return min(self._delays, default=0.0)
-
-    @property
-    def window(self) -> int:
-        rate = self.rate or _GUESS
-        return int(min(max(rate * (self.delay + max(self.delay, _SLACK)), _FLOOR), self._ceiling))
+        self.rate = self.delay = 0.0
+        self._judge()
 
     def first_byte(self, seconds: float) -> None:
         self._delays.append(seconds)
+        self.delay = min(self._delays)
+        self._judge()
 
     def received(self, count: int, now: float) -> None:
         """Called from the fetching threads; a lost update would only blur one sample."""
@@ -68,4 +62,10 @@ class LinkEstimate:
             rate = self._bytes / elapsed
             if full or rate > (self.rate or _GUESS):
                 self._rates.append(rate)
+                self.rate = max(self._rates)
+                self._judge()
             self._since, self._bytes = None, 0
+
+    def _judge(self) -> None:
+        window = (self.rate or _GUESS) * (self.delay + max(self.delay, _SLACK))
+        self.window = int(min(max(window, _FLOOR), self._ceiling))

@@ -1,6 +1,7 @@
 """Decoded chunks in memory, bounded by bytes. Shared by the read path and the worker threads of one mount."""
 
 import threading
+from collections.abc import Iterable
 
 import cachetools
 
@@ -27,6 +28,13 @@ class MemoryCache:
         with self._lock:
             if len(data) <= self._chunks.maxsize:
                 self._chunks[key] = data
+
+    def put_many(self, chunks: Iterable[tuple[bytes, Buffer]]) -> None:
+        """`put` each of these."""
+        with self._lock:
+            for key, data in chunks:
+                if len(data) <= self._chunks.maxsize:
+                    self._chunks[key] = data
 
     def drop(self, key: bytes) -> None:
         with self._lock:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 import trio
 
-from ckptfs.engine.fetch import Data, Fetcher
+from ckptfs.engine.disk import Buffer
+from ckptfs.engine.fetch import Fetcher
 from ckptfs.engine.schedule import Priority
 from ckptfs.errors import IntegrityError
 from ckptfs.model.toc import Chunk, Extent, Inode, overlapping
@@ -26,7 +27,7 @@ _REORDERED = 2 * MiB  # how far apart reads of one sequence may come
 
 @dataclass(slots=True)
 class ReadCounters:
-    """What readers asked for and how long they waited (milliseconds, of the last misses)."""
+    """What readers asked for and how long they waited: all together, and each of the last misses in milliseconds."""
 
     count: int = 0
     bytes: int = 0
@@ -34,7 +35,14 @@ class ReadCounters:
     disk_hits: int = 0
     misses: int = 0
     waiting: int = 0
+    waits: int = 0
+    waited_ms: float = 0.0
     waits_ms: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
+
+    def waited(self, seconds: float) -> None:
+        self.waits += 1
+        self.waited_ms += seconds * 1000
+        self.waits_ms.append(seconds * 1000)
 
     def wait_ms(self, quantile: float) -> float:
         waits = sorted(self.waits_ms)
@@ -53,6 +61,8 @@ class Handle:
     ahead     up to where chunks have been asked for ahead of the sequence.
     jumped    where the last read that was out of sequence ended; one that goes on there starts a new sequence.
     paging    whether it is CRIU that reads, restoring with lazy pages.
+    pid       who opened it; 0 where that cannot be seen.
+    last      offset and size of the last read, which came at the monotonic time `at`.
     """
 
     inode: Inode
@@ -62,6 +72,10 @@ class Handle:
     ahead: int = 0
     jumped: int = -1
     paging: bool = False
+    pid: int = 0
+    command: str = ""
+    last: tuple[int, int] = (0, 0)
+    at: float = float("-inf")
 
     def observe(self, offset: int, size: int) -> bool:
         """Note a read; whether it goes on sequentially. The kernel's read-ahead may overtake itself."""
@@ -76,6 +90,17 @@ class Handle:
         return self.streak >= _SEQUENTIAL
 
 
+@dataclass(slots=True, eq=False)
+class Wait:
+    """A read by an open file that waits, or has waited, for the network; monotonic seconds."""
+
+    handle: Handle
+    offset: int
+    size: int
+    began: float
+    ended: float | None = None
+
+
 class Reader:
     """Reads files of one mount through its fetcher."""
 
@@ -83,7 +108,9 @@ class Reader:
         """`max_hung`: how many reads may wait for the network at once; further ones queue, metadata stays fast."""
         self.fetcher = fetcher
         self.counters = ReadCounters()
-        self.observer: Callable[[Handle, int, int, bool], None] | None = None  # of (handle, offset, size, hit)
+        self.waits: set[Wait] = set()
+        # Told of every read: (handle, offset, size, None for a hit). A Wait is told of before it has ended.
+        self.observer: Callable[[Handle, int, int, Wait | None], None] | None = None
         self.transfer_rate = 0.0  # bytes per second of what no process waits for, to the lazy-pages daemon; 0: no limit
         self.sequential = trio.Event()  # set once somebody reads a large file from front to back
         self._apart: dict[bytes, Sequence[Extent]] = {}
@@ -102,14 +129,14 @@ class Reader:
             else:
                 yield from overlapping(cells, offset, size)
 
-    def cached(self, inode: Inode, offset: int, size: int) -> Data | None:
+    def cached(self, inode: Inode, offset: int, size: int) -> Buffer | None:
         """The bytes, when this node has them all; None otherwise. b"" at and past the end of the file."""
         size = min(size, inode.size - offset)
         if size <= 0:
             return b""
         if size >= _STRAIGHT:
             return self._straight(inode, offset, size)
-        parts: list[tuple[Extent, Data]] = []
+        parts: list[tuple[Extent, Buffer]] = []
         for extent in self._extents(inode, offset, size):
             data = self.fetcher.lookup(extent.chunk)
             if data is None:
@@ -117,19 +144,22 @@ class Reader:
             parts.append((extent, data))
         return _assemble(parts, offset, size)
 
-    def _straight(self, inode: Inode, offset: int, size: int) -> Data | None:
+    def _straight(self, inode: Inode, offset: int, size: int) -> Buffer | None:
         """A large read: chunks come from the disk into the answer, not through memory, which they would only flush."""
+        extents = list(overlapping(inode.extents, offset, size))
+        if not all(self.fetcher.has(extent.chunk) for extent in extents):
+            return None
         out = bytearray(size)
         view = memoryview(out)
         end = offset + size
-        for extent in overlapping(inode.extents, offset, size):
+        for extent in extents:
             lo, hi = max(extent.start, offset), min(extent.start + extent.length, end)
             skip = extent.skip + lo - extent.start
             if not self.fetcher.lookup_into(extent.chunk, skip, view[lo - offset : hi - offset]):
                 return None
         return out
 
-    async def read(self, inode: Inode, offset: int, size: int) -> Data:
+    async def read(self, inode: Inode, offset: int, size: int) -> Buffer:
         """The bytes, fetched where this node does not have them."""
         size = min(size, inode.size - offset)
         if size <= 0:
@@ -139,46 +169,54 @@ class Reader:
         self.counters.waiting += 1
         try:
             async with self._slots:
-                have = {e.chunk.key: self.fetcher.lookup(e.chunk) for e in extents}
-                missing = {e.chunk.key: e.chunk for e in extents if have[e.chunk.key] is None}
-                self.fetcher.request(missing.values())
-                for key, chunk in missing.items():
-                    have[key] = await self.fetcher.get(chunk)
+                have = await self.fetcher.get_all(extent.chunk for extent in extents)
         finally:
             self.counters.waiting -= 1
             self._answered.set()
             self._answered = trio.Event()
-            self.counters.waits_ms.append((time.monotonic() - began) * 1000)
-        parts = [(e, data) for e in extents if (data := have[e.chunk.key]) is not None]
-        return _assemble(parts, offset, size)
+            self.counters.waited(time.monotonic() - began)
+        return _assemble([(extent, have[extent.chunk.key]) for extent in extents], offset, size)
 
     async def drained(self) -> None:
         """Until no read waits for the network."""
         while self.counters.waiting:
             await self._answered.wait()
 
-    async def serve(self, handle: Handle, offset: int, size: int) -> Data:
+    async def serve(self, handle: Handle, offset: int, size: int) -> Buffer:
         """A read by an open file: `cached` or `read`, counted, and running ahead of a sequential reader."""
         counters = self.counters
         counters.count += 1
+        handle.last, handle.at = (offset, size), time.monotonic()
         if handle.observe(offset, size):
             self.sequential.set()
             self._run_ahead(handle, offset + size)
         disk_before = self.fetcher.disk_hits
         data = self.cached(handle.inode, offset, size)
-        if self.observer is not None:
-            self.observer(handle, offset, size, data is not None)
         if data is None:
             counters.misses += 1
-            data = await self.read(handle.inode, offset, size)
-        elif self.fetcher.disk_hits != disk_before:
-            counters.disk_hits += 1
+            data = await self._waited_for(handle, offset, size)
         else:
-            counters.memory_hits += 1
+            if self.fetcher.disk_hits != disk_before:
+                counters.disk_hits += 1
+            else:
+                counters.memory_hits += 1
+            if self.observer is not None:
+                self.observer(handle, offset, size, None)
         counters.bytes += len(data)
         if self.transfer_rate and handle.paging and size > _FAULT:
             await trio.sleep(min(size / self.transfer_rate, _HELD))
         return data
+
+    async def _waited_for(self, handle: Handle, offset: int, size: int) -> Buffer:
+        wait = Wait(handle, offset, size, handle.at)
+        if self.observer is not None:
+            self.observer(handle, offset, size, wait)
+        self.waits.add(wait)
+        try:
+            return await self.read(handle.inode, offset, size)
+        finally:
+            self.waits.remove(wait)
+            wait.ended = time.monotonic()
 
     def _run_ahead(self, handle: Handle, position: int) -> None:
         """Keep the link busy past what the kernel reads ahead, in file order: two windows' worth in the end.
@@ -201,7 +239,7 @@ def chunks_of(inode: Inode, offset: int = 0, size: int | None = None) -> Iterato
         yield extent.chunk
 
 
-def _assemble(parts: list[tuple[Extent, Data]], offset: int, size: int) -> Data:
+def _assemble(parts: list[tuple[Extent, Buffer]], offset: int, size: int) -> Buffer:
     """File bytes [offset, offset + size) out of whole chunks; gaps are zeros."""
     end = offset + size
     if len(parts) == 1:
@@ -211,15 +249,19 @@ def _assemble(parts: list[tuple[Extent, Data]], offset: int, size: int) -> Data:
             piece = memoryview(data)[at : at + size]
             _whole(piece, size, extent)
             return piece
-    out = bytearray(size)
+    pieces: list[Buffer] = []
+    position = offset
     for extent, data in parts:
         lo = max(extent.start, offset)
         hi = min(extent.start + extent.length, end)
         at = extent.skip + lo - extent.start
         piece = memoryview(data)[at : at + hi - lo]
         _whole(piece, hi - lo, extent)
-        out[lo - offset : hi - offset] = piece
-    return out
+        pieces += [bytes(lo - position), piece] if lo > position else [piece]
+        position = hi
+    if end > position:
+        pieces.append(bytes(end - position))
+    return b"".join(pieces)  # a bytearray would be cleared first
 
 
 def _whole(piece: memoryview, size: int, extent: Extent) -> None:

@@ -113,8 +113,12 @@ class Scheduler:
                 if wanted is None or wanted.priority != priority:
                     queue.popleft()
                     continue
+                others = [job for job in self.running if job.priority != Priority.DEMAND]
+                if priority != Priority.DEMAND and len(others) >= self._most(priority):
+                    return None
                 job = self._grown(wanted.chunk, priority)
-                if not self._admits(job):
+                if priority != Priority.DEMAND and others and not self._fits(job):
+                    self.full = True
                     return None
                 queue.popleft()
                 for chunk in job.chunks:
@@ -122,16 +126,12 @@ class Scheduler:
                 return job
         return None
 
-    def _admits(self, job: Job) -> bool:
-        """Demand may always start; the others leave room on the link and among the connections."""
-        if job.priority == Priority.DEMAND:
-            return True
-        others = [job for job in self.running if job.priority != Priority.DEMAND]
-        limit = self.sizes.jobs if job.priority == Priority.PREFETCH else self.sizes.background_jobs
-        if len(others) >= limit:
-            return False
-        self.full = bool(others) and job.size + sum(job.outstanding for job in self.running) > self.window
-        return not self.full
+    def _most(self, priority: Priority) -> int:
+        """Demand may always start; the others leave room among the connections, and on the link."""
+        return self.sizes.jobs if priority == Priority.PREFETCH else self.sizes.background_jobs
+
+    def _fits(self, job: Job) -> bool:
+        return job.size + sum(running.outstanding for running in self.running) <= self.window
 
     def _grown(self, first: Chunk, priority: Priority) -> Job:
         """The extent that starts at `first` and goes on over whatever wanted chunks follow it in the blob."""

@@ -15,6 +15,7 @@ from typing import TypeVar
 import trio
 
 from ckptfs.engine.reader import chunks_of
+from ckptfs.engine.schedule import Priority
 from ckptfs.errors import CkptfsError, FormatError, NotFoundError
 from ckptfs.image import OpenImage
 from ckptfs.image.views import inner_tars
@@ -133,7 +134,7 @@ class ImageFiles:
             for chunk in chunks_of(inode, offset, length):
                 if chunk.key not in missing and not self.image.fetcher.has(chunk):
                     missing[chunk.key] = chunk
-        self.image.fetcher.request(missing.values())
+        self.image.fetcher.want(missing.values(), Priority.DEMAND)
 
     async def _load(self, inode: Inode) -> None:
         with suppress(CkptfsError):

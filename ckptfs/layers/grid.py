@@ -5,10 +5,9 @@ asked for and not kept: a header that claims 4 EiB costs as much as one that cla
 streams that somebody else has cut, at any places. Not for layers with a TOC, whose chunks come from it.
 """
 
-from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from typing import Protocol, overload
+from typing import Protocol
 
 from ckptfs.model.toc import Chunk, Extent, MadeExtents, derived_key
 from ckptfs.settings import Sizes
@@ -118,30 +117,7 @@ def segments_of(extents: Sequence[Extent]) -> Sequence[tuple[int, int, int]]:
     return [run.segment for run in extents.runs] if isinstance(extents, _Runs) else ()
 
 
-class _Made(MadeExtents):
-    """A sequence whose items are made when they are asked for."""
-
-    __slots__ = ()
-
-    @abstractmethod
-    def _at(self, index: int) -> Extent: ...
-
-    @overload
-    def __getitem__(self, index: int) -> Extent: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Extent]: ...
-    def __getitem__(self, index: int | slice) -> Extent | Sequence[Extent]:
-        count = len(self)
-        if isinstance(index, slice):
-            return [self._at(i) for i in range(*index.indices(count))]
-        if index < 0:
-            index += count
-        if not 0 <= index < count:
-            raise IndexError(index)
-        return self._at(index)
-
-
-class _Run(_Made):
+class _Run(MadeExtents):
     """File bytes [start, start + length) lie at `position` of the stream; length > 0."""
 
     __slots__ = ("_cuts", "_length", "_position", "_start")
@@ -166,7 +142,7 @@ class _Run(_Made):
         first = self._cuts.index(self._position)
         return min(self._cuts.index(self._position + offset - self._start) - first, len(self) - 1)
 
-    def _at(self, index: int) -> Extent:
+    def at(self, index: int) -> Extent:
         cuts, position = self._cuts, self._position
         number = cuts.index(position) + index
         chunk, start = cuts.chunk(number), cuts.start(number)
@@ -175,7 +151,7 @@ class _Run(_Made):
         return Extent(self._start + low - position, high - low, chunk, low - start)
 
 
-class _Runs(_Made):
+class _Runs(MadeExtents):
     """The runs of a sparse file, one after another; what is between them is a hole."""
 
     __slots__ = ("_ends", "runs")
@@ -197,9 +173,9 @@ class _Runs(_Made):
             return -1
         return self.runs[run].index_at(offset) + (self._ends[run - 1] if run else 0)
 
-    def _at(self, index: int) -> Extent:
+    def at(self, index: int) -> Extent:
         run = bisect_right(self._ends, index)
-        return self.runs[run]._at(index - (self._ends[run - 1] if run else 0))
+        return self.runs[run].at(index - (self._ends[run - 1] if run else 0))
 
 
 def _start(run: _Run) -> int:

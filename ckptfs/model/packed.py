@@ -8,7 +8,6 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate
-from typing import overload
 
 from ckptfs.model.toc import Chunk, Extent, MadeExtents
 
@@ -55,19 +54,10 @@ class PackedExtents(MadeExtents):
     def index_at(self, offset: int) -> int:
         return bisect_right(self._starts, offset) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> Extent: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Extent]: ...
-    def __getitem__(self, index: int | slice) -> Extent | list[Extent]:
-        if isinstance(index, slice):
-            return [self._row(i) for i in range(*index.indices(len(self)))]
-        return self._row(range(len(self))[index])
-
     def __iter__(self) -> Iterator[Extent]:
-        return map(self._row, range(len(self)))
+        return map(self.at, range(len(self)))
 
-    def _row(self, i: int) -> Extent:
+    def at(self, i: int) -> Extent:
         digest = bytes(self._digests[_DIGEST * i : _DIGEST * (i + 1)])
         length = self._lengths[i]
         chunk = Chunk(digest, self.layer, self._offsets[i], self._sizes[i], length, digest)

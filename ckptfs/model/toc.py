@@ -11,7 +11,7 @@ import stat
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 _NO_XATTRS: Mapping[bytes, bytes] = {}
 
@@ -112,16 +112,32 @@ class MadeExtents(Sequence[Extent]):
     def index_at(self, offset: int) -> int:
         """Number of the last extent that starts at or before `offset`; -1 when there is none."""
 
+    @abstractmethod
+    def at(self, index: int) -> Extent:
+        """Extent number `index`, from 0; there is one."""
+
+    @overload
+    def __getitem__(self, index: int) -> Extent: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Extent]: ...
+    def __getitem__(self, index: int | slice) -> Extent | Sequence[Extent]:
+        count = len(self)
+        if isinstance(index, slice):
+            return [self.at(i) for i in range(*index.indices(count))]
+        if index < 0:
+            index += count
+        if not 0 <= index < count:
+            raise IndexError(index)
+        return self.at(index)
+
 
 def overlapping(extents: Sequence[Extent], offset: int, length: int) -> Iterator[Extent]:
     """The extents that overlap file bytes [offset, offset + length), whole."""
     end = offset + length
-    if isinstance(extents, MadeExtents):
-        first = extents.index_at(offset)
-    else:
-        first = bisect.bisect_right(extents, offset, key=_start) - 1
+    made = extents if isinstance(extents, MadeExtents) else None
+    first = made.index_at(offset) if made is not None else bisect.bisect_right(extents, offset, key=_start) - 1
     for index in range(max(first, 0), len(extents)):
-        extent = extents[index]
+        extent = made.at(index) if made is not None else extents[index]
         if extent.start >= end:
             return
         if extent.start + extent.length > offset:

@@ -12,7 +12,7 @@ from pathlib import Path
 import trio
 
 from ckptfs.engine.cache import ChunkCache
-from ckptfs.engine.fetch import Data
+from ckptfs.engine.disk import Buffer
 from ckptfs.engine.schedule import Priority
 from ckptfs.errors import only_error
 from ckptfs.image import ImageOptions, OpenImage, View, open_image
@@ -156,10 +156,10 @@ class _Extraction:
         self._directories: list[tuple[bytes, Inode]] = []
         self._links: list[tuple[bytes, bytes]] = []
 
-        async def fetch(chunk: Chunk) -> Data:
+        async def fetch(chunk: Chunk) -> Buffer:
             return await image.fetcher.get(chunk, Priority.DEMAND)
 
-        def late(chunk: Chunk) -> Data:
+        def late(chunk: Chunk) -> Buffer:
             return trio.from_thread.run(fetch, chunk)
 
         self.contents = Contents(image.fetcher, destination, image.options.settings.sizes, late)

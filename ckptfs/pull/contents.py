@@ -11,7 +11,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ckptfs.engine.fetch import Data, Fetcher
+from ckptfs.engine.disk import Buffer
+from ckptfs.engine.fetch import Fetcher
 from ckptfs.errors import IntegrityError
 from ckptfs.layers import Layer
 from ckptfs.model.blob import Blob
@@ -54,7 +55,9 @@ class Contents:
     late   asks the event loop for a chunk, the slow way.
     """
 
-    def __init__(self, fetcher: Fetcher, destination: Destination, sizes: Sizes, late: Callable[[Chunk], Data]) -> None:
+    def __init__(
+        self, fetcher: Fetcher, destination: Destination, sizes: Sizes, late: Callable[[Chunk], Buffer]
+    ) -> None:
         self.total = self.written = 0  # bytes
         self._fetcher = fetcher
         self._destination = destination
@@ -125,7 +128,7 @@ class Contents:
             os.close(file.fd)
         self._open.clear()
 
-    def lookup(self, chunk: Chunk) -> Data:
+    def lookup(self, chunk: Chunk) -> Buffer:
         data = self._fetcher.lookup(chunk)
         return data if data is not None else self._late(chunk)
 
@@ -160,7 +163,7 @@ class _Writer:
         self._destination = destination
         self._directories = Directories(destination.top)
 
-    def write(self, pieces: Sequence[Piece], data: Data) -> None:
+    def write(self, pieces: Sequence[Piece], data: Buffer) -> None:
         view = memoryview(data)
         with self.busy, translated(self._destination.target):
             if self._contents.stopped:
@@ -228,7 +231,7 @@ class _Fetch:
                 writer.write(pieces, self._decoded(chunk, buffer[low : low + chunk.size]))
                 at += 1
 
-    def _decoded(self, chunk: Chunk, data: memoryview) -> Data:
+    def _decoded(self, chunk: Chunk, data: memoryview) -> Buffer:
         try:
             return self.layer.decode(chunk, data)
         except IntegrityError:  # once more, elsewhere if there is another place

@@ -1,0 +1,168 @@
+"""One extent in a worker thread: claim it on the node, GET it, decode and verify each chunk as it becomes whole.
+
+Nothing leaves here, to memory, to who waits, to the node's cache, before its digest has been checked. Never decides
+what is fetched. Called by fetch.py.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Protocol
+
+import trio
+
+from ckptfs.engine.disk import Buffer
+from ckptfs.engine.link import LinkEstimate
+from ckptfs.engine.memory import MemoryCache
+from ckptfs.engine.regions import RegionClaims
+from ckptfs.engine.schedule import Job
+from ckptfs.engine.waiting import Waiting
+from ckptfs.errors import CkptfsError, FormatError, IntegrityError, UnavailableError
+from ckptfs.layers import Layer
+from ckptfs.model.blob import Blob
+from ckptfs.model.toc import Chunk
+from ckptfs.settings import MiB
+
+log = logging.getLogger(__name__)
+
+_POLL = 0.003  # seconds between two looks at what another process of the node is fetching
+_BATCH = 1 * MiB  # decoded bytes that are written to the disk cache with one call
+_SHARES = 8  # of the window: so much has arrived before the event loop looks whether there is room for another request
+
+
+class ChunkStore(Protocol):
+    """What the fetcher needs of the node's cache (engine/cache.py)."""
+
+    def get(self, key: bytes) -> bytes | None: ...
+    def read_into(self, key: bytes, offset: int, buffer: memoryview) -> bool: ...
+    def contains(self, key: bytes) -> bool: ...
+    def put_many(self, chunks: list[tuple[bytes, Buffer]]) -> None: ...
+    def refresh(self) -> None: ...
+    def try_claim(self, keys: Iterable[bytes]) -> set[bytes]: ...
+    def release(self, keys: Iterable[bytes]) -> None: ...
+    def drop(self, key: bytes) -> None: ...
+
+
+class Receiver:
+    """Performs jobs. `arrived` is called in the event loop each time that a share of the window has come in."""
+
+    def __init__(
+        self,
+        cache: ChunkStore,
+        memory: MemoryCache,
+        waiting: Waiting,
+        link: LinkEstimate,
+        read_deadline: float,
+        arrived: Callable[[], None],
+    ) -> None:
+        self._cache = cache
+        self._memory = memory
+        self._waiting = waiting
+        self._link = link
+        self._read_deadline = read_deadline
+        self._arrived = arrived
+        self._regions = RegionClaims(cache)
+
+    def fetch(self, job: Job, blob: Blob, layer: Layer) -> dict[bytes, CkptfsError]:
+        """One extent; returns what could not be had. Chunks that another process of the node fetches are awaited."""
+        name = blob.descriptor.digest.raw
+        deadline = time.monotonic() + self._read_deadline
+        failures: dict[bytes, CkptfsError] = {}
+        waiting = job.chunks
+        while True:
+            mine, waiting, regions = self._regions.take(name, waiting)
+            try:
+                self._cache.refresh()
+                missing = [chunk for chunk in mine if not self._found(chunk)]
+                if missing:
+                    failures.update(self._receive(job, missing, blob, layer))
+            finally:
+                self._regions.release(regions)
+            if not waiting:
+                return failures
+            if time.monotonic() > deadline:
+                error = UnavailableError("another process of this node did not finish the fetch")
+                return failures | {chunk.key: error for chunk in waiting}
+            time.sleep(_POLL)
+            self._cache.refresh()
+            waiting = [chunk for chunk in waiting if not self._found(chunk)]
+
+    def publish(self, chunks: list[tuple[bytes, Buffer]]) -> None:
+        """To memory and to the waiters; from any thread. Memory first: who asks after the delivery must find them."""
+        self._memory.put_many(chunks)
+        self._waiting.deliver(chunks)
+
+    def _found(self, chunk: Chunk) -> bool:
+        """Publish the chunk if another process, or another image, has put it into the node's cache."""
+        data = self._cache.get(chunk.key)
+        if data is not None:
+            self.publish([(chunk.key, data)])
+        return data is not None
+
+    def _receive(self, job: Job, chunks: list[Chunk], blob: Blob, layer: Layer) -> dict[bytes, CkptfsError]:
+        """GET the range that holds `chunks` (sorted by offset), publish each one as it becomes whole.
+
+        Returns what could not be had; wrong bytes are asked for once more.
+        """
+        start = chunks[0].offset
+        end = max(chunk.offset + chunk.size for chunk in chunks)
+        view = memoryview(bytearray(end - start))
+        filled, at, told = 0, 0, 0
+        bad: list[Chunk] = []
+        failures: dict[bytes, CkptfsError] = {}
+        batch: list[tuple[bytes, Buffer]] = []
+        pending = 0
+        began = time.monotonic()
+        try:
+            for piece in blob.stream(start, end - start, attempt=job.attempt):
+                now = time.monotonic()
+                if not filled:
+                    self._link.first_byte(now - began)
+                view[filled : filled + len(piece)] = piece
+                filled += len(piece)
+                job.received = filled
+                self._link.received(len(piece), now)
+                ready: list[tuple[bytes, Buffer]] = []
+                while at < len(chunks) and chunks[at].offset + chunks[at].size - start <= filled:
+                    chunk = chunks[at]
+                    at += 1
+                    lo = chunk.offset - start
+                    try:
+                        data = layer.decode(chunk, view[lo : lo + chunk.size])
+                    except (IntegrityError, FormatError) as error:
+                        log.warning("%s: %s", where(chunk, blob, layer), error)
+                        bad.append(chunk)
+                        continue
+                    ready.append((chunk.key, data))
+                    pending += len(data)
+                if ready:
+                    self.publish(ready)
+                    batch += ready
+                if filled - told >= self._link.window // _SHARES:
+                    told = filled
+                    self._tell()
+                if pending >= _BATCH:
+                    self._cache.put_many(batch)
+                    batch, pending = [], 0
+        except CkptfsError as error:
+            failures.update((chunk.key, error) for chunk in chunks[at:])
+        if batch:
+            self._cache.put_many(batch)
+        for chunk in bad:
+            if job.attempt:
+                failures[chunk.key] = IntegrityError(f"wrong bytes twice for {where(chunk, blob, layer)}")
+            else:
+                again = Job(job.layer, chunk.offset, chunk.offset + chunk.size, [chunk], job.priority, attempt=1)
+                failures.update(self._receive(again, [chunk], blob, layer))
+        return failures
+
+    def _tell(self) -> None:
+        if self._waiting.token is not None:
+            with suppress(trio.RunFinishedError):
+                self._waiting.token.run_sync_soon(self._arrived, idempotent=True)
+
+
+def where(chunk: Chunk, blob: Blob, layer: Layer) -> str:
+    """For messages."""
+    return f"bytes {chunk.offset}+{chunk.size} of {layer.format} layer {blob.descriptor.digest}"
