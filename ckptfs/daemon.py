@@ -12,8 +12,11 @@ import trio
 
 from ckptfs import __version__
 from ckptfs.control.client import MountFiles, write_state
+from ckptfs.control.exposition import exposition
+from ckptfs.control.metrics import open_port
 from ckptfs.control.ready import notify, tell
 from ckptfs.control.server import ControlServer
+from ckptfs.engine.activity import reads_now
 from ckptfs.engine.cache import ChunkCache
 from ckptfs.engine.recording import ReadRecorder
 from ckptfs.errors import only_error
@@ -21,6 +24,8 @@ from ckptfs.fuse.mount import MountSession, mount_options
 from ckptfs.fuse.operations import Operations
 from ckptfs.hardening import release_memory, settle_garbage_collector
 from ckptfs.image import ImageOptions, OpenImage, open_image
+from ckptfs.image.residency import Residency, ResidencyMeter
+from ckptfs.model.names import InodeNames
 from ckptfs.model.oci import Reference
 from ckptfs.mounting import MountRequest
 from ckptfs.redaction import redact
@@ -83,10 +88,15 @@ async def _serve(
         await image.ready()
         operations = Operations(image)
         session = MountSession(operations, mountpoint, request.settings)
-        facts: dict[str, Any] = {}
+        meter, names = ResidencyMeter(image), InodeNames(image.tree)
+        facts: dict[str, Any] = {"metrics": None}
 
-        def status(_: dict[str, Any]) -> dict[str, Any]:
-            found = {**mount_status(image, mountpoint, request), **facts}
+        def status(question: dict[str, Any]) -> dict[str, Any]:
+            residency = meter.measure()
+            found = {**mount_status(image, residency, mountpoint, request), **facts}
+            if question.get("detail"):
+                reading = reads_now(image.reader.waits, operations.handles, names, time.monotonic())
+                found |= {**_parts(residency), "reading": reading}
             ready_at = found.pop("ready_at", time.monotonic())
             # Ready means that CRIU's metadata is here as well; eager pages, fetched right after it, do not count.
             found["round_trips_to_ready"] = counters.round_trips(image.metadata_at or ready_at)
@@ -115,8 +125,12 @@ async def _serve(
             session.stop()
             return {"pid": os.getpid()}
 
-        recorder = ReadRecorder(request.record, image.tree, request.started) if request.record is not None else None
+        recorder = ReadRecorder(request.record, names, request.started) if request.record is not None else None
         async with trio.open_nursery() as nursery:
+            if request.metrics is not None:
+                port = await open_port(request.metrics, lambda: exposition([status({})]))
+                facts["metrics"] = port.address
+                nursery.start_soon(port.run)
             nursery.start_soon(_keep_house, cache, image)
             if recorder is not None:
                 nursery.start_soon(recorder.run)
@@ -154,10 +168,10 @@ async def _keep_house(cache: ChunkCache, image: OpenImage) -> None:
             release_memory()
 
 
-def mount_status(image: OpenImage, mountpoint: str, request: MountRequest) -> dict[str, Any]:
+def mount_status(image: OpenImage, residency: Residency, mountpoint: str, request: MountRequest) -> dict[str, Any]:
     """The fields that product documentation names; names and meanings are stable."""
     network, reads, fetcher, profile = image.counters, image.reader.counters, image.fetcher, image.profile
-    cached = image.cached_bytes()
+    cached = residency.cached_bytes
     return {
         "version": __version__,
         "mountpoint": mountpoint,
@@ -165,6 +179,8 @@ def mount_status(image: OpenImage, mountpoint: str, request: MountRequest) -> di
         "digest": str(image.resolved.manifest.digest),
         "view": request.view,
         "pid": os.getpid(),
+        "seconds": round(time.monotonic() - request.started, 3),
+        "background": request.background,
         "image_bytes": image.image_bytes,
         "cached_bytes": cached,
         "complete": cached == image.image_bytes,
@@ -182,6 +198,8 @@ def mount_status(image: OpenImage, mountpoint: str, request: MountRequest) -> di
             "disk_hits": reads.disk_hits,
             "misses": reads.misses,
             "waiting": reads.waiting,
+            "waits": reads.waits,
+            "waited_ms": round(reads.waited_ms, 3),
             "wait_ms_p50": reads.wait_ms(0.5),
             "wait_ms_p99": reads.wait_ms(0.99),
         },
@@ -190,3 +208,9 @@ def mount_status(image: OpenImage, mountpoint: str, request: MountRequest) -> di
         "verify": image.verification,
         "errors": [redact(error) for error in image.errors[-20:]],
     }
+
+
+def _parts(residency: Residency) -> dict[str, Any]:
+    layers = [{"name": part.name, "bytes": part.size, "cached_bytes": part.cached} for part in residency.layers]
+    roles = {part.name: {"bytes": part.size, "cached_bytes": part.cached} for part in residency.roles}
+    return {"layers": layers, "roles": roles}

@@ -49,6 +49,7 @@ class MountRequest:
     record: Path | None = None
     transfer_rate: float = 0.0  # see engine/reader.py
     stats: Path | None = None
+    metrics: tuple[str, int] | None = None  # IP address and port to serve metrics at
     ready_fd: int | None = None
     settings: Settings = field(default_factory=Settings)
     started: float = field(default_factory=lambda: command_start())  # monotonic seconds
@@ -107,8 +108,11 @@ def umount(directory: str) -> None:
     detach(path)
 
 
-def statuses(directory: str | None) -> list[dict[str, Any]]:
-    """The status of one mount, or of all; a mount whose daemon is gone is told as such."""
+def statuses(directory: str | None, *, detail: bool = False) -> list[dict[str, Any]]:
+    """The status of one mount, or of all; a mount whose daemon is gone is told as such.
+
+    `detail`: with layers, roles and what is being read now.
+    """
     if directory is not None:
         path = canonical(directory)
         files = MountFiles.of(path)
@@ -122,7 +126,7 @@ def statuses(directory: str | None) -> list[dict[str, Any]]:
     found = []
     for files, state in wanted:
         try:
-            found.append(ask(files, "status"))
+            found.append(ask(files, "status", detail=detail))
         except UnavailableError:
             hint = f"dead; run: ckptfs umount {state['mountpoint']}"
             if mount_at(state["mountpoint"]) is None:

@@ -152,10 +152,11 @@ def warm(reference: Reference, metadata: bool, as_json: bool, **options: Any) ->
 
     async def work(images: "Sequence[OpenImage]") -> tuple[int, int, str]:
         from ckptfs.image.ahead import fetch_all
+        from ckptfs.image.residency import ResidencyMeter
 
         image = images[0]
         await fetch_all(image, metadata_only=metadata)
-        return image.cached_bytes(), image.image_bytes, str(image.resolved.manifest.digest)
+        return ResidencyMeter(image).measure().cached_bytes, image.image_bytes, str(image.resolved.manifest.digest)
 
     (cached, whole, digest), traffic = with_images([reference], work, offline=False, **options)
     if not metadata and cached < whole:

@@ -8,6 +8,7 @@ from typing import Literal
 import click
 
 from ckptfs.cli.options import (
+    Address,
     RegistryReference,
     configure_logging,
     deadline,
@@ -60,6 +61,12 @@ from ckptfs.settings import default_cache_dir
 @click.option(
     "--stats", type=click.Path(path_type=Path, dir_okay=False), help="Write the last status to FILE at the end."
 )
+@click.option(
+    "--metrics",
+    type=Address(),
+    metavar="[IP:]PORT",
+    help="Serve /metrics for Prometheus there, on loopback without IP; 0: any port, see `ckptfs status`.",
+)
 @click.option("--ready-fd", type=click.IntRange(0), help="Write a line to this descriptor once a read works.")
 @click.option("--read-deadline", default="60", show_default=True, help="Seconds until a read gets EIO, or `hard`.")
 @click.option("--allow-other", is_flag=True, help="Let other users in; modes and owners are those of the image.")
@@ -79,6 +86,7 @@ def mount(
     publish_index: bool,
     record: Path | None,
     stats: Path | None,
+    metrics: tuple[str, int] | None,
     ready_fd: int | None,
     read_deadline: str,
     allow_other: bool,
@@ -120,6 +128,7 @@ def mount(
         plain_http=plain_http,
         record=record.absolute() if record else None,
         stats=stats.absolute() if stats else None,
+        metrics=metrics,
         ready_fd=ready_fd,
         settings=make_settings(cache_size, memory, deadline(read_deadline)),
     )

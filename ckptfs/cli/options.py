@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ckptfs import configuration
-from ckptfs.configuration import parse_deadline, parse_size
+from ckptfs.configuration import parse_address, parse_deadline, parse_size
 from ckptfs.errors import UsageError
 from ckptfs.model.oci import Reference
 from ckptfs.redaction import RedactingFormatter
@@ -37,6 +37,18 @@ class ByteSize(click.ParamType["int | str"]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         try:
             return parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Address(click.ParamType["tuple[str, int] | str"]):
+    """`127.0.0.1:9180`, `[::1]:9180`, `9180`: an IP address, loopback if there is none, and a port."""
+
+    name = "address"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
+        try:
+            return value if isinstance(value, tuple) else parse_address(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
 

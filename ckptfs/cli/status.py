@@ -29,9 +29,9 @@ def status(directory: str | None, as_json: bool, prometheus: bool, watch: bool, 
     while True:
         found = mounting.statuses(directory)
         if prometheus:
-            from ckptfs.cli.prometheus import exposition
+            from ckptfs.control.exposition import exposition
 
-            click.echo("\n".join(exposition(found)))
+            click.echo(exposition(found), nl=False)
         elif as_json:
             click.echo(json.dumps(found[0] if directory is not None else found, indent=2))
         else:
@@ -63,6 +63,8 @@ def _show(facts: dict[str, Any]) -> None:
         f"  reads    {reads['count']} ({human(reads['bytes'])}), {reads['misses']} waited, "
         f"median {reads['wait_ms_p50']:.1f} ms, {reads['waiting']} waiting now"
     )
+    if facts.get("metrics"):
+        click.echo(f"  metrics  http://{facts['metrics']}/metrics")
     for error in facts["errors"][-3:]:
         click.echo(f"  error    {error}")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import struct
@@ -11,6 +12,8 @@ from typing import Any
 import trio
 
 from ckptfs.control.client import MountFiles
+
+log = logging.getLogger(__name__)
 
 _REQUEST_BYTES = 64 * 1024
 _PEERCRED = struct.Struct("3i")  # struct ucred: pid, uid, gid (unix(7))
@@ -49,7 +52,11 @@ class ControlServer:
             command = self._commands[request["command"]]
         except (ValueError, KeyError, TypeError):
             return {"error": f"unknown command; there are {', '.join(sorted(self._commands))}"}
-        return {"answer": command(request)}
+        try:
+            return {"answer": command(request)}
+        except Exception as error:  # a bug: it must not end the mount
+            log.exception("%s failed unexpectedly", request["command"])
+            return {"error": f"internal error: {type(error).__name__}"}
 
 
 async def _line(stream: trio.SocketStream) -> bytes:

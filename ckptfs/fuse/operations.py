@@ -9,6 +9,7 @@ import errno
 import os
 import stat
 import threading
+from collections.abc import Collection
 from typing import Any, cast
 
 import pyfuse3
@@ -54,6 +55,11 @@ class Operations(Answering):
         self._owner = None if os.geteuid() == 0 else (os.geteuid(), os.getegid())
         image.changed = self._changed
         image.distrusted = self._distrusted
+
+    @property
+    def handles(self) -> Collection[Handle]:
+        """The files that are open."""
+        return self._handles.values()
 
     # -- for the session -----------------------------------------------------------------------------------------------
 
@@ -136,6 +142,7 @@ class Operations(Answering):
             raise pyfuse3.FUSEError(errno.EINVAL)
         number = self._number()
         handle = self._handles[number] = await self.image.open(found)
+        handle.pid = ctx.pid
         handle.paging = found.size >= _LARGE and await pages_lazily(ctx.pid)
         return pyfuse3.FileInfo(fh=number, keep_cache=True, direct_io=handle.paging)
 

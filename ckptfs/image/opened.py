@@ -378,18 +378,10 @@ class OpenImage:
         """Compressed bytes of the layers that the view shows."""
         return sum(descriptor.size for descriptor, _ in self._layers.values())
 
-    def cached_bytes(self) -> int:
-        """How many of `image_bytes` this node has; all of them only when every chunk of every file is here."""
-        complete = not self.tables and all(scan.complete for scan in self._scans.values() if not scan.dormant)
-        chunks = self.chunks() if complete else {}
-        here = sum(chunk.size for chunk in chunks.values() if self.fetcher.has(chunk))
-        total = sum(chunk.size for chunk in chunks.values())
-        if complete and here == total:
-            return self.image_bytes
-        if not complete:
-            return min(self.counters.bytes, self.image_bytes - 1)
-        # Of streams only the decoded sizes are known; headers between the chunks are counted with them.
-        return min(self.image_bytes * here // total, self.image_bytes - 1)
+    @property
+    def known(self) -> bool:
+        """Whether every chunk of every file is known, as far as somebody looked into layers."""
+        return not self.tables and all(scan.complete for scan in self._scans.values() if not scan.dormant)
 
     def chunks(self) -> dict[bytes, Chunk]:
         """Every chunk that the view's files need, by key; only of a complete tree."""

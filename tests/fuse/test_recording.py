@@ -41,7 +41,7 @@ def test_every_read_is_recorded_in_order(tmp_path: Path) -> None:
             count = mount.status()["reads"]["count"]
     facts = [json.loads(line) for line in record.read_text().splitlines()]
     assert record.stat().st_mode & 0o777 == 0o600
-    assert all(set(fact) == {"t_ms", "path", "offset", "length", "hit"} for fact in facts)
+    assert all(set(fact) == {"t_ms", "path", "offset", "length", "hit", "wait_ms", "pid", "command"} for fact in facts)
     assert len(facts) in (count, count - 1), "all but the read that told that the mount is ready"
     times = [fact["t_ms"] for fact in facts]
     assert times == sorted(times) and 0 < times[0] < 30_000
