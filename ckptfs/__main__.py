@@ -4,17 +4,26 @@ checkpointctl runs `checkpointctl-NAME` for `checkpointctl NAME`, and asks each 
 every start: half a second is all it waits, so nothing is imported for that.
 """
 
+import signal
 import sys
+from typing import NoReturn
 
 _DESCRIBED = 42  # the exit code by which checkpointctl knows that a plugin understood the question (cmd/plugin.go)
 
 
 def main() -> None:
+    _run()
+
+
+def _run(*program: str) -> NoReturn:
     try:
         from ckptfs.cli import run
-    except KeyboardInterrupt:  # Ctrl-C within the first tenth of a second
-        sys.exit(130)
-    sys.exit(run(sys.argv[1:]))
+
+        code = run(sys.argv[1:], *program)
+    except KeyboardInterrupt:  # Ctrl-C within the first tenth of a second, or twice
+        code = 130
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on Python would print a traceback for it
+    sys.exit(code)
 
 
 def checkpointctl_plugin() -> None:
@@ -22,9 +31,7 @@ def checkpointctl_plugin() -> None:
     if sys.argv[1:] == ["--plugin-description"]:
         print("Look into checkpoint images in a registry, mount and restore them, without pulling them")
         sys.exit(_DESCRIBED)
-    from ckptfs.cli import run
-
-    sys.exit(run(sys.argv[1:], "checkpointctl ckptfs"))
+    _run("checkpointctl ckptfs")
 
 
 if __name__ == "__main__":

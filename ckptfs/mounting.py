@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from ckptfs.control.client import MountFiles, ask, ensure_runtime_dir, known_mounts
+from ckptfs.control.client import MountFiles, ask, ensure_runtime_dir, known_mounts, prune_logs
 from ckptfs.errors import CkptfsError, MountError, UnavailableError
 from ckptfs.fuse.mountpoint import canonical, detach, mount_at, prepare
 from ckptfs.hardening import few_arenas, harden
@@ -62,7 +62,7 @@ def mount(request: MountRequest) -> dict[str, Any]:
 
 def begin(request: MountRequest) -> "Pending":
     """Start the daemon of a mount and do not wait: several get ready at the same time."""
-    with _Claim(request.mountpoint) as claim:
+    with _Claim(request) as claim:
         reader, writer = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -77,7 +77,7 @@ def begin(request: MountRequest) -> "Pending":
 
 def mount_foreground(request: MountRequest) -> None:
     """Mount and stay until unmounted or signalled."""
-    with _Claim(request.mountpoint) as claim:
+    with _Claim(request) as claim:
         _run(request, claim, None)
 
 
@@ -172,9 +172,9 @@ class _Lock:
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)  # a forked daemon holds its own reference
 
-    def remove(self) -> None:
+    def remove(self, *, keep_log: bool = True) -> None:
         """The holder ends: nothing stays behind. Whoever waits for the lock sees that the file is another."""
-        self.files.remove()
+        self.files.remove(keep_log=keep_log)
         if self._current():
             self.files.lock.unlink()
 
@@ -189,9 +189,10 @@ class _Lock:
 class _Claim(_Lock):
     """The right to mount on a directory that can be mounted on; of several at once exactly one gets it."""
 
-    def __init__(self, mountpoint: str) -> None:
+    def __init__(self, request: MountRequest) -> None:
         ensure_runtime_dir()
-        super().__init__(canonical(mountpoint))
+        prune_logs(request.settings.timeouts.old_log)
+        super().__init__(canonical(request.mountpoint))
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -314,7 +315,9 @@ def _run(request: MountRequest, claim: _Claim, writer: int | None) -> None:
         source = EarlySource(source)
     from ckptfs.daemon import run
 
+    ended_well = False
     try:
         run(request, source, reach, counters, claim.path, claim.files, writer)
+        ended_well = True
     finally:
-        claim.remove()
+        claim.remove(keep_log=not ended_well)

@@ -40,6 +40,7 @@ class Limits:
     criu_image_bytes: int = 64 * MiB  # a CRIU image that is read whole: the pagemap of 3 million separate runs
     criu_record_bytes: int = 16 * MiB  # mm of a process with 65530 mappings (vm.max_map_count) is 4 MB
     criu_records: int = 4_000_000
+    increments: int = 8  # checkpoints that one restore reads: `push --parent` writes a whole one after so many
     process_depth: int = 256  # generations in a process tree
     dump_bytes: int = 16 * MiB  # config.dump, spec.dump and their like
     argument_bytes: int = 256 * KiB  # of a process's command line or environment; more is shown cut
@@ -68,6 +69,7 @@ class Timeouts:
     mount_ready: float = 30.0
     lazy_daemon: float = 10.0  # until `criu lazy-pages` takes connections
     stop: float = 10.0  # between the stop signal and SIGKILL for a restored container, as podman and docker wait
+    old_log: float = 7 * 86400.0  # what a mount that has crashed said is kept for that long
     tool: float = 60.0  # for a tool that only asks something: criu check, podman image mount
 
 

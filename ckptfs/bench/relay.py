@@ -8,6 +8,7 @@ forwards bytes. Runs in a process of its own (`Relay`), until its standard input
 """
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -41,17 +42,26 @@ class Relay:
         self.tag = reference.tag or "latest"
 
     def __enter__(self) -> Self:
-        self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        pipe = subprocess.PIPE
+        # Ctrl-C in a terminal is for the command, which ends the relay.
+        self._process = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, text=True, process_group=0)
         assert self._process.stdout is not None
-        self.address = self._process.stdout.readline().strip()
-        if not self.address:
+        try:
+            said = json.loads(self._process.stdout.readline() or '{"error": "the image cannot be served"}')
+            if "error" in said:
+                error = CkptfsError(said["error"], hint=said.get("hint", "`ckptfs ls REF` must work"))
+                error.exit_code = said.get("code", UnavailableError.exit_code)
+                raise error
+        except BaseException:
             self.__exit__()
-            raise UnavailableError("the image cannot be served", hint="see the line above; `ckptfs ls REF` must work")
+            raise
+        self.address = said["address"]
         return self
 
     def __exit__(self, *_: object) -> None:
         if (process := self._process) is not None:
-            process.__exit__(None, None, None)  # closing its standard input ends it
+            process.terminate()
+            process.__exit__(None, None, None)
             self._process = None
 
 
@@ -184,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ckptfs.bench.relay", description="An image as a local registry.")
     parser.add_argument("reference", metavar="REF", help="host/repo[:tag][@digest] or oci:DIR[:TAG]")
     parser.add_argument("--plain-http", action="store_true", help="talk HTTP to the registry")
-    parser.add_argument("--control", action="store_true", help="end when standard input ends")
+    parser.add_argument("--control", action="store_true", help="speak JSON, and end when standard input ends")
     options = parser.parse_args(arguments)
     try:
         settings, counters = Settings(), NetworkCounters()
@@ -192,10 +202,14 @@ def main(arguments: list[str] | None = None) -> int:
         source = open_source(reference, settings=settings, counters=counters, plain_http=options.plain_http)
         handler = type("Handler", (_Handler,), {"image": _Image(source)})
     except CkptfsError as error:
-        print(f"ckptfs: {error}", file=sys.stderr)
+        if options.control:
+            print(json.dumps({"error": error.message, "hint": error.hint, "code": error.exit_code}), flush=True)
+        else:
+            print(f"ckptfs: {error}", file=sys.stderr)
         return error.exit_code
     with _Server(("127.0.0.1", 0), handler) as server:
-        print(f"127.0.0.1:{server.server_address[1]}", flush=True)
+        address = f"127.0.0.1:{server.server_address[1]}"
+        print(json.dumps({"address": address}) if options.control else address, flush=True)
         if options.control:
             threading.Thread(target=server.serve_forever, daemon=True).start()
             sys.stdin.read()

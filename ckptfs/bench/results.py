@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from ckptfs.errors import FormatError
+from ckptfs.errors import CacheError, FormatError
 
 Conditions: TypeAlias = Mapping[str, str | float]
 
@@ -103,8 +103,12 @@ class ResultFile:
     def __init__(self, path: Path, stamp: Stamp) -> None:
         self.path = path
         self.facts: list[Fact] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.add(stamp)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.add(stamp)
+        except OSError as error:
+            hint = "name a directory of your own: --out"
+            raise CacheError(f"cannot write {path.parent}: {error.strerror}", hint=hint) from None
 
     def add(self, fact: Fact) -> None:
         self.facts.append(fact)

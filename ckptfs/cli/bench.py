@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ckptfs.cli.options import configure_logging, reference_argument, verbosity_options
+from ckptfs.cli.options import configure_logging, make_settings, reference_argument, transfer_options
 from ckptfs.model.oci import Reference
 
 
@@ -29,9 +29,8 @@ from ckptfs.model.oci import Reference
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
     help="Replay the reads of `mount --record` in place of criu's.",
 )
-@click.option("--plain-http", is_flag=True, help="Talk HTTP instead of HTTPS (loopback registries need no flag).")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-@verbosity_options
+@transfer_options
 def bench(
     reference: Reference,
     out: Path,
@@ -60,6 +59,7 @@ def bench(
     from ckptfs.bench.link import bits_per_second, seconds
 
     links = tuple((seconds(rtt), bits_per_second(rate)) for rtt in rtts for rate in rates)
+    plain_http = plain_http or reference.host in make_settings().registries.plain_http
     wanted = Comparison(reference, out.absolute(), links, runs, trace, plain_http)
     shown = sys.stderr.isatty() and not quiet
 

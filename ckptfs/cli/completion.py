@@ -13,10 +13,11 @@ def completion(shell: str) -> None:
     ckptfs completion zsh > "${fpath[1]}/_ckptfs"
     ckptfs completion fish > ~/.config/fish/completions/ckptfs.fish
     """
-    from click.shell_completion import get_completion_class
+    from click.shell_completion import ShellComplete, get_completion_class
 
     from ckptfs.cli import PROGRAM, main
 
     found = get_completion_class(shell)
     assert found is not None
-    click.echo(found(main, {}, PROGRAM, f"_{PROGRAM.upper()}_COMPLETE").source())
+    completer = found(main, {}, PROGRAM, f"_{PROGRAM.upper()}_COMPLETE")
+    click.echo(ShellComplete.source(completer))  # bash's own source() asks for a bash on this machine

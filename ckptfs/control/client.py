@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,12 +47,12 @@ class MountFiles:
     def log(self) -> Path:
         return self.directory / f"{self.name}.log"
 
-    def remove(self) -> None:
-        """The mount has ended well; the log stays only if it says something."""
+    def remove(self, *, keep_log: bool = True) -> None:
+        """The mount has ended. `keep_log`: it did not end well; what its log says, if anything, can still be read."""
         for path in (self.socket, self.state):
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            if self.log.stat().st_size == 0:
+            if not keep_log or self.log.stat().st_size == 0:
                 self.log.unlink()
 
 
@@ -66,6 +67,16 @@ def ensure_runtime_dir() -> Path:
     if directory.is_symlink() or found.st_uid != os.geteuid() or found.st_mode & 0o077:
         raise MountError(f"{directory} must be a directory of mode 0700 that you own", hint=f"run: rm -r {directory}")
     return directory
+
+
+def prune_logs(age: float) -> None:
+    """Remove the logs of mounts that are gone and that nobody has read for `age` seconds."""
+    directory = runtime_dir()
+    for log in directory.glob("*.log"):
+        files = MountFiles(directory, log.stem)
+        with contextlib.suppress(OSError):
+            if not files.lock.exists() and time.time() - log.stat().st_mtime > age:
+                log.unlink()
 
 
 def known_mounts() -> Iterator[tuple[MountFiles, dict[str, Any]]]:

@@ -68,6 +68,7 @@ class Trail:
             daemon = json.loads(self.texts[-2])["pid"]
             for name in ("cmdline", "environ"):
                 self.texts.append(Path(f"/proc/{daemon}/{name}").read_bytes().decode(errors="replace"))
+            self.texts.append(MountFiles.of(str(target)).log.read_text())  # gone once the mount has ended well
             assert self.run("umount", target) == 0
         left = MountFiles.of(str(target))
         for file in (left.log, left.state, stats, record):

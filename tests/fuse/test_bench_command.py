@@ -48,7 +48,7 @@ def test_a_recorded_trace_is_replayed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (("oci:{tmp}/nowhere",), 5, "cannot be served"),
+        (("oci:{tmp}/nowhere",), 3, "there is no directory"),
         (("archive:{tmp}/x.tar",), 2, "push it to a registry"),
         (("oci:{tmp}", "--rtt", "soon"), 2, "is not a time"),
     ],

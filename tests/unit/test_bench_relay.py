@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ckptfs.bench.relay import Relay
-from ckptfs.errors import UnavailableError
+from ckptfs.errors import CkptfsError, NotFoundError
 from ckptfs.model.oci import Reference
 
 LAYOUT = Path(__file__).parents[1] / "data/corpus/counter/k8s-zstdchunked.oci"
@@ -81,7 +81,8 @@ def test_it_ends_with_its_block() -> None:
 
 
 def test_an_image_that_is_not_there_is_said_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UnavailableError), Relay(Reference.parse(f"oci:{tmp_path}/nowhere")):
+    with pytest.raises(CkptfsError) as raised, Relay(Reference.parse(f"oci:{tmp_path}/nowhere")):
         pass
-    assert f"there is no directory {tmp_path}/nowhere" in capfd.readouterr().err
+    assert f"there is no directory {tmp_path}/nowhere" in str(raised.value) and capfd.readouterr().err == ""
+    assert raised.value.exit_code == NotFoundError.exit_code
     assert os.listdir(tmp_path) == []

@@ -1,0 +1,234 @@
+"""What every command does where something is missing: one clear line, the exit code of its kind, nothing printed.
+
+One suite over the commands as the command line has them. Arguments are made from their declarations, so a new command
+is in every test; only what a declaration cannot say is in EXTRA and the tables below it.
+"""
+
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import click
+import pytest
+
+from ckptfs.cli import main
+from tests.support.command import Result, ckptfs
+from tests.support.fake_registry import FakeRegistry, Silent
+from tests.support.other_user import as_nobody
+from tests.support.tools import ROOT, free_port, require
+
+CORPUS = ROOT / "tests" / "data" / "corpus" / "counter" / "k8s-zstdchunked.oci"
+MANIFESTS = "/manifests/"
+
+
+def leaves(command: click.Command, *path: str) -> Iterator[tuple[str, click.Command]]:
+    if not isinstance(command, click.Group):
+        yield " ".join(path), command
+        return
+    context = click.Context(command)
+    for name in command.list_commands(context):
+        found = command.get_command(context, name)
+        assert found is not None
+        yield from leaves(found, *path, name)
+
+
+COMMANDS = dict(leaves(main))
+OF_IMAGES = [name for name, command in COMMANDS.items() if any(p.name in ("reference", "references", "before", "source")
+             for p in command.params)]  # fmt: skip
+
+# What makes a command do its work, beyond its required parameters.
+EXTRA = {
+    "stub": ("--out", "{dir}/stub.tar"),
+    "profile record": ("--out", "{dir}/profile", "--", "cat", "{{}}/config.dump"),
+    "bench": ("--runs", "1", "--rtt", "1ms", "--rate", "0"),
+}
+# Exit codes that are not those of the others.
+NEEDS_FUSE = {"mount": 8, "restore": 8, "profile record": 8, "bench": 8}
+NEEDS_CRIU = {"restore": 8, "check": 8}
+WITHOUT_CACHE = {"push", "profile show", "profile push"}  # these write nothing here
+TELLS_ALL = {"check"}  # it says what it has found on standard output
+
+
+def words(name: str, reference: str, folder: Path) -> list[str]:
+    """A command line that the command takes."""
+    made, options = [], []
+    for parameter in COMMANDS[name].params:
+        if isinstance(parameter, click.Option):
+            if parameter.required:
+                options += [parameter.opts[-1], str(folder / "new")]
+            if "--cache-dir" in parameter.opts:
+                options += ["--cache-dir", str(folder / "cache")]
+        elif parameter.name in ("reference", "references", "before", "after", "source"):
+            made.append(reference)
+        elif parameter.name in ("path", "paths"):
+            made.append("checkpoint/inventory.img")
+        elif parameter.name in ("directory", "directories", "target", "file"):
+            made.append(str(folder / ("profile" if parameter.name == "file" else name.split()[0])))
+        elif isinstance(parameter.type, click.Choice):
+            made.append(parameter.type.choices[0])
+        else:
+            assert not parameter.required, f"{name}: what is {parameter.name}?"
+    return [*name.split(), *made, *options, *(word.format(dir=folder) for word in EXTRA.get(name, ()))]
+
+
+def assert_one_line(name: str, done: Result, code: int) -> None:
+    assert done.code == code, (name, done)
+    if name in TELLS_ALL and done.out:
+        assert done.err == ""
+        return
+    assert done.out == "" and done.line.startswith("ckptfs: ") and len(done.line) > 20, (name, done)
+    assert "internal error" not in done.err and "Traceback" not in done.err and "Errno" not in done.err
+
+
+@pytest.fixture(scope="module")
+def registry() -> Iterator[FakeRegistry]:
+    with FakeRegistry() as registry:
+        registry.add_layout(CORPUS, "repo")
+        yield registry
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """With what commands want to be there: a directory to mount on, a profile. Others can look into it."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
+        yield furnish(Path(name))
+
+
+def furnish(folder: Path) -> Path:
+    folder.chmod(0o755)
+    for name in ("mount", "umount", "status"):
+        (folder / name).mkdir()
+    (folder / "profile").write_text('{"version": 1, "files": [], "runs": [], "recordings": 1}')
+    return folder
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_words_that_it_does_not_take(name: str) -> None:
+    done = ckptfs(*name.split(), "--no-such-option")
+    assert_one_line(name, done, 2)
+    assert f"See `ckptfs {name} --help`." in done.line
+    if any(parameter.required for parameter in COMMANDS[name].params):
+        assert_one_line(name, ckptfs(*name.split()), 2)
+    else:
+        assert_one_line(name, ckptfs(*name.split(), "one", "two", "three"), 2) if name != "profile record" else None
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("umount", "status", "completion")])
+def test_a_configuration_that_is_not_there(name: str, folder: Path) -> None:
+    """Every command that has to do with a registry or the cache takes --config."""
+    first, *others = words(name, "localhost:1/repo:1", folder)
+    second = [others.pop(0)] if len(name.split()) == 2 else []
+    done = ckptfs(first, *second, "--config", folder / "none.toml", *others)
+    assert_one_line(name, done, 2)
+    assert "none.toml" in done.line
+
+
+@pytest.mark.parametrize("name", OF_IMAGES)
+@pytest.mark.parametrize("reference", ["nginx:1", "localhost:5000/UPPER:1", "oci:"])
+def test_references_that_do_not_parse(name: str, reference: str, folder: Path) -> None:
+    assert_one_line(name, ckptfs(*words(name, reference, folder)), 2)
+
+
+@pytest.mark.parametrize("name", OF_IMAGES)
+def test_nothing_of_that_name(name: str, registry: FakeRegistry, folder: Path) -> None:
+    done = ckptfs(*words(name, registry.reference("nowhere:1"), folder))
+    assert_one_line(name, done, 3)
+
+
+@pytest.mark.parametrize("name", OF_IMAGES)
+def test_a_refused_login(name: str, folder: Path) -> None:
+    with FakeRegistry(auth="basic", users={"somebody": "secret"}) as registry:
+        assert_one_line(name, ckptfs(*words(name, registry.reference("repo:latest"), folder)), 4)
+
+
+@pytest.fixture(scope="module")
+def unconnected() -> Iterator[dict[str, "Future[Result]"]]:
+    """Every command with a registry that is not there, all at the same time: each waits 4 s and tries again."""
+    reference = f"127.0.0.1:{free_port()}/repo:1"
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(OF_IMAGES)) as pool:
+
+        def result(name: str) -> Result:
+            place = Path(folder) / name
+            place.mkdir()
+            return ckptfs(*words(name, reference, furnish(place)))
+
+        yield {name: pool.submit(result, name) for name in OF_IMAGES}
+
+
+@pytest.mark.parametrize("name", OF_IMAGES)
+def test_without_network(name: str, unconnected: dict[str, "Future[Result]"]) -> None:
+    done = unconnected[name].result()
+    assert_one_line(name, done, 5)
+    assert "connection refused" in done.line
+
+
+@pytest.mark.parametrize("name", OF_IMAGES)
+def test_interrupted(name: str, folder: Path) -> None:
+    """Ctrl-C: no traceback, no empty line, what a shell expects as exit code."""
+    with FakeRegistry({(MANIFESTS, None): Silent()}) as registry:
+        command = [sys.executable, "-m", "ckptfs", *words(name, registry.reference("repo:latest"), folder)]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
+        deadline = time.monotonic() + 20
+        while not registry.requests("GET", MANIFESTS) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    # Python ends itself by the signal when it came in the middle of an import; for a shell both are 130.
+    assert process.returncode in (130, -signal.SIGINT), (name, err)
+    assert (out, err) == ("", "ckptfs: interrupted\n"), name
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_as_somebody_else(name: str, registry: FakeRegistry, folder: Path) -> None:
+    """A user who may write nowhere that the command names."""
+    require("setpriv", "unshare", root=True)
+    done = as_nobody("ckptfs", *words(name, registry.reference("repo:latest"), folder), fuse=True)
+    assert done.returncode in (0, 2, 3, 7, 8) and "Traceback" not in done.stderr + done.stdout, (name, done)
+    if name in OF_IMAGES and name not in WITHOUT_CACHE:
+        assert_one_line(name, Result(done.returncode, done.stdout, done.stderr), 8)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_without_fuse(name: str, registry: FakeRegistry, folder: Path) -> None:
+    """Only what mounts needs it; all else works as ever."""
+    require("unshare", root=True)
+    command = shlex.join([sys.executable, "-m", "ckptfs", *words(name, registry.reference("repo:latest"), folder)])
+    nodes = "; ".join(f"mknod -m 666 /dev/{node}" for node in ("null c 1 3", "zero c 1 5", "urandom c 1 9"))
+    script = f"mount -t tmpfs none /dev && {nodes}; exec {command}"
+    run = subprocess.run(
+        ["unshare", "--mount", "--propagation", "private", "sh", "-c", script],
+        capture_output=True, text=True, check=False, timeout=60, cwd=ROOT,
+    )  # fmt: skip
+    done = Result(run.returncode, run.stdout, run.stderr)
+    if code := NEEDS_FUSE.get(name):
+        assert_one_line(name, done, code)
+        assert "/dev/fuse is missing" in done.line
+    elif name == "check":
+        assert done.code == 8 and "/dev/fuse is missing" in done.out
+    else:
+        assert done.code in (0, 3, 7, 8) and "/dev/fuse" not in done.err, (name, done)
+
+
+@pytest.mark.parametrize("name", [name for name in OF_IMAGES if name not in ("mount", "profile record", "bench")])
+def test_without_criu(name: str, registry: FakeRegistry, folder: Path) -> None:
+    """Only what restores needs it. (mount, profile record and bench never start one, and would leave more to clean.)"""
+    done = ckptfs(*words(name, registry.reference("repo:latest"), folder), env={"PATH": str(folder)})
+    if code := NEEDS_CRIU.get(name):
+        assert_one_line(name, done, code)
+        assert "criu is not in PATH; install criu" in done.err + done.out
+    else:
+        assert done.code in (0, 3, 7), (name, done)
+
+
+def test_a_cache_of_somebody_else(registry: FakeRegistry, folder: Path) -> None:
+    (folder / "cache").mkdir(mode=0o755)
+    done = ckptfs("ls", registry.reference("repo:latest"), "--cache-dir", folder / "cache")
+    assert_one_line("ls", done, 8)
+    assert "chmod" in done.line
