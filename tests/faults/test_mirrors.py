@@ -4,6 +4,7 @@ Each host is a registry of its own over real TCP. Time limits are tenths of a se
 ones.
 """
 
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -280,6 +281,26 @@ def test_data_of_a_good_mirror_within_six_seconds(record_property: Record) -> No
         silent, trickle = pool.map(with_first_mirror, (Silent(), Trickle(0.3)))
     record_property("figure", f"good mirror's data after {silent:.1f} s of silence, {trickle:.1f} s of trickle")
     assert max(silent, trickle) <= 6.0
+
+
+@pytest.mark.row("N11")
+def test_a_mirror_that_takes_no_connection_costs_three_seconds(record_property: Record) -> None:
+    """The queue of its socket is full, so that it answers no SYN. The default time limits."""
+    with FakeRegistry() as home, socket.create_server(("127.0.0.1", 0), backlog=0) as deaf, ExitStack() as stack:
+        address = deaf.getsockname()
+        for _ in range(4):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(address)
+        home.add_image("repo", "latest", [(TAR, DATA)])
+        registries = Registries(mirrors={home.host: (f"127.0.0.1:{address[1]}",)})
+        with client(home, timeouts=Timeouts(), registries=registries) as c:
+            blob = c.layer()
+            began = time.monotonic()
+            read(blob)
+            took = time.monotonic() - began
+    record_property("figure", f"a mirror that takes no connection: {took:.1f} s")
+    assert 2.5 < took <= 4.0
 
 
 @pytest.mark.row("N11")

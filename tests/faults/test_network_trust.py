@@ -1,5 +1,6 @@
 """Rows N5 to N7, N16, S1 and S2 of the reliability plan: tokens, redirects, signed URLs, and what is said of them."""
 
+import os
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,7 @@ from tests.support.sources import QUICK, Client, client, layers
 
 @pytest.mark.row("N5")
 def test_one_refresh_for_all_readers(record_property: Record) -> None:
-    life, seconds = 0.5, 3.0
+    life, seconds = 1.0, float(os.environ.get("CKPTFS_SOAK_TOKENS", "4"))  # scripts/soak: 30
     with FakeRegistry(auth="bearer", token_life=life) as registry, client(registry) as c:
         faulty = Faulty(registry, c, DATA[:100_000])
         end = time.monotonic() + seconds
@@ -44,17 +45,17 @@ def test_one_refresh_for_all_readers(record_property: Record) -> None:
         with ThreadPoolExecutor(64) as pool:
             reads = sum(pool.map(read, range(64)))
         tokens = len(registry.requests("/token"))
-        newest, stale = "", 0
+        first_use: dict[int, float] = {}
         order = {f"Bearer {token}": number for number, token in enumerate(registry.tokens)}
+        late = []  # how long after the first request with a newer token one with an older token came
         for access in registry.requests(BLOB):
-            sent = access.headers["authorization"]
-            if newest and order[sent] < order[newest]:
-                stale += 1
-            else:
-                newest = sent
-        record_property("figure", f"{reads} reads, 0 errors, {tokens} token requests in {seconds / life:.0f} lives")
-        assert tokens <= seconds / (0.9 * life) + 2
-        assert stale <= 64, "only what was on its way already"
+            sent = order[access.headers["authorization"]]
+            first_use.setdefault(sent, access.time)
+            late += [access.time - began for number, began in first_use.items() if number > sent]
+        figure = f"{reads} reads, 0 errors, {tokens} token requests in {seconds / life:.0f} lives"
+        record_property("figure", f"{figure}; old token {len(late)} times, at most {max(late, default=0):.3f} s late")
+        assert abs(tokens - seconds / life) <= 1
+        assert max(late, default=0.0) <= 0.1, "only what was on its way already"
 
 
 @pytest.mark.row("N6")
@@ -195,6 +196,38 @@ def test_redirects_that_are_not_followed(faulty: Faulty, url: str, monkeypatch: 
 
 
 @pytest.mark.row("N16")
+@pytest.mark.parametrize(
+    "realm",
+    [
+        "http://169.254.169.254/token",
+        "https://169.254.169.254/token",
+        "https://[fe80::1]/token",
+        "http://[::ffff:169.254.169.254]/token",
+        "file:///etc/passwd",
+    ],
+)
+def test_token_servers_that_are_not_asked(realm: str, faulty: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a registry that is itself inside; what one outside may not name, tests/unit/test_origin.py says."""
+    faulty.registry.script[BLOB, None] = Status(
+        401, headers={"WWW-Authenticate": f'Bearer realm="{realm}",service="x"'}
+    )
+    home, opened = int(faulty.registry.host.rpartition(":")[2]), []
+    connect = socket.socket.connect
+
+    def noted(sock: socket.socket, address: tuple[str, int]) -> None:
+        if address[1] != home:
+            opened.append(address)
+            raise OSError("not in a test")
+        connect(sock, address)
+
+    monkeypatch.setattr(socket.socket, "connect", noted)
+    with pytest.raises(CkptfsError) as caught:
+        faulty.blob.read_at(0, 10)
+    assert opened == []
+    assert not caught.value.retryable
+
+
+@pytest.mark.row("N16")
 def test_a_name_that_leads_inside_after_it_was_checked(record_property: Record) -> None:
     """DNS rebinding: the connection is closed before a byte is sent."""
     with FakeRegistry() as registry, client(registry) as c:
@@ -204,7 +237,7 @@ def test_a_name_that_leads_inside_after_it_was_checked(record_property: Record) 
                 c.transport.send("GET", f"{registry.url}/v2/", attempts, reach=reach)
             assert not caught.value.retryable
         assert registry.log == []
-        record_property("figure", "0 requests to 8 refused targets")
+        record_property("figure", "0 connections for 8 redirects and 5 token servers of a registry inside")
 
 
 @pytest.mark.row("S1")

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ckptfs.control.client import MountFiles
+
+heard: list[str] | None = None  # a list: daemons say all they can (-vv), and it collects what everybody has said
+
 
 @dataclass(frozen=True)
 class Result:
@@ -40,7 +44,18 @@ def ckptfs(*arguments: object, env: dict[str, str] | None = None, timeout: float
         check=False,
         stdin=subprocess.DEVNULL,
     )
+    overhear(done.stdout, done.stderr)
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+def loud() -> tuple[str, ...]:
+    """What to add to the words of a mount."""
+    return () if heard is None else ("-vv",)
+
+
+def overhear(*said: str) -> None:
+    if heard is not None:
+        heard.extend(said)
 
 
 @dataclass(frozen=True)
@@ -64,11 +79,14 @@ def mounted(reference: object, folder: Path, *options: object, cache: Path | Non
     target = folder / "mnt"
     target.mkdir(exist_ok=True, parents=True)
     cache = cache or folder / "cache"
-    result = ckptfs("mount", reference, target, "--json", "--cache-dir", cache, *options)
+    result = ckptfs("mount", reference, target, "--json", "--cache-dir", cache, *options, *loud())
     assert result.code == 0, result.err
     try:
         yield Mounted(target, result.json, cache)
     finally:
+        log = MountFiles.of(str(target)).log
+        if log.exists():  # it goes with the mount
+            overhear(log.read_text(errors="replace"))
         ended = ckptfs("umount", target)
         if ended.code != 0 and "nothing is mounted" not in ended.err:
             subprocess.run(["umount", "-l", str(target)], check=False)

@@ -98,7 +98,7 @@ class FakeRegistry:
         self.script: Script = dict(script or {})
         self.auth = auth
         self.anonymous = anonymous
-        self.users = dict(users or {"user": "password"})
+        self.users = dict(users or {"user": "canary-password"})
         self.identity_tokens = identity_tokens
         self.token_life = token_life
         self.referrers = referrers
@@ -214,7 +214,7 @@ class FakeRegistry:
             return found
 
     def token_for(self, scope: str) -> str:
-        token = secrets.token_hex(16)
+        token = f"canary-{secrets.token_hex(16)}"
         with self._lock:
             self.tokens[token] = (time.monotonic() + self.token_life, scope)
         return token

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptfs.cli import run
-from ckptfs.fuse import operations
+from ckptfs.fuse.answers import answers
 from ckptfs.fuse.operations import Operations
 
 BUGS: dict[str, Callable[[], BaseException]] = {
@@ -49,5 +49,5 @@ def _arm(name: str, handler: Handler, armed: Path) -> Handler:
 
 if __name__ == "__main__":
     for name, handler in handlers().items():
-        setattr(Operations, name, operations._answers(_arm(name, handler, Path(sys.argv[1]))))
+        setattr(Operations, name, answers(_arm(name, handler, Path(sys.argv[1]))))
     sys.exit(run(sys.argv[2:]))

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from ckptfs.control.client import MountFiles
-from tests.support.command import ckptfs
+from tests.support.command import ckptfs, loud, overhear
 from tests.support.fake_registry import FakeRegistry, Silent
 from tests.support.readers import Ended, content
 from tests.support.registry_faults import Fault
@@ -60,7 +60,7 @@ def foreground(
     target.mkdir(exist_ok=True)
     reader, writer = os.pipe()
     options = ["--foreground", "--ready-fd", writer, "--cache-dir", folder / "cache"]
-    command = [sys.executable, "-m", *module, "mount", *words[:1], target, *options, *words[1:]]
+    command = [sys.executable, "-m", *module, "mount", *words[:1], target, *options, *words[1:], *loud()]
     with (folder / "stderr").open("w") as log, os.fdopen(reader, "rb") as ready:
         process = subprocess.Popen(list(map(str, command)), pass_fds=[writer], cwd=ROOT, stderr=log, text=True)
         os.close(writer)
@@ -73,6 +73,7 @@ def foreground(
                 process.kill()
                 process.wait()
             MountFiles.of(str(target)).lock.unlink(missing_ok=True)
+            overhear((folder / "stderr").read_text())
 
 
 def hang(registry: FakeRegistry, mnt: Path, fault: Fault = SILENT) -> None:

@@ -16,7 +16,7 @@ from ckptfs.sources.upload import RegistryTarget
 from ckptfs.telemetry import NetworkCounters
 from tests.support.fake_registry import FakeRegistry
 
-USER = Credentials("user", "password", origin="the test")
+USER = Credentials("user", "canary-password", origin="the test")
 QUICK = Timeouts(
     connect=0.5,
     first_byte=0.4,

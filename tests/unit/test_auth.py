@@ -352,6 +352,7 @@ def test_a_push_asks_for_more_and_keeps_what_it_had() -> None:
         assert "scope=repository%3Arepo%3Apull%2Cpush" in registry.requests("/token")[-1].query
 
 
+@pytest.mark.row("N16")
 def test_a_realm_on_the_metadata_service_is_not_visited() -> None:
     realm = "http://169.254.169.254/latest/meta-data"
     with FakeRegistry(auth="bearer", realm=realm) as registry, client(registry) as c:

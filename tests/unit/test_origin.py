@@ -42,6 +42,7 @@ def test_allowed(url: str, target: str, reach: Reach) -> None:
     assert PUBLIC.admit(url, BASE) == (target, reach)
 
 
+@pytest.mark.row("N16")
 @pytest.mark.parametrize(
     "url",
     [
@@ -74,6 +75,7 @@ def test_refused(url: str) -> None:
     assert "canary" not in str(caught.value)
 
 
+@pytest.mark.row("N16")
 def test_a_registry_inside_may_name_its_neighbours_but_no_metadata_service() -> None:
     base = "https://inside.example:5000/v2/"
     assert INSIDE.admit("https://neighbour.example/x", base)[1] is Reach.SITE
