@@ -9,10 +9,12 @@ import click
 
 from ckptfs.cli.opening import console, image_options, say_traffic, with_images
 from ckptfs.cli.options import RegistryReference, reference_argument
+from ckptfs.model.annotations import PARENT
 from ckptfs.model.oci import Reference
 
 if TYPE_CHECKING:
     from ckptfs.image import OpenImage
+    from ckptfs.image.resolve import Resolved
     from ckptfs.inspection.container import Container
     from ckptfs.inspection.image_files import ImageFiles
     from ckptfs.inspection.overview import Overview, Sizes
@@ -68,22 +70,23 @@ def inspect(reference: Reference, pid: int | None, form: str, as_json: bool, **o
     if not chosen:
         parts = Part.EVERYTHING if as_json else Part.EVERYTHING & ~(Part.ENVIRONMENT | Part.METADATA)
 
-    async def work(images: "Sequence[OpenImage]") -> "tuple[str, list[Overview]]":
+    async def work(images: "Sequence[OpenImage]") -> "tuple[Resolved, list[Overview]]":
         from ckptfs.inspection.image_files import in_thread
 
-        return str(images[0].resolved.reference), await in_thread(images[0], partial(_overviews, parts=parts, pid=pid))
+        return images[0].resolved, await in_thread(images[0], partial(_overviews, parts=parts, pid=pid))
 
-    (pinned, overviews), traffic = with_images([reference], work, **options)
+    (resolved, overviews), traffic = with_images([reference], work, **options)
+    parent = resolved.manifest.annotations.get(PARENT)
     if as_json:
+        document = {"reference": str(reference), "resolved": str(resolved.reference), "parent": parent}
         containers = [overview.to_json() for overview in overviews]
-        document = {"reference": str(reference), "resolved": pinned, "containers": containers, **traffic.to_json()}
-        click.echo(json.dumps(document, indent=2))
+        click.echo(json.dumps({**document, "containers": containers, **traffic.to_json()}, indent=2))
         return
     from ckptfs.inspection.render import print_overview
 
     out = console()
     for overview in overviews:
-        print_overview(out, overview)
+        print_overview(out, overview, parent or "")
     say_traffic(traffic, options["quiet"])
 
 

@@ -12,7 +12,7 @@ import click
 from ckptfs.cli import fail
 from ckptfs.cli.options import RegistryReference, configure_logging, make_settings, transfer_options
 from ckptfs.errors import UsageError
-from ckptfs.model.oci import Reference
+from ckptfs.model.oci import Descriptor, Reference
 from ckptfs.telemetry import NetworkCounters
 
 if TYPE_CHECKING:
@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("source", metavar="SRC")
 @click.argument("reference", metavar="REF", type=RegistryReference())
+@click.option(
+    "--parent",
+    metavar="REF",
+    type=RegistryReference(),
+    help="The image of the same process's checkpoint before: send only the memory that has changed since.",
+)
 @click.option("--rootfs", is_flag=True, help="Push the container's root file system as well, tagged TAG-rootfs.")
 @click.option("--base", metavar="REF", default="", help="The base image of --rootfs, if the checkpoint does not say.")
 @click.option("--name", default="", help="What the container is called, if the checkpoint does not say.")
@@ -38,6 +44,7 @@ if TYPE_CHECKING:
 def push(
     source: str,
     reference: Reference,
+    parent: Reference | None,
     rootfs: bool,
     base: str,
     name: str,
@@ -58,6 +65,7 @@ def push(
     ckptfs push /var/lib/kubelet/checkpoints/checkpoint-web.tar registry.example/app/ckpt:1
     ckptfs push ./images localhost:5000/counter:1 --name counter
     ckptfs push web.tar.zst localhost:5000/web:1 --rootfs --base docker.io/library/nginx:1.27
+    ckptfs push ./images-2 localhost:5000/counter:2 --parent localhost:5000/counter:1
     """
     configure_logging(verbose, quiet)
     notes = dict(map(_annotation, annotations))
@@ -66,7 +74,7 @@ def push(
     if not source:
         raise UsageError("SRC is empty", hint="name a directory, an archive or an image")
     from ckptfs.cli.progress import Bars
-    from ckptfs.push import Progress, PushOptions, open_base, open_checkpoint, open_target
+    from ckptfs.push import Progress, PushOptions, open_base, open_checkpoint, open_parent, open_target
     from ckptfs.push import push as publish
     from ckptfs.sources import Source, open_source
 
@@ -89,7 +97,8 @@ def push(
     try:
         with Bars(amounts, quiet=quiet), open_checkpoint(source, reach, options) as checkpoint:
             image = open_base(checkpoint, base, reach, options) if rootfs else None
-            result = publish(checkpoint, target, reference.tag, options, report, base=image)
+            before = open_parent(parent, reach, options) if parent is not None else None
+            result = publish(checkpoint, target, reference.tag, options, report, base=image, parent=before)
     except KeyboardInterrupt:
         os._exit(fail("interrupted", 130))  # not after the uploads under way: nobody waits for their answers
     if as_json:
@@ -100,6 +109,12 @@ def push(
         from ckptfs.inspection.render import size_text
 
         click.echo(f"sent {size_text(result.sent)}, {size_text(result.present)} were there already", err=True)
+        increment = result.increment
+        if increment is not None and increment.layers:
+            shared, changed = size_text(increment.shared), size_text(increment.changed)
+            click.echo(f"{shared} of memory are in {parent}, {changed} have changed", err=True)
+        elif increment is not None:
+            click.echo(f"pushed whole, {parent} has no part in it: {increment.reason}", err=True)
 
 
 def _annotation(text: str) -> tuple[str, str]:
@@ -110,23 +125,33 @@ def _annotation(text: str) -> tuple[str, str]:
 
 
 def _facts(reference: Reference, result: "PushResult") -> Mapping[str, Any]:
-    from ckptfs.model.annotations import ROLE
-
     root = result.rootfs
+    reused = result.increment.layers if result.increment is not None else ()
     return {
         "reference": str(reference),
         "digest": str(result.manifest.digest),
         "size": result.manifest.size,
         "layers": [
-            {
-                "digest": str(layer.descriptor.digest),
-                "size": layer.descriptor.size,
-                "role": layer.descriptor.annotations[ROLE],
-                "files": len(layer.files),
-            }
-            for layer in result.layers
+            *(_layer(layer.descriptor, len(layer.indexed.entries), reused=True) for layer in reused),
+            *(_layer(layer.descriptor, len(layer.files), reused=False) for layer in result.layers),
         ],
+        "parent": _parent_facts(result),
         "sent": result.sent,
         "present": result.present,
         "rootfs": {"digest": str(root.digest), "size": root.size} if root is not None else None,
     }
+
+
+def _layer(descriptor: Descriptor, files: int, *, reused: bool) -> Mapping[str, Any]:
+    from ckptfs.model.annotations import ROLE
+
+    facts = {"digest": str(descriptor.digest), "size": descriptor.size, "role": descriptor.annotations.get(ROLE, "")}
+    return {**facts, "files": files, "reused": reused}
+
+
+def _parent_facts(result: "PushResult") -> Mapping[str, Any] | None:
+    increment = result.increment
+    if increment is None:
+        return None
+    facts = {"digest": str(increment.digest), "shared": increment.shared, "changed": increment.changed}
+    return facts | ({"pushed_whole": increment.reason} if increment.reason else {})

@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from ckptfs.criu.pagemap import PARENT, PRESENT, Pagemap
+from ckptfs.criu.pagemap import LAZY, PARENT, PRESENT, Pagemap
 from ckptfs.errors import FormatError
 
 
@@ -18,6 +18,7 @@ class Place(NamedTuple):
 
     file   name relative to the checkpoint directory.
     level  0 for the checkpoint itself, 1 for its parent, and so on.
+    lazy   whether that level says that the lazy-pages daemon may bring it.
     """
 
     file: str
@@ -25,6 +26,7 @@ class Place(NamedTuple):
     vaddr: int
     offset: int
     length: int
+    lazy: bool = False
 
 
 class Memory:
@@ -56,7 +58,8 @@ class Memory:
             if low >= high:
                 continue
             if flags & PRESENT:
-                yield Place(level.file, number, low, level.offsets[index] + low - start, high - low)
+                offset = level.offsets[index] + low - start
+                yield Place(level.file, number, low, offset, high - low, bool(flags & LAZY))
             elif flags & PARENT:
                 yield from self._find(number + 1, low, high - low)
 

@@ -27,6 +27,7 @@ from ckptfs.image.views import (
     recognise,
     spec_of,
 )
+from ckptfs.model.annotations import PARENT
 from ckptfs.model.index import ImageIndex
 from ckptfs.model.oci import Descriptor, Manifest, Reference, parse_json
 from ckptfs.model.toc import Entry, Inode
@@ -75,6 +76,10 @@ async def arrange(image: OpenImage, open_source: OpenSource | None, base: Refere
         if layout is not Layout.NONE:
             await show_rootfs(image, open_source, base)
         return
+    if PARENT in manifest.annotations:
+        from ckptfs.image.joined import join  # not for images that stand on no other
+
+        await join(image)
     derived = DerivedTars(image, partial(base_directories, image, open_source, base))
     image.arrived = derived.look
     derived.look()

@@ -11,6 +11,7 @@ indexed.py.
 
 import json
 import logging
+import posixpath
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -77,6 +78,7 @@ class EarlierImages:
         self._pagemaps = self._find_pagemaps(index)
         key = f"earlier/{reference.kind}/{reference.host}/{reference.repository or reference.path}"
         known = [d for d in _digests(self._documents.get_document(key)) if d != image.digest]
+        ours = {layer.digest for layer in image.layers}
         for earlier in known:
             manifest = self._manifest(earlier)
             theirs = index_of(manifest) if manifest is not None else None
@@ -85,7 +87,7 @@ class EarlierImages:
             pagemaps = self._find_pagemaps(theirs)
             for descriptor, layer in zip(manifest.layers, theirs.layers, strict=True):
                 for file in layer.files:
-                    if file.cells is not None:
+                    if file.cells is not None and descriptor.digest not in ours:  # else its chunks are the same
                         path = file.entry.path
                         pages = _Pages(file, self._source.blob(descriptor), pagemaps.get(path))
                         self._pages.setdefault(path, []).append(pages)
@@ -162,8 +164,12 @@ class EarlierImages:
         return placed_cells(((run.vaddr, run.length) for run in pagemap.placed(pagemap.page_size(size))), size)
 
     def _find_pagemaps(self, index: ImageIndex) -> dict[bytes, _Pagemap]:
-        """The pagemaps that an index has whole, by the path of the pages file that each describes."""
+        """The pagemaps that an index has whole, by the path of the pages file that each describes.
+
+        Those of an increment's parents describe pages files that links lead to.
+        """
         found = {}
+        links = _links(index)
         for file in (file for layer in index.layers for file in layer.files if file.content is not None):
             directory, _, name = file.entry.path.rpartition(b"/")
             if name.startswith(b"pagemap-") and file.content is not None:
@@ -172,7 +178,8 @@ class EarlierImages:
                     pages = pagemap.parse(self._limits).file.encode()
                 except FormatError:
                     continue
-                found[directory + b"/" + pages if directory else pages] = pagemap
+                path = directory + b"/" + pages if directory else pages
+                found[links.get(path, path)] = pagemap
         return found
 
     def _places(self, earlier: _Pages, wanted: set[bytes], places: dict[bytes, Place]) -> None:
@@ -229,6 +236,13 @@ def _within(chunks: Sequence[Extent], cells: Sequence[Extent]) -> Iterator[tuple
                 inside.append(cell)
             cell = next(pending, None)
         yield chunk, inside
+
+
+def _links(index: ImageIndex) -> dict[bytes, bytes]:
+    """Where the symbolic links of an image lead, by path."""
+    entries = (entry for layer in index.layers for entry in layer.entries)
+    targets = ((entry.path, entry.inode.target) for entry in entries if entry.inode is not None and entry.inode.target)
+    return {path: posixpath.normpath(posixpath.join(path.rpartition(b"/")[0], target)) for path, target in targets}
 
 
 def _digests(document: bytes | None) -> list[Digest]:

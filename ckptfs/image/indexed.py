@@ -8,7 +8,7 @@ shares with it.
 import base64
 import binascii
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 
@@ -46,6 +46,7 @@ class ChunkTables:
         self._documents = documents
         self._limits = limits
         self._pending: dict[Inode, tuple[IndexedFile, Blob, int]] = {}
+        self._derived: dict[Inode, tuple[Sequence[Inode], Callable[[], Sequence[Extent]]]] = {}
         self._locks: dict[Inode, trio.Lock] = {}  # one each: tables of several files are fetched at the same time
         self.earlier: EarlierImages | None = None
         self.with_cells: list[tuple[IndexedFile, Blob, int]] = []
@@ -57,11 +58,26 @@ class ChunkTables:
         if (file.table is not None or shared) and file.entry.inode is not None:
             self._pending[file.entry.inode] = (file, blob, layer)
 
+    def derive(self, inode: Inode, sources: Sequence[Inode], extents: Callable[[], Sequence[Extent]]) -> None:
+        """Give `inode` its extents once those of `sources` are known: at once, if they are."""
+        if any(source in self._pending for source in sources):
+            self._derived[inode] = (sources, extents)
+        else:
+            inode.extents = extents()
+
     def __bool__(self) -> bool:
-        return bool(self._pending)
+        return bool(self._pending or self._derived)
 
     async def load(self, inode: Inode) -> None:
         """Give the inode its extents if they are still in the layer. A failed load can be repeated."""
+        if inode in self._derived:
+            sources, extents = self._derived[inode]
+            for source in sources:
+                await self.load(source)
+            if inode in self._derived:
+                inode.extents = await trio.to_thread.run_sync(extents)
+                self._derived.pop(inode, None)
+            return
         if inode not in self._pending:
             return
         async with self._locks.setdefault(inode, trio.Lock()):
@@ -72,7 +88,7 @@ class ChunkTables:
             del self._pending[inode], self._locks[inode]
 
     async def load_all(self) -> None:
-        for inode in list(self._pending):
+        for inode in [*self._pending, *self._derived]:
             await self.load(inode)
 
     def cells_size(self, inode: Inode) -> int | None:

@@ -33,13 +33,15 @@ def print_summaries(console: Console, rows: Iterable[tuple[str, Container, Sizes
     console.print(table)
 
 
-def print_overview(console: Console, overview: Overview) -> None:
-    """`inspect`: all that the overview has, as one tree."""
+def print_overview(console: Console, overview: Overview, before: str = "") -> None:
+    """`inspect`: all that the overview has, as one tree. `before`: the image that this one is an increment of."""
     container, parts = overview.container, overview.parts
     tree = Tree(_text(container.name or "checkpoint"), guide_style="dim")
     for label, value in _facts(overview):
         if value:
             tree.add(_labelled(label, value))
+    if before:
+        tree.add(_labelled("Unchanged memory from", before))
     sizes = tree.add(_labelled("Checkpoint size", size_text(overview.sizes.total)))
     sizes.add(_labelled("Memory pages", size_text(overview.sizes.pages)))
     if overview.sizes.gpu_pages:

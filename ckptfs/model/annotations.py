@@ -8,6 +8,7 @@ BASE_DIGEST = "org.opencontainers.image.base.digest"
 OURS = "dev.ckptfs."  # made anew by every push, never copied from the source
 ROLE = "dev.ckptfs.role"  # on a layer: what it holds, see push/plan.py
 DELTA_ROLE = "rootfs-diff"
+PARENT = "dev.ckptfs.parent"  # on a checkpoint image: the manifest of the one that its unchanged pages are from
 ROOTFS_DIGEST = "dev.ckptfs.rootfs.digest"  # on a checkpoint image: the manifest of its root file system image
 VERSION = "dev.ckptfs.version"  # on an image: what pushed it
 

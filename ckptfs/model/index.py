@@ -112,10 +112,13 @@ def encode_table(rows: Iterable[Row]) -> bytes:
     return zstandard.ZstdCompressor(level=_LEVEL).compress(columns.encode())
 
 
-def decode_index(data: bytes, *, first_layer: int = 0, limits: Limits | None = None) -> ImageIndex:
+def decode_index(
+    data: bytes, *, first_layer: int = 0, limits: Limits | None = None, with_rows: bool = False
+) -> ImageIndex:
     """The index out of its document. Layer n of it has the number `first_layer` + n in its chunks.
 
     Files whose rows are in a table have no extents yet: `load_table`. FormatError for whatever is not as it should be.
+    with_rows: keep the rows as they were written, to write the layers into another image's index.
     """
     limits = limits or Limits()
     body = _decompress(data, limits.toc_bytes)
@@ -126,7 +129,7 @@ def decode_index(data: bytes, *, first_layer: int = 0, limits: Limits | None = N
     described = document.get("layers") if isinstance(document, dict) else None
     if not isinstance(described, list) or len(described) > limits.layers:
         raise FormatError("the index has no list of layers, or too many")
-    reader = _Reader(body, _HEAD + length, [_layer(value, limits) for value in described], limits)
+    reader = _Reader(body, _HEAD + length, [_layer(value, limits) for value in described], limits, with_rows)
     return reader.read(first_layer)
 
 
@@ -191,9 +194,15 @@ class _Reader:
     """Reads the files of one document; the JSON of its layers has been judged already."""
 
     def __init__(
-        self, body: bytes, position: int, layers: list[tuple[Digest, int, list[dict[str, Any]]]], limits: Limits
+        self,
+        body: bytes,
+        position: int,
+        layers: list[tuple[Digest, int, list[dict[str, Any]]]],
+        limits: Limits,
+        with_rows: bool,
     ) -> None:
         self._body = body
+        self._with_rows = with_rows
         self._limits = limits
         self._layers = layers
         rows = inline = without = 0
@@ -245,6 +254,7 @@ class _Reader:
             return IndexedFile(Entry(path, inode))
         offset = _integer(value, "offset", 0, end)
         rows = _integer(value, "rows", 0, limits.toc_entries)
+        kept = self._columns.coming(rows, offset) if self._with_rows else ()
         content, table = None, None
         cells = _table(value["cells"], end, limits) if "cells" in value else None
         if "table" in value:
@@ -258,7 +268,7 @@ class _Reader:
         else:
             inode.extents = self._columns.extents(rows, inode.size, layer, offset, end)
         eager = _eager(value.get("eager"), inode.size)
-        return IndexedFile(Entry(path, inode), offset, content=content, table=table, cells=cells, eager=eager)
+        return IndexedFile(Entry(path, inode), offset, kept, content, table, cells, eager)
 
 
 def _layer(value: object, limits: Limits) -> tuple[Digest, int, list[dict[str, Any]]]:

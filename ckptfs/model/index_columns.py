@@ -81,6 +81,18 @@ class ColumnReader:
             start, offset = start + length, offset + encoded
         return packed
 
+    def coming(self, rows: int, offset: int) -> list[Row]:
+        """The next `rows` rows as they were written, zeros too, without taking them."""
+        out: list[Row] = []
+        start, position = 0, self.position
+        part = slice(self._at, self._at + rows)
+        for length, size in zip(self._lengths[part], self._sizes[part], strict=True):
+            digest = b"" if length & _ZEROS else self._data[position : position + _DIGEST]
+            length &= ~_ZEROS
+            out.append((start, length, offset, size, digest))
+            start, offset, position = start + length, offset + size, position + len(digest)
+        return out
+
     def finished(self) -> None:
         """FormatError unless all rows were taken."""
         if self._at != len(self._lengths):

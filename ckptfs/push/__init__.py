@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ckptfs.errors import FormatError, NotFoundError, UsageError
 from ckptfs.layers.zstd_chunked_writer import Member, WrittenLayer, write_layer
-from ckptfs.model.annotations import BASE_DIGEST, BASE_NAME, ROLE, ROOTFS_DIGEST
+from ckptfs.model.annotations import BASE_DIGEST, BASE_NAME, PARENT, ROLE, ROOTFS_DIGEST
 from ckptfs.model.index import ANNOTATION_INDEX
 from ckptfs.model.oci import OCI_MANIFEST, Descriptor, Digest, Reference
 from ckptfs.push.archive import FileBlob
@@ -23,8 +23,11 @@ from ckptfs.push.containerd import nested, raw_index
 from ckptfs.push.directory import read_directory
 from ckptfs.push.facts import read_facts
 from ckptfs.push.image_files import LayerFiles, read_image, select_manifest
+from ckptfs.push.increment import Increment, make_increment
+from ckptfs.push.joined import joined
 from ckptfs.push.manifest import CONFIG_TYPE, BuiltLayer, encode_config, encode_inline_index, encode_manifest
 from ckptfs.push.pages import PagesFile, find_pages
+from ckptfs.push.parent import ParentImage
 from ckptfs.push.plan import PlannedLayer, plan_layers
 from ckptfs.push.publisher import Progress, Publisher
 from ckptfs.push.rootfs import BaseImage, RootfsImage
@@ -35,12 +38,15 @@ from ckptfs.sources import Source
 
 __all__ = [
     "BaseImage",
+    "Increment",
+    "ParentImage",
     "Progress",
     "PushOptions",
     "PushResult",
     "Target",
     "open_base",
     "open_checkpoint",
+    "open_parent",
     "open_target",
     "push",
 ]
@@ -61,18 +67,32 @@ class PushOptions:
 
 @dataclass(frozen=True, slots=True)
 class PushResult:
-    """`manifest` names M, `rootfs` R. `layers` as in the manifest; `sent` and `present` are bytes of blobs."""
+    """`manifest` names M, `rootfs` R. `sent` and `present` are bytes of blobs.
+
+    increment  what was shared with the parent, if one was named: its layers are M's first.
+    layers     those that were made for M, behind them.
+    """
 
     manifest: Descriptor
     layers: tuple[WrittenLayer, ...]
     sent: int
     present: int
     rootfs: Descriptor | None = None
+    increment: Increment | None = None
 
 
 @contextmanager
 def open_checkpoint(source: str, open_source: OpenSource, options: PushOptions) -> Iterator[Checkpoint]:
-    """The checkpoint that SRC names: a directory, an archive, oci:DIR[:TAG], archive:FILE or a registry reference."""
+    """The checkpoint that SRC names: a directory, an archive, oci:DIR[:TAG], archive:FILE or a registry reference.
+
+    What was pushed as an increment is whole again.
+    """
+    with _opened(source, open_source, options) as checkpoint:
+        yield joined(checkpoint, options.settings.limits)
+
+
+@contextmanager
+def _opened(source: str, open_source: OpenSource, options: PushOptions) -> Iterator[Checkpoint]:
     path = Path(source.removeprefix("archive:"))
     if not source.startswith("oci:") and path.is_dir() and not (path / "oci-layout").exists():
         yield read_directory(path)
@@ -124,19 +144,31 @@ def push(
     progress: Callable[[Progress], None] | None = None,
     *,
     base: BaseImage | None = None,
+    parent: ParentImage | None = None,
 ) -> PushResult:
     """Publish `checkpoint` as an image under `tag`. FormatError when it is none.
 
-    With `base` the root file system as well, under `tag`-rootfs: its manifest comes before the one that names it.
+    base    publish the root file system as well, under `tag`-rootfs: its manifest comes before the one that names it.
+    parent  leave the pages that this image has to its layers, if that saves enough.
     """
     if not any(file.name == b"inventory.img" for file in checkpoint.files):
         raise FormatError("the source holds no inventory.img, so it is no checkpoint", hint="name what criu dumped")
     limits = options.settings.limits
     facts = read_facts(checkpoint, options.name, limits)
     pages = find_pages(checkpoint.files, limits)
+    increment = make_increment(checkpoint, pages, parent, limits) if parent is not None else None
+    if increment is not None and increment.layers:
+        checkpoint = increment.checkpoint
+        pages = find_pages(checkpoint.files, limits)
+    reused = increment.layers if increment is not None else ()
     total = sum(file.inode.size for file in checkpoint.files if file.is_regular)
     with ExitStack() as stack, Publisher(target, total, progress) as publisher:
         work = Work(options.work, stack)
+        if increment is not None:
+            source = increment.parent.source
+            for layer in reused:
+                blob = source.blob(layer.descriptor)
+                publisher.add(layer.descriptor, blob, origin=_origin(source.reference, target))
         built = []
         for planned in plan_layers(checkpoint):
             spool = work.spool()
@@ -144,24 +176,28 @@ def push(
             spool.complete(written.descriptor)
             publisher.add(written.descriptor, spool, done=spool.close)
             built.append(BuiltLayer(planned, written))
-        config_raw = encode_config(checkpoint, (layer.written.diff_id for layer in built))
+        diff_ids = [*(layer.diff_id for layer in reused), *(layer.written.diff_id for layer in built)]
+        config_raw = encode_config(checkpoint, diff_ids)
         config = Descriptor(CONFIG_TYPE, Digest.of(config_raw), len(config_raw))
         publisher.add(config, MemoryBlob(config, config_raw))
         annotations = {**facts.annotations, **options.annotations}
+        if increment is not None and reused:
+            annotations[PARENT] = str(increment.digest)
         rootfs = None
         if base is not None:
             rootfs = RootfsImage(checkpoint, base, work, options.settings)
-            rootfs.add_blobs(publisher, _origin(base, target), options.threads)
+            rootfs.add_blobs(publisher, _origin(base.source.reference, target), options.threads)
             root = publisher.publish(rootfs.raw, OCI_MANIFEST, f"{tag}-rootfs" if tag else "")
             annotations |= {
                 ROOTFS_DIGEST: str(root),
                 BASE_NAME: base.name,
                 BASE_DIGEST: str(base.manifest.digest),
             }
-        index = encode_inline_index(built, pages, limits)
+        index = encode_inline_index(built, pages, limits, [layer.indexed for layer in reused])
         if index is not None:
             annotations[ANNOTATION_INDEX] = index
-        raw = encode_manifest(config, (layer.written.descriptor for layer in built), annotations)
+        descriptors = [*(layer.descriptor for layer in reused), *(layer.written.descriptor for layer in built)]
+        raw = encode_manifest(config, descriptors, annotations)
         digest = publisher.publish(raw, OCI_MANIFEST, tag)
         return PushResult(
             Descriptor(OCI_MANIFEST, digest, len(raw)),
@@ -169,6 +205,7 @@ def push(
             publisher.progress.sent,
             publisher.progress.present,
             Descriptor(OCI_MANIFEST, Digest.of(rootfs.raw), len(rootfs.raw)) if rootfs is not None else None,
+            increment,
         )
 
 
@@ -186,6 +223,12 @@ def open_base(checkpoint: Checkpoint, reference: str, open_source: OpenSource, o
     return BaseImage(source, select_manifest(source, options.settings), name)
 
 
+def open_parent(reference: Reference, open_source: OpenSource, options: PushOptions) -> ParentImage:
+    """The image of the checkpoint before."""
+    source = open_source(reference)
+    return ParentImage(source, select_manifest(source, options.settings), options.settings)
+
+
 def _names_a_registry(name: str) -> bool:
     """Engines also write short names, image IDs, and localhost/NAME for what was made on the machine."""
     try:
@@ -195,9 +238,8 @@ def _names_a_registry(name: str) -> bool:
     return found.kind == "registry" and found.host != "localhost"
 
 
-def _origin(base: BaseImage, target: Target) -> str:
-    """The base's repository, when its blobs can be mounted from it."""
-    where = base.source.reference
+def _origin(where: Reference, target: Target) -> str:
+    """The repository of another image, when blobs can be mounted from it."""
     return where.repository if where.kind == "registry" and where.host == target.reference.host else ""
 
 

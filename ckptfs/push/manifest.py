@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import chain
 from typing import Any
 
 from ckptfs.layers.zstd_chunked_writer import WrittenLayer
@@ -58,14 +59,19 @@ def encode_manifest(config: Descriptor, layers: Iterable[Descriptor], annotation
     )
 
 
-def encode_inline_index(layers: Sequence[BuiltLayer], pages: Mapping[bytes, PagesFile], limits: Limits) -> str | None:
+def encode_inline_index(
+    layers: Sequence[BuiltLayer],
+    pages: Mapping[bytes, PagesFile],
+    limits: Limits,
+    reused: Sequence[IndexedLayer] = (),
+) -> str | None:
     """The value of `dev.ckptfs.index`; None when it does not fit even without contents: every layer has its own TOC.
 
-    The chunks of very large files are left to their layers.
+    The chunks of very large files are left to their layers. `reused` layers of another image come first.
     """
     eager = {path: file.eager() for path, file in pages.items()}
     for contents in (_CONTENTS, 512 * KiB, 0):
-        document = encode_index(_indexed(layer, eager, contents, limits) for layer in layers)
+        document = encode_index(chain(reused, (_indexed(layer, eager, contents, limits) for layer in layers)))
         if len(document) <= _INLINE:
             return base64.b64encode(document).decode()
     return None

@@ -19,16 +19,21 @@ _MAX_EAGER = 4096  # ranges that the index lists; more say that prefetching by r
 
 @dataclass(frozen=True, slots=True)
 class PagesFile:
-    """A pages file and the pagemap that describes it."""
+    """A pages file and the pagemap that describes it.
+
+    `scattered`: it has what changed since the parent, single pages from anywhere. Cut by address those would make
+    thousands of frames of a page or two, which compress badly and which no other checkpoint has: it is cut as any file.
+    """
 
     file: CheckpointFile
     pagemap: CheckpointFile
     limits: Limits
+    scattered: bool = False
 
     def cuts(self) -> Iterator[tuple[int, ...]]:
         """Chunks as the lengths of their cells; none where the pagemap does not fit: the file is cut as any other."""
         size = self.file.inode.size
-        placed = self._placed()
+        placed = self._placed() if not self.scattered else None
         return page_cuts(((run.vaddr, run.length) for run in placed), size) if placed is not None else iter(())
 
     def eager(self) -> list[tuple[int, int]] | None:
@@ -58,7 +63,12 @@ class PagesFile:
 
 def find_pages(files: Iterable[CheckpointFile], limits: Limits) -> Mapping[bytes, PagesFile]:
     """Pages files by path. One that several pagemaps name, or none, is not among them."""
-    every = {file.path: file for file in files if file.is_regular}
+    every, directories = {}, set()
+    for file in files:
+        if file.is_regular:
+            every[file.path] = file
+        elif file.inode.is_dir:
+            directories.add(file.path)
     found: dict[bytes, PagesFile] = {}
     twice: set[bytes] = set()
     for file in every.values():
@@ -73,7 +83,7 @@ def find_pages(files: Iterable[CheckpointFile], limits: Limits) -> Mapping[bytes
         if path in found:
             twice.add(path)
         elif path in every:
-            found[path] = PagesFile(every[path], file, limits)
+            found[path] = PagesFile(every[path], file, limits, file.directory + b"/parent" in directories)
     return {path: pages for path, pages in found.items() if path not in twice}
 
 

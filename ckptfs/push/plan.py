@@ -5,6 +5,7 @@ mode. The images of a pre-dump parent have layers of their own: the next increme
 only; opens nothing. The same files give the same plan.
 """
 
+import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -44,8 +45,8 @@ def role_of(file: CheckpointFile) -> Role:
     name = parse_name(file.name.decode("utf-8", "replace"))
     if name is None:
         return "data"
-    if name.kind in _PAGES_KINDS:
-        return "pages"
+    if name.kind in _PAGES_KINDS:  # a link to one is in the parent's directory of an increment (increment.py)
+        return "meta" if stat.S_ISLNK(file.inode.mode) else "pages"
     return "data" if name.kind in _DATA_KINDS else "meta"
 
 

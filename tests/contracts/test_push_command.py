@@ -47,8 +47,8 @@ def test_facts_as_json(images: Path, registry: DockerRegistry) -> None:
     reference = registry.reference("command/facts:1")
     command = ("push", images, reference, "--json", "--name", "web", "--annotation", "team=a=b")
     facts = ckptfs(*command).json
-    assert set(facts) == {"reference", "digest", "size", "layers", "sent", "present", "rootfs"}
-    assert facts["reference"] == reference and facts["rootfs"] is None
+    assert set(facts) == {"reference", "digest", "size", "layers", "parent", "sent", "present", "rootfs"}
+    assert facts["reference"] == reference and facts["rootfs"] is None and facts["parent"] is None
     assert facts["sent"] > sum(layer["size"] for layer in facts["layers"]) and facts["present"] == 0
     assert [layer["role"] for layer in facts["layers"]] == ["meta", "pages"]
     assert sum(layer["files"] for layer in facts["layers"]) >= len(os.listdir(images))

@@ -7,6 +7,7 @@ the first tick, and leaving no process behind. Called by fixtures, tests and the
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import time
 from dataclasses import dataclass
@@ -64,10 +65,13 @@ def dump(workload: Workload, images: Path, *, keep_running: bool = False) -> Che
     hashes = workload.hashes()
     pids = tree(workload.pid)
     images.mkdir(mode=0o700)
-    stay = ["--leave-running"] if keep_running else []
+    stay = ["--leave-stopped"] if keep_running else []  # until its output has been read
     run("criu", "dump", "-t", str(workload.pid), "-D", images, "-o", "dump.log", "-v3", *stay)
     text = workload.output.path.read_bytes()
-    if not keep_running:
+    if keep_running:
+        for pid in reversed(pids):
+            os.kill(pid, signal.SIGCONT)
+    else:
         workload.reap(pids)
     return Checkpoint(images, dict(zip(workload.roles, pids, strict=True)), workload.output, text, hashes)
 

@@ -61,7 +61,7 @@ def test_every_format_tells_what_checkpointctl_tells_of_the_archive(name: str, t
     assert (mine["pid"], mine["command"], mine["cmdline"]) == (1, other["command"], other["cmdline"].rstrip())
     assert mine["environment_variables"] == other["environment_variables"]
     assert set(result.json) == {
-        "reference", "resolved", "containers", "fetched_bytes", "image_bytes", "requests", "round_trips",
+        "reference", "resolved", "parent", "containers", "fetched_bytes", "image_bytes", "requests", "round_trips",
     }  # fmt: skip
 
 

@@ -1,0 +1,134 @@
+"""Increments: a checkpoint that leaves to its parent the pages that have not changed, and how it becomes whole again.
+
+criu writes them after `criu pre-dump`; `ckptfs push --parent` makes them of two whole dumps. A page in the parent is
+PARENT in the pagemap and nothing else: criu 4.2's lazy-pages daemon never hands out a page that is LAZY and PARENT
+(criu/uffd.c sets io_complete for the checkpoint's own file only), so the mark of laziness is the parent's. Numbers in,
+numbers out. Called by push/ and image/.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from ckptfs.criu.images import header
+from ckptfs.criu.memory import Memory, Place
+from ckptfs.criu.pagemap import LAZY, PARENT, PRESENT, Pagemap, Run
+from ckptfs.errors import FormatError
+
+_MANY = (1 << 32) - 1  # what compat_nr_pages, a uint32, can say
+
+
+def encode_pagemap(like: bytes, name: str, pages_id: int, runs: Iterable[Run]) -> bytes:
+    """A pagemap image with the header of the one in `like`, for a pages file of this number.
+
+    images/pagemap.proto: old readers know the number of pages by field 2 only, and PARENT by field 3.
+    """
+    kind = "pagemap-shmem" if name.startswith("pagemap-shmem") else "pagemap"
+    out = bytearray(like[: header(like, kind, name)])
+    _record(out, b"\x08" + _varint(pages_id))
+    for vaddr, pages, flags in runs:
+        entry = b"\x08" + _varint(vaddr) + b"\x10" + _varint(min(pages, _MANY))
+        if flags & PARENT:
+            entry += b"\x18\x01"
+        _record(out, entry + b"\x20" + _varint(flags) + b"\x28" + _varint(pages))
+    return bytes(out)
+
+
+def renumbered(image: bytes, name: str, pages_id: int) -> bytes:
+    """The same pagemap for a pages file of another number; whatever it says of its pages stays as it is."""
+    kind = "pagemap-shmem" if name.startswith("pagemap-shmem") else "pagemap"
+    start = header(image, kind, name)
+    out = bytearray(image[:start])
+    _record(out, b"\x08" + _varint(pages_id))
+    return bytes(out + image[start + 4 + int.from_bytes(image[start : start + 4], "little") :])
+
+
+def left_to_parent(pagemap: Pagemap, shared: bytes | bytearray, page_size: int) -> Iterator[Run]:
+    """The runs of `pagemap` when its parent has the pages that are 1 in `shared`, a byte for each present page."""
+    last: Run | None = None
+    for run in _marked(pagemap, shared, page_size):
+        if last is not None and last.flags == run.flags == PARENT and last.vaddr + last.pages * page_size == run.vaddr:
+            last = Run(last.vaddr, last.pages + run.pages, PARENT)
+            continue
+        if last is not None:
+            yield last
+        last = run
+    if last is not None:
+        yield last
+
+
+def _marked(pagemap: Pagemap, shared: bytes | bytearray, page_size: int) -> Iterator[Run]:
+    position = 0
+    for vaddr, pages, flags in pagemap.runs:
+        if not flags & PRESENT:
+            yield Run(vaddr, pages, flags)
+            continue
+        done = 0
+        for count, is_shared in stretches(shared, position, position + pages):
+            yield Run(vaddr + done * page_size, count, PARENT if is_shared else flags)
+            done += count
+        position += pages
+
+
+def stretches(marks: bytes | bytearray, start: int = 0, end: int | None = None) -> Iterator[tuple[int, bool]]:
+    """(how many, whether marked) of neighbours in marks[start:end] that are all 0 or all 1."""
+    end = len(marks) if end is None else end
+    while start < end:
+        value = marks[start]
+        stop = marks.find(1 - value, start, end)
+        stop = end if stop < 0 else stop
+        yield stop - start, bool(value)
+        start = stop
+
+
+class Joined:
+    """The memory of one task, or shared object, that lies in several checkpoints, as one pages file would have it.
+
+    levels: its pagemap, then those of its parents, nearest first, all in one directory's names: files are found by
+    `pages-N.img` alone. sizes: of these files. FormatError when a page is in none of them.
+    """
+
+    def __init__(self, levels: Sequence[Pagemap], sizes: Mapping[str, int]) -> None:
+        self._own = levels[0]
+        self._memory = Memory(levels, sizes)
+        self.page_size = self._memory.page_size
+
+    def places(self) -> Iterator[Place]:
+        """Where the pages lie, in the order of the joined file."""
+        size = self.page_size
+        for vaddr, pages, flags in self._own.runs:
+            if not flags & (PRESENT | PARENT):
+                continue
+            end, at = vaddr + pages * size, vaddr
+            for place in self._memory.find(vaddr, pages * size):
+                if place.vaddr != at:
+                    break
+                yield place
+                at += place.length
+            if at != end:
+                raise FormatError(f"{self._own.name}: the page at {at:#x} is in no parent", hint="the image is damaged")
+
+    def runs(self) -> list[Run]:
+        """What the joined pagemap lists: all of it present."""
+        found: list[Run] = []
+        for place in self.places():
+            flags = PRESENT | LAZY if place.lazy else PRESENT
+            pages = place.length // self.page_size
+            last = found[-1] if found else None
+            if last is not None and last.flags == flags and last.vaddr + last.pages * self.page_size == place.vaddr:
+                found[-1] = Run(last.vaddr, last.pages + pages, flags)
+            else:
+                found.append(Run(place.vaddr, pages, flags))
+        return found
+
+
+def _record(out: bytearray, message: bytes) -> None:
+    out += len(message).to_bytes(4, "little")
+    out += message
+
+
+def _varint(number: int) -> bytes:
+    out = bytearray()
+    while number > 0x7F:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    out.append(number)
+    return bytes(out)

@@ -1,0 +1,144 @@
+"""An increment that `ckptfs push --parent` made, shown as the whole checkpoint that it stands for.
+
+criu reads an increment's pages at once, lazy pages or not (criu/increments.py), and from several files. In the view
+checkpoint/ therefore has pagemaps without a parent, and pages files whose bytes are windows into the chunks of all the
+layers: nothing is copied, and a restore is what it is from any other image. `--view raw` shows what the layers hold.
+"""
+
+import logging
+import posixpath
+import stat
+from collections.abc import Iterator
+from functools import partial
+
+import trio
+
+from ckptfs.criu.images import parse_name
+from ckptfs.criu.increments import Joined, encode_pagemap
+from ckptfs.criu.pagemap import PARENT, Pagemap, parse_pagemap
+from ckptfs.errors import FormatError, LimitExceeded
+from ckptfs.image.opened import OpenImage
+from ckptfs.image.views import containers
+from ckptfs.model.toc import Entry, Inode
+from ckptfs.model.tree import WHITEOUT, Node
+from ckptfs.model.windows import WindowExtents
+
+log = logging.getLogger(__name__)
+
+
+async def join(image: OpenImage) -> None:
+    """Before anybody has looked at the tree. What cannot be joined stays as it is, for criu to judge."""
+    while not image.tree.complete():
+        image.raise_broken()
+        image.run_on()
+        await image.progress.wait()
+    for container in containers(image.tree):
+        directory = container.children.get(b"checkpoint")
+        parent = directory.children.get(b"parent") if directory is not None else None
+        if directory is None or parent is None or parent.inode is None or not parent.inode.is_dir:
+            continue
+        try:
+            await _join(image, directory)
+        except FormatError as error:
+            log.warning("the increments in %s are not joined: %s", directory.path.decode("utf-8", "replace"), error)
+
+
+async def _join(image: OpenImage, directory: Node) -> None:
+    levels = _levels(directory, image.options.settings.limits.increments)
+    raw = await _pagemaps(image, levels)
+    limits = image.options.settings.limits
+    entries: list[Entry] = []
+    used: set[Inode] = set()
+    for name, data in raw[0].items():
+        chain = [parse_pagemap(level[name], name.decode(), limits) for level in _while_in(raw, name)]
+        files = [_pages_file(image, node, pagemap) for node, pagemap in zip(levels, chain, strict=False)]
+        if files[0] is not None and (len(chain) == 1 or not any(run.flags & PARENT for run in chain[0].runs)):
+            used.add(files[0])
+            continue
+        found = [inode for inode in files if inode is not None]
+        if len(found) != len(chain):
+            raise FormatError(f"{name.decode()} lacks a pages file of a parent")
+        memory = Joined(chain, {level.file: inode.size for level, inode in zip(chain, found, strict=True)})
+        whole = await trio.to_thread.run_sync(partial(_encoded, memory, data, chain[0]), abandon_on_cancel=True)
+        like = directory.children[name].inode or found[0]
+        pagemap_inode = Inode(like.mode, like.uid, like.gid, len(whole), like.mtime_ns)
+        entries.append(Entry(directory.path + b"/" + name, image.fetcher.keep_file(whole, pagemap_inode)))
+        own = found[0]
+        pages = Inode(own.mode, own.uid, own.gid, _size(memory), own.mtime_ns)
+        image.tables.derive(pages, found, partial(_windows, memory, found))
+        entries.append(Entry(directory.path + b"/" + chain[0].file.encode(), pages))
+        used.add(own)
+    rank = image.next_rank
+    image.tree.add([Entry(path, Inode(stat.S_IFREG)) for path in _obsolete(directory, used)], rank)
+    image.tree.add(entries, rank)
+
+
+def _levels(directory: Node, most: int) -> list[Node]:
+    """The checkpoint's directory and those of its parents, nearest first."""
+    levels = [directory]
+    while (parent := levels[-1].children.get(b"parent")) is not None and parent.inode is not None:
+        if not parent.inode.is_dir:
+            break
+        if len(levels) == most:
+            raise LimitExceeded(f"the checkpoint stands on more than {most - 1} others")
+        levels.append(parent)
+    return levels
+
+
+async def _pagemaps(image: OpenImage, levels: list[Node]) -> list[dict[bytes, bytes]]:
+    """The pagemaps of each level by name. Mostly they came with the index; those that did not, all at once."""
+    limit = image.options.settings.limits.criu_image_bytes
+    raw: list[dict[bytes, bytes]] = [{} for _ in levels]
+    wanted: list[tuple[dict[bytes, bytes], Node, Inode]] = []
+    for level, found in zip(levels, raw, strict=True):
+        for node in level.visible_children():
+            kind = parse_name(node.name.decode("utf-8", "replace"))
+            if kind is None or kind.kind not in ("pagemap", "pagemap-shmem") or node.inode is None:
+                continue
+            if node.inode.size > limit:
+                raise LimitExceeded(f"{node.path.decode('utf-8', 'replace')} has {node.inode.size} bytes")
+            wanted.append((found, node, node.inode))
+
+    async def read(into: dict[bytes, bytes], node: Node, inode: Inode) -> None:
+        into[node.name] = await image.read(inode, 0, inode.size)
+
+    async with trio.open_nursery() as nursery:
+        for one in wanted:
+            nursery.start_soon(read, *one)
+    return raw
+
+
+def _while_in(levels: list[dict[bytes, bytes]], name: bytes) -> Iterator[dict[bytes, bytes]]:
+    for level in levels:
+        if name not in level:
+            return
+        yield level
+
+
+def _pages_file(image: OpenImage, directory: Node, pagemap: Pagemap) -> Inode | None:
+    """The pages file that a pagemap in `directory` names, through the link that is there in a parent."""
+    node = directory.children.get(pagemap.file.encode())
+    if node is not None and node.inode is not None and node.inode.target:
+        node = image.tree.find(posixpath.normpath(posixpath.join(directory.path, node.inode.target)))
+    return node.inode if node is not None and node.inode is not None and node.inode.is_file else None
+
+
+def _encoded(memory: Joined, like: bytes, pagemap: Pagemap) -> bytes:
+    return encode_pagemap(like, pagemap.name, pagemap.pages_id, memory.runs())
+
+
+def _size(memory: Joined) -> int:
+    return sum(place.length for place in memory.places())
+
+
+def _windows(memory: Joined, files: list[Inode]) -> WindowExtents:
+    return WindowExtents([file.extents for file in files], ((p.level, p.offset, p.length) for p in memory.places()))
+
+
+def _obsolete(directory: Node, used: set[Inode]) -> Iterator[bytes]:
+    """Whiteouts for the parents, and for the pages files that only they name."""
+    yield directory.path + b"/" + WHITEOUT + b"parent"
+    for node in list(directory.visible_children()):
+        kind = parse_name(node.name.decode("utf-8", "replace"))
+        if kind is not None and kind.kind == "pages" and node.inode not in used:
+            yield directory.path + b"/" + WHITEOUT + node.name

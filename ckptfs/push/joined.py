@@ -1,0 +1,142 @@
+"""A source that is an increment of ours (increment.py), as the whole checkpoint that it stands for.
+
+So that an image that was pushed on top of others can be pushed without them, or on top of another. Increments of criu's
+own, whose `parent` is a link, stay as they are. Reads each pages file front to back, as every source is read.
+"""
+
+import posixpath
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from io import BytesIO
+
+from ckptfs.criu.images import parse_name
+from ckptfs.criu.increments import Joined, encode_pagemap
+from ckptfs.criu.pagemap import PARENT, Pagemap, parse_pagemap
+from ckptfs.errors import FormatError
+from ckptfs.layers.zstd_chunked_writer import Payload
+from ckptfs.push.checkpoint_files import Checkpoint, CheckpointFile
+from ckptfs.push.spool import PiecesPayload
+from ckptfs.settings import Limits, MiB
+
+
+def joined(checkpoint: Checkpoint, limits: Limits) -> Checkpoint:
+    """The checkpoint without its parents; itself when it has none that lies inside of it."""
+    files = {file.path: file for file in checkpoint.files}
+    tops = [f.directory for f in checkpoint.files if f.name == b"inventory.img" and _has_parent(files, f.directory)]
+    tops = [top for top in tops if not top.endswith(b"/parent")]
+    if not tops:
+        return checkpoint
+    for top in tops:
+        _join(files, top, limits)
+    return replace(checkpoint, files=[files[path] for path in sorted(files)])
+
+
+def _has_parent(files: Mapping[bytes, CheckpointFile], top: bytes) -> bool:
+    parent = files.get(top + b"/parent")
+    return parent is not None and parent.inode.is_dir
+
+
+def _join(files: dict[bytes, CheckpointFile], top: bytes, limits: Limits) -> None:
+    used: dict[bytes, CheckpointFile] = {}
+    for path in [path for path in files if path.rpartition(b"/")[0] == top]:
+        kind = parse_name(path.rpartition(b"/")[2].decode("utf-8", "replace"))
+        if kind is None or kind.kind not in ("pagemap", "pagemap-shmem"):
+            continue
+        levels = list(_levels(files, path, limits))
+        own = _pages_of(files, top, levels[0])
+        if own is not None:
+            used[own.path] = own
+        if len(levels) == 1 or not any(run.flags & PARENT for run in levels[0].runs):
+            continue
+        places = [_pages_of(files, top + b"/parent" * n, level) for n, level in enumerate(levels)]
+        sources = [file for file in places if file is not None]
+        if own is None or len(sources) != len(levels):
+            raise FormatError(f"{path.decode('utf-8', 'replace')} lacks a pages file of a parent")
+        memory = Joined(levels, {level.file: file.inode.size for level, file in zip(levels, sources, strict=True)})
+        raw = files[path].read(limits.criu_image_bytes)
+        runs = memory.runs()
+        data = encode_pagemap(raw, levels[0].name, levels[0].pages_id, runs)
+        inode = replace(files[path].inode, size=len(data), extents=())
+        files[path] = CheckpointFile(path, inode, None, partial(BytesIO, data))
+        size = sum(run.pages for run in runs) * memory.page_size
+        whole = replace(own.inode, size=size, extents=())
+        used[own.path] = CheckpointFile(own.path, whole, None, partial(_payload, memory, sources))
+    gone = {path for path in files if path.startswith(top + b"/parent/") or path == top + b"/parent"}
+    for path in list(gone):
+        target = _target(files[path])
+        if target is not None and target not in used:
+            gone.add(target)
+    for path in gone:
+        files.pop(path, None)
+    files.update(used)
+
+
+def _levels(files: Mapping[bytes, CheckpointFile], path: bytes, limits: Limits) -> Iterator[Pagemap]:
+    """The pagemap at `path`, that of the same name in its parent, and so on."""
+    directory, _, name = path.rpartition(b"/")
+    for _ in range(limits.increments):
+        file = files.get(directory + b"/" + name)
+        if file is None:
+            return
+        yield parse_pagemap(file.read(limits.criu_image_bytes), name.decode(), limits)
+        directory += b"/parent"
+
+
+def _pages_of(files: Mapping[bytes, CheckpointFile], directory: bytes, pagemap: Pagemap) -> CheckpointFile | None:
+    """The pages file of a pagemap in `directory`, through the link that is there for one of a parent."""
+    file = files.get(directory + b"/" + pagemap.file.encode())
+    target = _target(file) if file is not None else None
+    found = files.get(target) if target is not None else file
+    return found if found is not None and found.is_regular else None
+
+
+def _target(file: CheckpointFile) -> bytes | None:
+    if not stat.S_ISLNK(file.inode.mode):
+        return None
+    return posixpath.normpath(posixpath.join(file.directory, file.inode.target))
+
+
+def _payload(memory: Joined, sources: list[CheckpointFile]) -> Payload:
+    return PiecesPayload(_pages(memory, sources))
+
+
+def _pages(memory: Joined, sources: list[CheckpointFile]) -> Iterator[bytes]:
+    """The pages of all levels in the order of addresses; in each file they ascend as well."""
+    with ExitStack() as stack:
+        readers = [_Forward(file) for file in sources]
+        for reader in readers:
+            stack.callback(reader.close)
+        for place in memory.places():
+            for done in range(0, place.length, MiB):
+                yield readers[place.level].read(place.offset + done, min(MiB, place.length - done))
+
+
+class _Forward:
+    """A file that is read at ascending offsets."""
+
+    def __init__(self, file: CheckpointFile) -> None:
+        self._payload = file.open() if file.open is not None and file.inode.size else None
+        self._at = 0
+
+    def read(self, offset: int, length: int) -> bytes:
+        while self._at < offset:
+            self._take(min(MiB, offset - self._at))
+        return self._take(length)
+
+    def close(self) -> None:
+        if self._payload is not None:
+            self._payload.close()
+
+    def _take(self, length: int) -> bytes:
+        data = bytearray(length)
+        done = 0
+        while done < length:
+            count = self._payload.readinto(memoryview(data)[done:]) if self._payload is not None else 0
+            if not count:
+                raise FormatError("a pages file ends early", hint="was it changed while it was read?")
+            done += count
+        self._at += length
+        return bytes(data)
