@@ -108,6 +108,17 @@ def umount(directory: str) -> None:
     detach(path)
 
 
+# What a daemon of an earlier version, which still runs, does not say.
+_UNKNOWN: dict[str, Any] = {
+    "seconds": 0.0,
+    "background": True,
+    "metrics": None,
+    "layers": [],
+    "roles": {},
+    "reading": [],
+}
+
+
 def statuses(directory: str | None, *, detail: bool = False) -> list[dict[str, Any]]:
     """The status of one mount, or of all; a mount whose daemon is gone is told as such.
 
@@ -126,7 +137,7 @@ def statuses(directory: str | None, *, detail: bool = False) -> list[dict[str, A
     found = []
     for files, state in wanted:
         try:
-            found.append(ask(files, "status", detail=detail))
+            found.append({**_UNKNOWN, **ask(files, "status", detail=detail)})
         except UnavailableError:
             hint = f"dead; run: ckptfs umount {state['mountpoint']}"
             if mount_at(state["mountpoint"]) is None:

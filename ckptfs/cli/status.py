@@ -1,49 +1,63 @@
 """ckptfs status."""
 
+import functools
 import json
-import time
 from typing import Any
 
 import click
 
 from ckptfs.cli.options import configure_logging, verbosity_options
+from ckptfs.errors import UsageError
+from ckptfs.redaction import redact
 
 
 @click.command()
 @click.argument("directory", metavar="[DIR]", required=False, type=click.Path())
-@click.option("--json", "as_json", is_flag=True, help="One JSON object for DIR, a list without.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object for DIR, a list without; a line with --watch.")
 @click.option("--prometheus", is_flag=True, help="Prometheus' text format, for a textfile collector.")
-@click.option("--watch", is_flag=True, help="Show it again every second until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Show it alive until q, Ctrl-C, or DIR is unmounted.")
+@click.option(
+    "--interval",
+    type=click.FloatRange(0.1, 3600),
+    default=1.0,
+    show_default=True,
+    help="Seconds between two looks of --watch.",
+)
 @verbosity_options
-def status(directory: str | None, as_json: bool, prometheus: bool, watch: bool, verbose: int, quiet: bool) -> None:
+def status(
+    directory: str | None, as_json: bool, prometheus: bool, watch: bool, interval: float, verbose: int, quiet: bool
+) -> None:
     """What each mount has fetched, served and is waiting for.
 
     \b
     ckptfs status
+    ckptfs status /mnt/ckpt --watch
     ckptfs status /mnt/ckpt --json
     ckptfs status --prometheus > /var/lib/node_exporter/ckptfs.prom
     """
     configure_logging(verbose, quiet)
+    if prometheus and (watch or as_json):
+        raise UsageError("--prometheus goes with neither --watch nor --json", hint="give one of them")
     from ckptfs import mounting
 
-    while True:
-        found = mounting.statuses(directory)
-        if prometheus:
-            from ckptfs.control.exposition import exposition
+    if watch:
+        from ckptfs.cli.watch import watch as show_alive
 
-            click.echo(exposition(found), nl=False)
-        elif as_json:
-            click.echo(json.dumps(found[0] if directory is not None else found, indent=2))
-        else:
-            if watch:
-                click.clear()
-            for facts in found:
-                _show(facts)
-            if not found:
-                click.echo("no mounts")
-        if not watch:
-            return
-        time.sleep(1)
+        look = functools.partial(mounting.statuses, directory, detail=True)
+        show_alive(look, interval, as_json=as_json, only=directory is not None)
+        return
+    found = mounting.statuses(directory, detail=not (as_json or prometheus))
+    if prometheus:
+        from ckptfs.control.exposition import exposition
+
+        click.echo(exposition(found), nl=False)
+    elif as_json:
+        click.echo(json.dumps(found[0] if directory is not None else found, indent=2))
+    else:
+        for facts in found:
+            _show(facts)
+        if not found:
+            click.echo("no mounts")
 
 
 def _show(facts: dict[str, Any]) -> None:
@@ -51,10 +65,10 @@ def _show(facts: dict[str, Any]) -> None:
         click.echo(f"{facts['mountpoint']}  {facts.get('reference', '')}  {facts['state']}")
         return
     network, reads = facts["network"], facts["reads"]
-    share = 100 * facts["cached_bytes"] / facts["image_bytes"] if facts["image_bytes"] else 100
+    share = 100 * facts["cached_bytes"] // facts["image_bytes"] if facts["image_bytes"] else 100
     click.echo(f"{facts['mountpoint']}  {facts['reference']}")
     click.echo(f"  digest   {facts['digest']} ({facts['view']} view, verified by {facts['verify']})")
-    click.echo(f"  cached   {human(facts['cached_bytes'])} of {human(facts['image_bytes'])} ({share:.0f} %)")
+    click.echo(f"  cached   {human(facts['cached_bytes'])} of {human(facts['image_bytes'])} ({share} %)")
     click.echo(
         f"  network  {human(network['bytes'])} in {network['requests']} requests, "
         f"{network['retries']} retries, {network['in_flight']} under way"
@@ -63,7 +77,11 @@ def _show(facts: dict[str, Any]) -> None:
         f"  reads    {reads['count']} ({human(reads['bytes'])}), {reads['misses']} waited, "
         f"median {reads['wait_ms_p50']:.1f} ms, {reads['waiting']} waiting now"
     )
-    if facts.get("metrics"):
+    for read in facts["reading"]:
+        if read["wait_ms"] is not None:
+            who = f" ({safe(read['command'])} {read['pid']})" if read["pid"] else ""
+            click.echo(f"  waiting  {place_of(read)}{who} for {read['wait_ms'] / 1000:.2f} s")
+    if facts["metrics"]:
         click.echo(f"  metrics  http://{facts['metrics']}/metrics")
     for error in facts["errors"][-3:]:
         click.echo(f"  error    {error}")
@@ -76,3 +94,13 @@ def human(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def place_of(read: dict[str, Any]) -> str:
+    """File, offset and length of one of a status' `reading`."""
+    return f"{safe(read['path'])} at {read['offset']} ({human(read['length'])})"
+
+
+def safe(text: str) -> str:
+    """Names come out of images: nothing in them acts on a terminal, and all of them can be printed."""
+    return redact(text).encode("utf-8", "backslashreplace").decode()

@@ -70,8 +70,8 @@ def _lines(mounts: Sequence[dict[str, Any]]) -> Iterator[str]:
         reads = mount["reads"]
         for quantile, key in _QUANTILES:
             yield f"{name}{_labels(mount, quantile=quantile)} {reads[key] / 1000}"
-        yield f"{name}_sum{_labels(mount)} {reads['waited_ms'] / 1000}"
-        yield f"{name}_count{_labels(mount)} {reads['waits']}"
+        yield f"{name}_sum{_labels(mount)} {reads.get('waited_ms', 0) / 1000}"
+        yield f"{name}_count{_labels(mount)} {reads.get('waits', 0)}"
 
 
 def _head(name: str, kind: str, text: str) -> Iterator[str]:
