@@ -8,6 +8,7 @@ import signal
 import sys
 from typing import NoReturn
 
+_NO_DAEMON = {"-h", "--help", "--foreground", "--eager"}  # commands with these start none
 _DESCRIBED = 42  # the exit code by which checkpointctl knows that a plugin understood the question (cmd/plugin.go)
 
 
@@ -17,6 +18,11 @@ def main() -> None:
 
 def _run(*program: str) -> NoReturn:
     try:
+        if sys.argv[1:2] in (["mount"], ["restore"]) and _NO_DAEMON.isdisjoint(sys.argv):
+            from ckptfs import mounting, standby  # mounting: both need it, so it is imported once
+
+            assert mounting
+            standby.fork()
         from ckptfs.cli import run
 
         code = run(sys.argv[1:], *program)

@@ -1,7 +1,8 @@
 """`ckptfs mount` and `umount` as a user sees them: the daemon that stays, the parent that waits until a read works.
 
-The parent forks before anything heavy is imported and only listens on a pipe: the child resolves, mounts, reads a byte
-through the kernel and says so. A child that fails says why on the same pipe, and the parent exits with its code.
+The parent forks before anything heavy is imported, or has forked already (standby.py), and only listens on a pipe: the
+child resolves, mounts, reads a byte through the kernel and says so. A child that fails says why on the same pipe, and
+the parent exits with its code.
 """
 
 import contextlib
@@ -16,13 +17,15 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NoReturn, Self
 
+from ckptfs import standby
 from ckptfs.control.client import MountFiles, ask, ensure_runtime_dir, known_mounts, prune_logs
 from ckptfs.errors import CkptfsError, MountError, UnavailableError
 from ckptfs.fuse.mountpoint import canonical, detach, mount_at, prepare
 from ckptfs.hardening import few_arenas, harden
 from ckptfs.model.oci import Reference
+from ckptfs.redaction import log_to_stderr
 from ckptfs.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -64,6 +67,12 @@ def begin(request: MountRequest) -> "Pending":
     """Start the daemon of a mount and do not wait: several get ready at the same time."""
     with _Claim(request) as claim:
         reader, writer = os.pipe()
+        waiting = standby.take()
+        if waiting is not None:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has died; another one will do
+                waiting.send((request, logging.getLogger().level), claim.fd, writer)
+                os.close(writer)
+                return Pending(reader, waiting.pid, claim.path)
         sys.stdout.flush()
         sys.stderr.flush()
         child = os.fork()
@@ -73,6 +82,15 @@ def begin(request: MountRequest) -> "Pending":
             _serve(request, claim, writer)
         os.close(writer)
         return Pending(reader, child, claim.path)
+
+
+def serve_from_standby(message: tuple[MountRequest, int], lock: int, writer: int) -> NoReturn:
+    """In a daemon that has waited for this: what `begin` does behind its fork."""
+    request, level = message
+    claim = _Lock(canonical(request.mountpoint), lock)
+    _become_daemon(claim.files.log)
+    log_to_stderr(level)
+    _serve(request, claim, writer)
 
 
 def mount_foreground(request: MountRequest) -> None:
@@ -161,27 +179,28 @@ def command_start() -> float:
 class _Lock:
     """The flock of one mount point; held by the daemon as long as it lives. MountError when another has it."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, fd: int = -1) -> None:
+        """`fd`: the lock that another process holds for us."""
         self.path = path
         self.files = MountFiles.of(path)
-        self._fd = -1
+        self.fd = fd
 
     def __enter__(self) -> Self:
         while True:
-            self._fd = os.open(self.files.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self.fd = os.open(self.files.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                os.close(self._fd)
+                os.close(self.fd)
                 if error.errno not in (errno.EAGAIN, errno.EACCES):
                     raise
                 raise MountError(f"{self.path} is mounted already", hint=f"run: ckptfs umount {self.path}") from None
             if self._current():
                 return self
-            os.close(self._fd)  # its last holder has removed the file in between
+            os.close(self.fd)  # its last holder has removed the file in between
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._fd)  # a forked daemon holds its own reference
+        os.close(self.fd)  # a forked daemon holds its own reference
 
     def remove(self, *, keep_log: bool = True) -> None:
         """The holder ends: nothing stays behind. Whoever waits for the lock sees that the file is another."""
@@ -194,7 +213,7 @@ class _Lock:
             found = os.stat(self.files.lock)
         except FileNotFoundError:
             return False
-        return found.st_ino == os.fstat(self._fd).st_ino
+        return found.st_ino == os.fstat(self.fd).st_ino
 
 
 class _Claim(_Lock):
@@ -230,7 +249,7 @@ def _become_daemon(log_file: Path) -> None:
     os.chdir("/")
 
 
-def _serve(request: MountRequest, claim: _Claim, writer: int) -> None:
+def _serve(request: MountRequest, claim: _Lock, writer: int) -> NoReturn:
     """The daemon's whole life; never returns."""
     code = 0
     try:
@@ -307,7 +326,7 @@ def _rebuilt(message: dict[str, Any]) -> CkptfsError:
     return error
 
 
-def _run(request: MountRequest, claim: _Claim, writer: int | None) -> None:
+def _run(request: MountRequest, claim: _Lock, writer: int | None) -> None:
     """Serve the mount in this process. The first request runs while trio, pyfuse3 … are imported (130 ms)."""
     gc.disable()  # until start-up is over
     few_arenas()

@@ -7,6 +7,7 @@ live, Authorization headers, tokens). Called by whoever learns a secret (sources
 
 import logging
 import re
+import sys
 import threading
 from collections import OrderedDict
 from urllib.parse import quote
@@ -15,24 +16,22 @@ _MASK = "***"
 _SHORTEST = 6  # characters; a shorter "secret" would be masked inside ordinary words and tell itself by that
 _KEPT = 64  # tokens are renewed every few minutes for months; the last ones are enough
 
-_PATTERNS = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"(?<![A-Za-z0-9+.-])([A-Za-z][A-Za-z0-9+.-]*://)[^\s/@\"']+@", rf"\1{_MASK}@"),
-        # user:password@host without a scheme, but not repository:tag@sha256:...
-        (r"(?<![\w.:@-])[^\s/@:\"'=]+:[^\s/@:\"']+@(?!sha\d+:)(?=[\w\[])", f"{_MASK}@"),
-        (r"(?<=[\w/%.~-])\?[^\s\"'<>?]*=[^\s\"'<>]*", f"?{_MASK}"),
-        (r"(?i)\b(authorization[\"']?\s*[:=]\s*[\"']?)(?:\w+\s+)?[^\s\"',}]+", rf"\1{_MASK}"),
-        (r"(?i)\b(bearer|basic)\s+(?=\S*[\d=._])[A-Za-z0-9._~+/=-]{8,}", rf"\1 {_MASK}"),
-        (
-            r"(?i)([\"']?\b(?:\w*password|passwd|\w*secret|\w*token|auth|x-amz-\w+|\w*signature|api_?key)\b[\"']?"
-            r"(?:=|:\s*(?=[\"']))[\"']?)[^\s\"',;&}]+",
-            rf"\1{_MASK}",
-        ),
-        (r"\beyJ[\w-]{8,}\.[\w-]+\.[\w-]*", _MASK),  # a JSON web token
-    )
+# Compiled when first used (re keeps them): that takes 6 ms, and most mounts log nothing.
+_PATTERNS = (
+    (r"(?<![A-Za-z0-9+.-])([A-Za-z][A-Za-z0-9+.-]*://)[^\s/@\"']+@", rf"\1{_MASK}@"),
+    # user:password@host without a scheme, but not repository:tag@sha256:...
+    (r"(?<![\w.:@-])[^\s/@:\"'=]+:[^\s/@:\"']+@(?!sha\d+:)(?=[\w\[])", f"{_MASK}@"),
+    (r"(?<=[\w/%.~-])\?[^\s\"'<>?]*=[^\s\"'<>]*", f"?{_MASK}"),
+    (r"(?i)\b(authorization[\"']?\s*[:=]\s*[\"']?)(?:\w+\s+)?[^\s\"',}]+", rf"\1{_MASK}"),
+    (r"(?i)\b(bearer|basic)\s+(?=\S*[\d=._])[A-Za-z0-9._~+/=-]{8,}", rf"\1 {_MASK}"),
+    (
+        r"(?i)([\"']?\b(?:\w*password|passwd|\w*secret|\w*token|auth|x-amz-\w+|\w*signature|api_?key)\b[\"']?"
+        r"(?:=|:\s*(?=[\"']))[\"']?)[^\s\"',;&}]+",
+        rf"\1{_MASK}",
+    ),
+    (r"\beyJ[\w-]{8,}\.[\w-]+\.[\w-]*", _MASK),  # a JSON web token
 )
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]"
 
 _lock = threading.Lock()
 _secrets: OrderedDict[str, None] = OrderedDict()
@@ -58,8 +57,8 @@ def redact(text: str) -> str:
         if secret in text:
             text = text.replace(secret, _MASK)
     for pattern, replacement in _PATTERNS:
-        text = pattern.sub(replacement, text)
-    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+        text = re.sub(pattern, replacement, text)
+    return re.sub(_CONTROL, lambda found: ascii(found[0])[1:-1], text)
 
 
 class RedactingFormatter(logging.Formatter):
@@ -67,3 +66,18 @@ class RedactingFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
+
+
+def log_to_stderr(level: int) -> None:
+    """From now on log lines of `level` and above go to stderr, and bugs in threads with them."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    # urllib3 logs whole URLs at DEBUG, with the signatures of signed ones: twice is better
+    logging.getLogger("urllib3").setLevel(logging.WARNING)
+    threading.excepthook = _log_bug
+
+
+def _log_bug(hook: threading.ExceptHookArgs) -> None:
+    """An exception that ended a thread: to the log, where secrets are masked, not straight to stderr."""
+    logging.getLogger("ckptfs").error("a thread ended", exc_info=hook.exc_value)

@@ -4,8 +4,6 @@ import logging
 import os
 import shlex
 import stat
-import sys
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +15,7 @@ from ckptfs import configuration
 from ckptfs.configuration import parse_address, parse_deadline, parse_size
 from ckptfs.errors import UsageError
 from ckptfs.model.oci import Reference
-from ckptfs.redaction import RedactingFormatter
+from ckptfs.redaction import log_to_stderr
 from ckptfs.settings import Settings, default_cache_dir
 
 if TYPE_CHECKING:
@@ -204,17 +202,7 @@ def open_cache(options: Mapping[str, Any], settings: Settings) -> "ChunkCache":
 def configure_logging(verbose: int, quiet: bool) -> None:
     """Log lines to stderr: warnings, with -v what happens, with -vv every request."""
     level = logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=level, handlers=[handler], force=True)
-    # urllib3 logs whole URLs at DEBUG, with the signatures of signed ones: twice is better
-    logging.getLogger("urllib3").setLevel(logging.WARNING)
-    threading.excepthook = _log_bug
-
-
-def _log_bug(hook: threading.ExceptHookArgs) -> None:
-    """An exception that ended a thread: to the log, where secrets are masked, not straight to stderr."""
-    logging.getLogger("ckptfs").error("a thread ended", exc_info=hook.exc_value)
+    log_to_stderr(level)
 
 
 def deadline(text: str) -> float:

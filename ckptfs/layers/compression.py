@@ -144,16 +144,13 @@ def unzstd_chunk(data: Bytes, length: int, limits: Limits) -> Bytes:
         if zstandard.frame_content_size(data) == length:
             return bytes(decompressor.decompress(data))
         # Several frames; one that does not tell its size; or (stargz) one that goes on with the headers of other files.
-        out = bytearray(length)
-        view = memoryview(out)
         with decompressor.stream_reader(data, read_across_frames=True) as reader:
-            while view and (count := reader.readinto(view)):
-                view = view[count:]
+            out = reader.read(length)
     except zstandard.ZstdError as error:
         raise IntegrityError(f"a zstd chunk does not decompress ({error})") from None
-    if view:
-        raise IntegrityError(f"a zstd chunk ends after {length - len(view)} of {length} bytes")
-    return memoryview(out)
+    if len(out) != length:
+        raise IntegrityError(f"a zstd chunk ends after {len(out)} of {length} bytes")
+    return out
 
 
 def gunzip_chunk(data: Bytes, skip: int, length: int, limits: Limits) -> Bytes:
