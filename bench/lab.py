@@ -116,10 +116,10 @@ class Lab:
         compressed = sum(layer["size"] for layer in manifest["layers"])
         return Image(repository, megabytes, checkpoint, repository, digest, compressed, plain)
 
-    def publish(self, layout: Path, repository: str) -> tuple[str, int]:
+    def publish(self, layout: Path, repository: str, *options: str) -> tuple[str, int]:
         """`ckptfs push`: the manifest's digest, and how many bytes went to the registry."""
         reference = self.registry.reference(repository)
-        done = ckptfs("push", layout, reference, "--json", "--work-dir", self.folder, timeout=900)
+        done = ckptfs("push", layout, reference, "--json", "--work-dir", self.folder, *options, timeout=900)
         if done.code:
             raise RuntimeError(done.err)
         return done.json["digest"], done.json["sent"]

@@ -1,7 +1,8 @@
 """P11: bytes fetched, and sent, for the next checkpoint of a process whose earlier one this node has read.
 
 The measure is the compressed size of the pages that changed: those of the second dump that the first does not have at
-the same address, one after another, as one zstd stream of level 3. Peers fetch and send the second image whole.
+the same address, one after another, as one zstd stream of level 3. Peers fetch and send the second image whole. It is
+pushed in two ways: as any image, and with --parent; then the peer has all of its layers to fetch.
 """
 
 import time
@@ -22,6 +23,7 @@ from tests.support.workload import Workload, ticker
 
 _PAGE = 4096
 _APART = 1.0  # seconds between the dumps
+_WORDS = {"whole": "whole", "--parent": "with --parent"}
 _SETTLING = 3.0  # and of a mount after it has been read: what is left comes, what has come is written
 
 
@@ -49,32 +51,38 @@ def _two_checkpoints(lab: Lab, name: str, start: Callable[[Path, int], AbstractC
             dump(running, room / "two", keep_running=True)
         changed = b"".join(changed_pages(room / "one", room / "two"))
         least = len(zstandard.compress(changed, 3))
-        sent = {}
-        for which in ("one", "two"):
-            layout = flat_layout(room / which, room / f"{which}-layout", name="increment")
-            _, sent[which] = lab.publish(layout, f"{_repository(name)}:{which}")
-        fetched, image_bytes = _fetched(lab, room, name)
-    facts = {"changed": len(changed), "changed_compressed": least, "fetched": fetched, "sent": sent["two"]}
-    lab.sample("P11", name, 0, {**LOOPBACK.conditions, "megabytes": lab.sizes[0]}, image=image_bytes, **facts)
-    note = f"{len(changed) // _PAGE} pages changed, {least / 1e6:.2f} MB compressed"
-    options = {"limit": 1.5, "peer": "the whole image", "peer_value": image_bytes / least, "note": note}
-    lab.figure("P11", f"fetched for the next checkpoint ÷ changed pages, {name}", [fetched / least], "×", **options)
-    lab.figure("P11", f"sent for the next checkpoint ÷ changed pages, {name}", [sent["two"] / least], "×", **options)
+        note = f"{len(changed) // _PAGE} pages changed, {least / 1e6:.2f} MB compressed"
+        layouts = [flat_layout(room / which, room / f"{which}-layout", name="increment") for which in ("one", "two")]
+        for way in ("whole", "--parent"):
+            repository = f"bench/increment-{name.split()[0].lower()}-{way.strip('-')}"
+            sent = _publish(lab, layouts, repository, on_top=way == "--parent")
+            fetched, image_bytes = _fetched(lab, room / way, repository)
+            facts = {"changed": len(changed), "changed_compressed": least, "fetched": fetched, "sent": sent}
+            conditions = {**LOOPBACK.conditions, "megabytes": lab.sizes[0]}
+            lab.sample("P11", f"{name}, {way}", 0, conditions, image=image_bytes, **facts)
+            options = {"limit": 1.5, "peer": "the whole image", "peer_value": image_bytes / least, "note": note}
+            for what, amount in (("fetched", fetched), ("sent", sent)):
+                words = f"{what} for the next checkpoint ÷ changed pages, {name}, pushed {_WORDS[way]}"
+                lab.figure("P11", words, [amount / least], "×", **options)
 
 
-def _fetched(lab: Lab, room: Path, name: str) -> tuple[int, int]:
+def _publish(lab: Lab, layouts: list[Path], repository: str, *, on_top: bool) -> int:
+    """Bytes that the second of two checkpoints sends."""
+    lab.publish(layouts[0], f"{repository}:one")
+    parent = ("--parent", lab.registry.reference(f"{repository}:one")) if on_top else ()
+    _, sent = lab.publish(layouts[1], f"{repository}:two", *parent)
+    return sent
+
+
+def _fetched(lab: Lab, room: Path, repository: str) -> tuple[int, int]:
     """Body bytes that reading all of the second image takes, and the size of its layers."""
     for which in ("one", "two"):
-        reference = lab.registry.reference(f"{_repository(name)}:{which}")
+        reference = lab.registry.reference(f"{repository}:{which}")
         with mounted(reference, room / f"mount-{which}", cache=room / "cache") as mount:
             read_all(mount.path)
             time.sleep(_SETTLING)
             status = status_of(mount)
     return status["network"]["bytes"], status["image_bytes"]
-
-
-def _repository(name: str) -> str:
-    return f"bench/increment-{name.split()[0].lower()}"
 
 
 def changed_pages(before: Path, after: Path) -> Iterator[bytes]:
