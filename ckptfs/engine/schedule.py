@@ -140,7 +140,7 @@ class Scheduler:
         limit = self.extent_limit(priority)
         start, end, chunks = first.offset, first.offset + first.size, [first]
         # Of what is less urgent only a little comes along, and only with what could not be foreseen.
-        company = min(limit, self.sizes.random_extent, self.window // 4) if priority == Priority.DEMAND else 0
+        company = min(limit, self.window // 4) if priority == Priority.DEMAND else 0
         for offset, _, key in places[at + 1 : at + 1 + 4096]:
             chunk, asked = self._wanted[key].chunk, self._wanted[key].priority
             most = limit if asked <= priority else company

@@ -20,6 +20,8 @@ _SHORT = 128 * KiB  # a run of lazy pages that can be a stack or the data of a p
 _SMALL = 32 * KiB  # encoded: a chunk that holds little else
 _FIRST = 128 * KiB  # encoded, of all such chunks: no more than 5 ms of 200 Mbit/s
 
+_HEAD = 256 * KiB  # of what the lazy-pages daemon goes through: it reads so much before the first process has run
+
 ReadNow = Callable[[Inode], bytes | None]
 
 
@@ -45,6 +47,7 @@ class RestoreOrder:
                 short = (run for run in _transfer(plan) if run.length <= _SHORT)
                 small = (chunk for chunk in _chunks(files, short) if chunk.size <= _SMALL)
                 yield from takewhile(_Budget(_FIRST), small)
+                yield from _chunks(files, _head(_transfer(plan), _HEAD))
 
     def _reader(self, files: dict[str, Inode]) -> Callable[[str], bytes | None]:
         def read(name: str) -> bytes | None:
@@ -77,6 +80,15 @@ def _transfer(plan: RestorePlan) -> Iterator[PageRun]:
         if stage.name == "transfer":
             for stream in stage.streams:
                 yield from stream
+
+
+def _head(runs: Iterable[PageRun], size: int) -> Iterator[PageRun]:
+    """The first `size` bytes of the runs."""
+    for run in runs:
+        if size <= 0:
+            return
+        yield run._replace(length=min(run.length, size))
+        size -= run.length
 
 
 def _chunks(files: dict[str, Inode], runs: Iterable[PageRun]) -> Iterator[Chunk]:
