@@ -33,6 +33,8 @@ _STYLE: Any = {
     "grid.linewidth": 0.7,
     "axes.axisbelow": True,
     "legend.frameon": False,
+    "text.parse_math": False,  # a $ in a name is a $
+    "savefig.dpi": 150,  # of what is drawn as pixels
 }
 
 
@@ -66,7 +68,7 @@ def limits(facts: Sequence[Fact]) -> str:
         axes.set_xlabel("share of the limit (left of the line: held); ◇ the peer")
         axes.grid(axis="y", visible=False)
 
-    return _svg(draw, 9.5, 0.6 + 0.27 * len(found)) if found else ""
+    return svg(draw, 9.5, 0.6 + 0.27 * len(found)) if found else ""
 
 
 def timeline(facts: Sequence[Fact]) -> str:
@@ -91,7 +93,7 @@ def timeline(facts: Sequence[Fact]) -> str:
         strips[-1].set_xlim(0, end)
         strips[-1].set_xlabel("seconds since the command")
 
-    return _svg(draw, 9.5, 0.5 + 1.9 * len(found)) if found else ""
+    return svg(draw, 9.5, 0.5 + 1.9 * len(found)) if found else ""
 
 
 def sweeps(facts: Sequence[Fact], panels: Sequence[tuple[str, str, dict[str, float]]], value: str) -> str:
@@ -121,7 +123,7 @@ def sweeps(facts: Sequence[Fact], panels: Sequence[tuple[str, str, dict[str, flo
         first.set_ylabel("seconds")
         canvas.legend(*first.get_legend_handles_labels(), ncols=4, loc="outside upper left")
 
-    return _svg(draw, 1.2 + 2.9 * len(found), 3.6) if found else ""
+    return svg(draw, 1.2 + 2.9 * len(found), 3.6) if found else ""
 
 
 def _points(
@@ -169,7 +171,7 @@ def reads(facts: Sequence[Fact]) -> str:
         axes.grid(axis="y", visible=False)
         axes.legend(ncols=3, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1))
 
-    return _svg(draw, 9.5, 1.0 + 0.32 * len(rows)) if rows else ""
+    return svg(draw, 9.5, 1.0 + 0.32 * len(rows)) if rows else ""
 
 
 def bars(facts: Sequence[Fact], rows: Iterable[str], phases: Sequence[tuple[str, str]], title: str) -> str:
@@ -201,7 +203,7 @@ def bars(facts: Sequence[Fact], rows: Iterable[str], phases: Sequence[tuple[str,
         axes.set_xlabel(title)
         axes.grid(axis="y", visible=False)
 
-    return _svg(draw, 9.5, 0.7 + 0.62 * len(found)) if found else ""
+    return svg(draw, 9.5, 0.7 + 0.62 * len(found)) if found else ""
 
 
 def _mark(axes: "Axes", one: Series, end: float) -> None:
@@ -246,7 +248,7 @@ def _seconds(axes: "Axes") -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _svg(draw: Callable[["Canvas"], None], width: float, height: float) -> str:
+def svg(draw: Callable[["Canvas"], None], width: float, height: float) -> str:
     """What `draw` puts on a canvas of that size in inches, as an <svg> element."""
     require_plots()
     from matplotlib import rc_context

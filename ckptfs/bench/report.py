@@ -4,7 +4,7 @@ Owns the page; charts.py draws. The page has no script and loads nothing, so it 
 and `ckptfs bench`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 
@@ -34,7 +34,13 @@ def write_report(facts: Sequence[Fact], path: Path, *, title: str = "ckptfs: laz
 
 def page(facts: Sequence[Fact], title: str) -> str:
     """The whole HTML text."""
-    parts = [f"<h1>{escape(title)}</h1>", *_stamps(facts), *_figures(facts), *_pictures(facts), *_runs(facts)]
+    return document(
+        title, [f"<h1>{escape(title)}</h1>", *_stamps(facts), *_figures(facts), *_pictures(facts), *_runs(facts)]
+    )
+
+
+def document(title: str, parts: Iterable[str]) -> str:
+    """An HTML text around `parts`, in the style of all our pages."""
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{chr(10).join(parts)}\n</body></html>\n'
 

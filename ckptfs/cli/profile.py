@@ -19,6 +19,7 @@ from ckptfs.cli.options import (
     read_cache_key,
     registry_options,
     transfer_options,
+    verbosity_options,
 )
 from ckptfs.errors import NotFoundError, RestoreError, UsageError
 from ckptfs.model.oci import Reference
@@ -197,6 +198,40 @@ def push(
         click.echo(name)
         if not quiet:
             click.echo(_sentence(published.profile), err=True)
+
+
+@profile.command()
+@click.argument("reads", metavar="READS", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("out", metavar="OUT", type=click.Path(path_type=Path, dir_okay=False))
+@verbosity_options
+def plot(reads: Path, out: Path, verbose: int, quiet: bool) -> None:
+    """Draw the reads that `mount --record READS` has written: where in which file, when, and who waited.
+
+    OUT is a page (.html) or the picture alone (.svg); both load nothing. Needs matplotlib: pip install 'ckptfs[bench]'.
+
+    \b
+    ckptfs mount localhost:5000/counter:1 /mnt/ckpt --record reads.jsonl
+    ckptfs profile plot reads.jsonl reads.html
+    """
+    configure_logging(verbose, quiet)
+    from ckptfs.bench.charts import require_plots
+    from ckptfs.bench.trace import read_trace, trace_page, trace_svg
+
+    if out.suffix not in (".html", ".svg"):
+        raise UsageError(f"{out} is neither .html nor .svg", hint="the end of its name says what is written")
+    require_plots()
+    try:
+        with reads.open(encoding="utf-8", errors="replace") as lines:
+            trace = read_trace(lines)
+    except OSError as error:
+        raise UsageError(f"{reads} cannot be read: {error.strerror}", hint="`mount --record` writes it") from None
+    if not trace:
+        raise NotFoundError(f"{reads} has no reads", hint="it is complete when the mount has ended")
+    try:
+        out.write_text(trace_page(trace, f"Reads of {reads.name}") if out.suffix == ".html" else trace_svg(trace))
+    except OSError as error:
+        raise UsageError(f"{out} cannot be written: {error.strerror}", hint="name another file") from None
+    click.echo(out)
 
 
 @contextlib.contextmanager

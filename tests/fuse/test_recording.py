@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.command import ckptfs, mounted
-from tests.support.fake_registry import FakeRegistry
+from tests.support.fake_registry import FakeRegistry, Trickle
 from tests.support.tools import require, wait_for
 
 pytestmark = pytest.mark.fuse
@@ -48,6 +48,24 @@ def test_every_read_is_recorded_in_order(tmp_path: Path) -> None:
     pages = [fact for fact in facts if fact["path"] == "checkpoint/pages-1.img"]
     assert sum(fact["length"] for fact in pages) == size and not pages[0]["hit"]
     assert facts[-1]["path"] == "rootfs-diff/etc/passwd" and {fact["hit"] for fact in facts} == {True, False}
+
+
+def test_who_waited_and_for_how_long(tmp_path: Path) -> None:
+    record = tmp_path / "reads.jsonl"
+    with FakeRegistry({("GET /v2/repo/blobs/", None): Trickle(0.02, 4096)}) as registry:
+        registry.add_layout(LAYOUT, "repo")
+        options = ("--record", record, "--no-background-fetch", "--prefetch", "none")
+        with mounted(registry.reference("repo:latest"), tmp_path, *options) as mount:
+            pages = mount.path / "checkpoint" / "pages-1.img"
+            with subprocess.Popen(["dd", f"if={pages}", "of=/dev/null", "bs=4k", "count=1"], stderr=-3) as reader:
+                assert reader.wait(30) == 0
+            (mount.path / "config.dump").read_bytes()
+    facts = [json.loads(line) for line in record.read_text().splitlines()]
+    first = next(fact for fact in facts if fact["path"] == "checkpoint/pages-1.img")
+    assert (first["command"], first["pid"], first["hit"]) == ("dd", reader.pid, False)
+    assert 10 < first["wait_ms"] < 30_000
+    assert all(fact["wait_ms"] == 0 for fact in facts if fact["hit"])
+    assert {fact["pid"] for fact in facts if fact["path"] == "config.dump"} == {os.getpid()}
 
 
 def test_recorded_ranges_are_those_that_were_read(tmp_path: Path) -> None:
