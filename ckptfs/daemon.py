@@ -35,6 +35,7 @@ from ckptfs.telemetry import NetworkCounters
 log = logging.getLogger(__name__)
 
 _AT_REST = 15.0  # seconds without a read or a byte from the network after which the memory cache is given back
+_FRAGMENTED = 60.0  # seconds of reading without a pause: 50 of 110 MiB were holes in the heap after four minutes
 _REFRESH = 5.0  # seconds; looks at one directory and at the end of the files that others write: 0.1 ms
 
 
@@ -156,16 +157,20 @@ async def _publish_index(image: OpenImage, request: MountRequest) -> None:
 
 async def _keep_house(cache: ChunkCache, image: OpenImage) -> None:
     """Let go of what is not needed: files that other processes have evicted, and memory when nobody reads any more."""
-    seen, quiet = (0, 0), 0.0
+    seen, quiet, held = (0, 0), 0.0, 0.0
     while True:
         await trio.sleep(_REFRESH)
         await trio.to_thread.run_sync(cache.refresh, abandon_on_cancel=True)
         now = (image.reader.counters.count, image.counters.bytes)
         quiet = quiet + _REFRESH if now == seen else 0.0
         seen = now
+        held = held + _REFRESH if not quiet else 0.0
         if _AT_REST <= quiet < _AT_REST + _REFRESH:
             image.fetcher.memory.clear()
             release_memory()
+        elif held >= _FRAGMENTED:
+            held = 0.0
+            await trio.to_thread.run_sync(release_memory, abandon_on_cancel=True)
 
 
 def mount_status(image: OpenImage, residency: Residency, mountpoint: str, request: MountRequest) -> dict[str, Any]:

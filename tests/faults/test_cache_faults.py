@@ -18,7 +18,11 @@ from ckptfs.engine.cache import ChunkCache
 from ckptfs.engine.disk import DiskOps
 from ckptfs.errors import CacheError
 from tests.support.cache_load import ROOT, chunk, item, key, right, start, used
-from tests.support.disk_faults import FailAt, FakeClock, Refusing
+from tests.support.chunked import PAGES, add_chunked
+from tests.support.command import mounted
+from tests.support.disk_faults import FailAt, FakeClock, FaultyDisk, Refusing
+from tests.support.fake_registry import FakeRegistry
+from tests.support.tools import require
 
 KiB, MiB = 1024, 1024 * 1024
 SIZE = 16 * MiB
@@ -231,6 +235,71 @@ with ChunkCache.open(Path({str(path)!r}), size=16 << 20) as cache:
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[0, 1, 2] True\n"
     assert "File too large" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.row("C3")
+def test_a_disk_that_refuses_at_random(path: Path, record_property: Figure) -> None:
+    """One write in thirty: what is kept is right, and nothing is thrown at who reads."""
+    rng, refused = random.Random(9), 0
+
+    def verdict(name: str) -> int | None:
+        nonlocal refused
+        if name not in ("pwritev", "open", "ftruncate") or rng.random() > 0.03:
+            return None
+        refused += 1
+        return rng.choice((errno.ENOSPC, errno.EDQUOT))
+
+    clock = FakeClock()
+    disk = FaultyDisk(lambda name: None)
+    with ChunkCache.open(path, size=SIZE, segment=1 * MiB, ops=disk, clock=clock) as cache:
+        for name in ("pwritev", "open", "ftruncate"):
+            setattr(disk, name, FaultyDisk._guarded(name, getattr(DiskOps, name), verdict))
+        for number in range(1, 500):
+            cache.put_many([item(number, 40_000)])
+            right(cache, range(max(0, number - 20), number + 1), 40_000)
+            clock.advance(31)
+        kept = len(right(cache, range(500), 40_000))
+    record_property("figure", f"{refused} random refusals: 0 wrong of {kept} kept chunks")
+    assert refused > 10 and kept > 20
+
+
+@pytest.mark.fuse
+@pytest.mark.row("C3")
+def test_a_mount_with_a_disk_of_a_quarter_of_the_image(tmp_path: Path, record_property: Figure) -> None:
+    """64 MiB for 256 MiB, and then others fill what is left."""
+    require("fusermount3", root=True)
+    disk, data = tmp_path / "disk", b"".join(random.Random(n).randbytes(64 * MiB) for n in range(4))
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m,mode=700", "tmpfs", disk], check=True)
+    try:
+        with FakeRegistry() as registry:
+            add_chunked(registry, {PAGES: data}, 256 * KiB)
+            with mounted(registry.reference("repo:latest"), tmp_path, cache=disk / "cache") as mount:
+                wrong = differences(mount.path / PAGES.decode(), data)
+                held = used(disk)
+                with (disk / "other").open("wb") as other, suppress(OSError):
+                    while True:
+                        other.write(bytes(1 * MiB))
+                        other.flush()
+                wrong += differences(mount.path / PAGES.decode(), data)
+                errors = mount.status()["errors"]
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+    record_property(
+        "figure", f"256 MiB twice over a disk of 64: {wrong} wrong, {len(errors)} errors, {held >> 20} MiB kept"
+    )
+    assert wrong == 0 and errors == []
+    assert held <= 64 * MiB
+
+
+def differences(path: Path, data: bytes) -> int:
+    """How many MiB of the file are not as they should be."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        return sum(os.pread(file, MiB, at) != data[at : at + MiB] for at in range(0, len(data), MiB))
+    finally:
+        os.close(file)
 
 
 SMALL = 256 * KiB  # four segments of six chunks

@@ -242,7 +242,7 @@ def _open_parent(path: Path) -> None:
     "spoil",
     [_loose_directory, _loose_file, _symlinked, _symlinked_inside, _another_owner, _second_link, _open_parent],
 )
-def test_an_unsafe_directory_is_refused(path: Path, spoil: Callable[[Path], None]) -> None:
+def test_an_unsafe_directory_is_refused(path: Path, spoil: Callable[[Path], None], record_property: Figure) -> None:
     with ChunkCache.open(path, size=SIZE) as cache:
         cache.put_many([item(1, 1000)])
     spoil(path)
@@ -252,6 +252,7 @@ def test_an_unsafe_directory_is_refused(path: Path, spoil: Callable[[Path], None
     command = shlex.split(caught.value.hint.removeprefix("run: ").partition(", or")[0])
     subprocess.run(command, check=True)  # the advice is right
     ChunkCache.open(path, size=SIZE).close()
+    record_property("figure", f"{spoil.__name__.strip('_').replace('_', ' ')}: 8")
 
 
 @pytest.mark.row("S3")

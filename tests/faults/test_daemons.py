@@ -15,7 +15,7 @@ import pytest
 from ckptfs.fuse.mountpoint import mount_at
 from tests.support.command import ckptfs, mounted
 from tests.support.fake_registry import FakeRegistry
-from tests.support.hanging import BLOB, LAZY, SILENT, Figure, assert_told, ended, errno_of, hang, pages
+from tests.support.hanging import BLOB, LAZY, SILENT, Figure, assert_told, ended, errno_of, foreground, hang, pages
 from tests.support.readers import reading
 from tests.support.tools import ROOT, require, wait_for
 
@@ -153,6 +153,19 @@ def test_a_mount_that_says_it_is_ready_is(tmp_path: Path, record_property: Figur
             assert data == expected
             assert ckptfs("status", mount.path, "--json").json["pid"] == mount.pid
     record_property("figure", f"0 races in {STARTS} starts")
+
+
+@pytest.mark.row("L8")
+@pytest.mark.timeout(60 + 3 * STARTS)
+def test_a_descriptor_that_tells_when_it_is_ready(tmp_path: Path, record_property: Figure) -> None:
+    """--ready-fd, read in the moment that it says so."""
+    expected = None
+    for _ in range(STARTS // 2):
+        with foreground(tmp_path, f"oci:{LAYOUT}") as (mnt, _process):
+            data = (mnt / "config.dump").read_bytes()
+            expected = expected or data
+            assert data == expected
+    record_property("figure", f"0 in {STARTS // 2} with --ready-fd")
 
 
 @pytest.mark.row("L8")

@@ -196,6 +196,44 @@ def test_a_tag_that_moves_changes_nothing_under_a_reader(tmp_path: Path, record_
     record_property("figure", f"retagged in the middle of a read: same bytes, status says {digest[:19]}…")
 
 
+# -- L2: demand beats prefetch -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.row("L2")
+def test_a_demand_goes_out_before_anything_more_is_prefetched(tmp_path: Path, record_property: Record) -> None:
+    """While the background fills a slow link: how many other requests follow a read before its own."""
+    data, random, reads = Random(24).randbytes(32 * MiB), Random(25), 30
+    with FakeRegistry() as registry, client(registry, timeouts=Timeouts()) as c:
+        add_chunked(registry, {PAGES: data}, CHUNK)
+
+        async def work(image: OpenImage) -> tuple[list[int], list[float]]:
+            await read_file(image, PAGES, 0, 1)
+            node = await image.find(PAGES)
+            assert node is not None and node.inode is not None
+            chunks = [extent.chunk for extent in node.inode.extents]
+            registry.script[BLOB, None] = Trickle(0.01, 16 * KiB)
+            image.fetcher.fill(iter(chunks))
+            before, waits = [], []
+            while len(before) < reads:
+                await trio.sleep(0.1)
+                missing = [n for n, chunk in enumerate(chunks) if not image.fetcher.has(chunk)]
+                number = random.choice(missing[len(missing) // 2 :])
+                chunk, log, began = chunks[number], len(registry.requests(BLOB)), time.monotonic()
+                assert await read_file(image, PAGES, number * CHUNK, 100) == data[number * CHUNK :][:100]
+                waits.append(time.monotonic() - began)
+                asked = registry.requests(BLOB)[log:]
+                own = [place for place, access in enumerate(asked) if within(access, chunk.offset)]
+                before += own[:1]  # none: it was on its way already
+            assert image.fetcher.filling or missing, "there was something to beat"
+            return before, waits
+
+        before, waits = with_image(c, tmp_path, work)
+    waits.sort()
+    figure = f"{reads} reads beside a background fetch: at most {max(before)} request before their own"
+    record_property("figure", f"{figure}, data after {waits[len(waits) // 2] * 1000:.0f} ms in the median")
+    assert max(before) <= 1
+
+
 # -- F5: laziness ------------------------------------------------------------------------------------------------------
 
 

@@ -1,9 +1,12 @@
 """Rows S1 and S4 to S6 through real commands: what is secret stays in the process, whatever goes wrong."""
 
 import base64
+import errno
 import json
 import os
+import resource
 import shlex
+import shutil
 import signal
 import stat
 import subprocess
@@ -187,10 +190,11 @@ def test_another_user_sees_nothing(tmp_path: Path, record_property: Figure) -> N
             as_nobody("cat", str(mount.path / "config.dump")),
             as_nobody("ls", str(mount.path)),
             as_nobody("cat", str(cached)),
-            as_nobody("python3", "-c", connect),
+            as_nobody(sys.executable, "-c", connect, fuse=True),
         ]
         for attempt in refused:
             assert attempt.returncode != 0 and "Permission denied" in attempt.stderr, attempt
+        assert "PermissionError" in refused[-1].stderr, "it was python that was refused, not by whom"
         assert stat.S_IMODE(files.socket.stat().st_mode) == 0o600
         assert stat.S_IMODE(files.directory.stat().st_mode) == 0o700
     record_property("figure", f"{len(refused)} of {len(refused)} refused: mount, cache, socket")
@@ -199,8 +203,35 @@ def test_another_user_sees_nothing(tmp_path: Path, record_property: Figure) -> N
 # -- S5: memory --------------------------------------------------------------------------------------------------------
 
 
+ATTACH = """
+import ctypes, sys
+ptrace = ctypes.CDLL(None, use_errno=True).ptrace
+print("attached" if ptrace(16, int(sys.argv[1]), None, None) == 0 else ctypes.get_errno())
+"""
+
+
+@pytest.fixture
+def cores() -> Iterator[None]:
+    """Whoever is started may dump core, as far as its parent is concerned."""
+    before = resource.getrlimit(resource.RLIMIT_CORE)
+    most = resource.RLIM_INFINITY if os.geteuid() == 0 else before[1]
+    resource.setrlimit(resource.RLIMIT_CORE, (most, most))
+    yield
+    resource.setrlimit(resource.RLIMIT_CORE, before)
+
+
+def test_cores_are_dumped_here(tmp_path: Path, cores: None) -> None:
+    """Or the next test would prove nothing; what the kernel does with a core is the machine's to say."""
+    with subprocess.Popen([sys.executable, "-c", "import os; os.abort()"], cwd=tmp_path) as process:
+        _, status = os.waitpid(process.pid, 0)
+        process.returncode = -signal.SIGABRT
+    if resource.getrlimit(resource.RLIMIT_CORE)[0] == 0:
+        pytest.skip("no process may dump core here")
+    assert os.WCOREDUMP(status)
+
+
 @pytest.mark.row("S5")
-def test_no_core_and_no_debugger(tmp_path: Path, record_property: Figure) -> None:
+def test_no_core_and_no_debugger(tmp_path: Path, cores: None, record_property: Figure) -> None:
     before = set(Path("/").iterdir())
     with mounted(f"oci:{LAYOUT}", tmp_path) as mount:
         limits = Path(f"/proc/{mount.pid}/limits").read_text().splitlines()
@@ -208,10 +239,16 @@ def test_no_core_and_no_debugger(tmp_path: Path, record_property: Figure) -> Non
         score = int(Path(f"/proc/{mount.pid}/oom_score_adj").read_text())
         may_lower = int(Path("/proc/self/status").read_text().split("CapEff:")[1].split()[0], 16) >> 24 & 1
         assert not may_lower or score < 0
+        if os.geteuid() == 0:
+            attached = as_nobody(sys.executable, "-c", ATTACH, str(mount.pid), fuse=True)
+            assert attached.stdout == f"{errno.EPERM}\n", attached
+            if shutil.which("gcore"):
+                gcore = as_nobody("gcore", "-o", "/var/tmp/core", str(mount.pid))
+                assert gcore.returncode != 0 and "not permitted" in gcore.stdout + gcore.stderr, gcore
         os.kill(mount.pid, signal.SIGABRT)
         wait_for("the daemon ends", lambda: not Path(f"/proc/{mount.pid}/fd").exists() or ended(mount.pid))
     assert set(Path("/").iterdir()) == before and not list(tmp_path.glob("core*"))
-    record_property("figure", "no core after SIGABRT")
+    record_property("figure", "no core after SIGABRT; gcore and ptrace by another user are refused")
 
 
 def ended(pid: int) -> bool:
@@ -240,10 +277,11 @@ mkdir -p "$HOME/mnt" && ckptfs mount oci:{LAYOUT} "$HOME/mnt" --json > "$HOME/st
 pid=$(grep -o '"pid": [0-9]*' "$HOME/status" | grep -o '[0-9]*$')
 test -r "$HOME/mnt/config.dump" && echo readable
 for file in mem environ maps; do head -c 1 /proc/$pid/$file && echo open; done
+python3 -c '{ATTACH}' $pid
 ckptfs umount "$HOME/mnt" && echo unmounted
 """
     done = as_nobody("sh", "-c", script, fuse=True)
-    assert done.stdout.split() == ["readable", "unmounted"], done
+    assert done.stdout.split() == ["readable", str(errno.EPERM), "unmounted"], done
     assert done.stderr.count("Permission denied") == 3, done
 
 
