@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.command import ckptfs
 from tests.support.docker_registry import DockerRegistry
 from tests.support.podman import BASE, Podman, PodmanCheckpoint
 from tests.support.push import push_to_layout
@@ -44,6 +45,28 @@ def test_podman_pulls_and_restores_it(
     finally:
         podman("rm", "--force", "--time=0", "pushed")
         podman("rmi", "--force", reference)
+
+
+def test_podman_restores_an_increment(
+    podman: Podman, podman_checkpoint: PodmanCheckpoint, registry: DockerRegistry
+) -> None:
+    """`push --parent`: podman copies checkpoint/ with the parent in it out of the image, and criu reads both."""
+    references = [registry.reference(f"push/podman-increment:{number}") for number in (1, 2)]
+    assert ckptfs("push", podman_checkpoint.archives["none"], references[0]).code == 0
+    pushed = ckptfs("push", podman_checkpoint.archives["zstd"], references[1], "--json", "--parent", references[0])
+    assert pushed.code == 0, pushed.err
+    assert pushed.json["parent"]["shared"] > pushed.json["parent"]["changed"] > 0
+    podman("pull", "--quiet", "--tls-verify=false", references[1])
+    podman.restore("increment", references[1])
+    try:
+        before = podman_checkpoint.last_tick["zstd"]
+        ticks = wait_for("another tick", lambda: [t for t in podman.ticks("increment") if t.number > before])
+        assert ticks[0].number == before + 1
+        root = podman.isolation.path(podman("mount", "increment"))
+        assert (root / "data/added.txt").read_text() == "added\n"
+    finally:
+        podman("rm", "--force", "--time=0", "increment")
+        podman("rmi", "--force", references[1])
 
 
 def test_podman_mounts_the_root_file_system(podman: Podman, registry: DockerRegistry, layout: Path) -> None:
