@@ -185,7 +185,10 @@ def test_nothing_is_told_before_a_read_works(hanging: FakeRegistry, tmp_path: Pa
 
 
 @pytest.mark.row("L9")
-def test_nothing_runs_when_the_daemon_forks(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "entry", ["from ckptfs.cli import run; run(sys.argv[1:])", "import ckptfs.__main__ as m; m.main()"]
+)
+def test_nothing_runs_when_the_daemon_forks(tmp_path: Path, entry: str) -> None:
     """No thread, no event loop and no FUSE in the parent: a fork takes only the thread that called it."""
     (tmp_path / "mnt").mkdir()
     script = f"""
@@ -196,12 +199,50 @@ def spy():
     sys.stdout.flush()
     return fork()
 os.fork = spy
+cache = {str(tmp_path / "cache")!r}
+sys.argv = ["ckptfs", "mount", {f"oci:{LAYOUT}"!r}, {str(tmp_path / "mnt")!r}, "--cache-dir", cache]
+{entry}
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        assert done.returncode == 0 and done.stdout.splitlines() == ["1 1 False False"], done
+    finally:
+        with suppress(AssertionError):
+            assert ckptfs("umount", tmp_path / "mnt").code == 0
+
+
+@pytest.mark.parametrize("words", [["--no-such-option"], ["/no/such/directory"], ["/dev/null", "--view", "none"]])
+def test_a_daemon_that_gets_no_request_ends_with_the_command(tmp_path: Path, words: list[str]) -> None:
+    reference = f"localhost:1/{tmp_path.name.replace('_', '-')}"
+    failed = ckptfs("mount", reference, *words)
+    assert failed.code in (2, 8) and failed.line
+    wait_for("the end of it", lambda: not processes_of(reference))
+
+
+def test_a_daemon_that_died_while_it_waited_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    script = f"""
+import os, signal, sys
+from ckptfs import standby
 from ckptfs.cli import run
+standby.fork()
+os.kill(standby._waiting.pid, signal.SIGKILL)
+os.waitpid(standby._waiting.pid, 0)
 sys.exit(run(["mount", {f"oci:{LAYOUT}"!r}, {str(tmp_path / "mnt")!r}, "--cache-dir", {str(tmp_path / "cache")!r}]))
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     try:
-        assert done.returncode == 0 and done.stdout.splitlines()[0] == "1 1 False False", done
+        assert done.returncode == 0, done
+        assert b"{" in (tmp_path / "mnt" / "config.dump").read_bytes()
     finally:
-        with suppress(AssertionError):
-            assert ckptfs("umount", tmp_path / "mnt").code == 0
+        assert ckptfs("umount", tmp_path / "mnt").code == 0
+
+
+def processes_of(word: str) -> list[str]:
+    """Process ids of commands with this word."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if entry.name.isdigit() and word.encode() in (entry / "cmdline").read_bytes().split(b"\0"):
+                found.append(entry.name)
+    return found
