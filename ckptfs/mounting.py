@@ -22,7 +22,7 @@ from typing import Any, Literal, NoReturn, Self
 from ckptfs import standby
 from ckptfs.control.client import MountFiles, ask, ensure_runtime_dir, known_mounts, prune_logs
 from ckptfs.errors import CkptfsError, MountError, UnavailableError
-from ckptfs.fuse.mountpoint import canonical, detach, mount_at, prepare
+from ckptfs.fuse.mountpoint import canonical, detach, mount_at, overlays_over, prepare
 from ckptfs.hardening import few_arenas, harden
 from ckptfs.model.oci import Reference
 from ckptfs.redaction import log_to_stderr
@@ -58,12 +58,32 @@ class MountRequest:
     started: float = field(default_factory=lambda: command_start())  # monotonic seconds
 
 
-def mount(request: MountRequest) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class StoreRequest:
+    """What `ckptfs store` asked for: an additional layer store (store_daemon.py)."""
+
+    mountpoint: str
+    cache_dir: Path = Path()
+    cache_key: bytes | None = field(default=None, repr=False)
+    offline: bool = False
+    strict: bool = False
+    background: bool = True
+    allow_other: bool = False
+    plain_http: bool = False
+    ready_fd: int | None = None
+    settings: Settings = field(default_factory=Settings)
+    started: float = field(default_factory=lambda: command_start())  # monotonic seconds
+
+
+Request = MountRequest | StoreRequest
+
+
+def mount(request: Request) -> dict[str, Any]:
     """Mount in a daemon; returns its first status once a read has worked, raises what kept it from that."""
     return begin(request).wait()
 
 
-def begin(request: MountRequest) -> "Pending":
+def begin(request: Request) -> "Pending":
     """Start the daemon of a mount and do not wait: several get ready at the same time."""
     with _Claim(request) as claim:
         reader, writer = os.pipe()
@@ -84,7 +104,7 @@ def begin(request: MountRequest) -> "Pending":
         return Pending(reader, child, claim.path)
 
 
-def serve_from_standby(message: tuple[MountRequest, int], lock: int, writer: int) -> NoReturn:
+def serve_from_standby(message: tuple[Request, int], lock: int, writer: int) -> NoReturn:
     """In a daemon that has waited for this: what `begin` does behind its fork."""
     request, level = message
     claim = _Lock(canonical(request.mountpoint), lock)
@@ -93,19 +113,27 @@ def serve_from_standby(message: tuple[MountRequest, int], lock: int, writer: int
     _serve(request, claim, writer)
 
 
-def mount_foreground(request: MountRequest) -> None:
+def mount_foreground(request: Request) -> None:
     """Mount and stay until unmounted or signalled."""
     with _Claim(request) as claim:
         _run(request, claim, None)
 
 
-def umount(directory: str) -> None:
-    """Stop the daemon of the mount, or detach a dead mount; MountError when there is no ckptfs mount."""
+def umount(directory: str, *, force: bool = False) -> None:
+    """Stop the daemon of the mount, or detach a dead mount; MountError when there is no ckptfs mount.
+
+    One that other file systems stand on (a container's root on a layer store) is stopped only with `force`.
+    """
     path = canonical(directory)
     mounted = mount_at(path)
     files = MountFiles.of(path)
     if mounted is not None and not mounted.ours:
         raise MountError(f"{path} is a {mounted.fstype} mount, not one of ckptfs", hint=f"run: umount {path}")
+    if not force and mounted is not None and (above := overlays_over(path)):
+        raise MountError(
+            f"{path} is in use: it is below {len(above)} overlay mounts, the first on {above[0]}",
+            hint="stop the containers and unmount the images that use it, or give --force",
+        )
     try:
         ask(files, "stop")
     except UnavailableError:
@@ -219,7 +247,7 @@ class _Lock:
 class _Claim(_Lock):
     """The right to mount on a directory that can be mounted on; of several at once exactly one gets it."""
 
-    def __init__(self, request: MountRequest) -> None:
+    def __init__(self, request: Request) -> None:
         ensure_runtime_dir()
         prune_logs(request.settings.timeouts.old_log)
         super().__init__(canonical(request.mountpoint))
@@ -249,7 +277,7 @@ def _become_daemon(log_file: Path) -> None:
     os.chdir("/")
 
 
-def _serve(request: MountRequest, claim: _Lock, writer: int) -> NoReturn:
+def _serve(request: Request, claim: _Lock, writer: int) -> NoReturn:
     """The daemon's whole life; never returns."""
     code = 0
     try:
@@ -326,11 +354,26 @@ def _rebuilt(message: dict[str, Any]) -> CkptfsError:
     return error
 
 
-def _run(request: MountRequest, claim: _Lock, writer: int | None) -> None:
-    """Serve the mount in this process. The first request runs while trio, pyfuse3 … are imported (130 ms)."""
+def _run(request: Request, claim: _Lock, writer: int | None) -> None:
+    """Serve the mount in this process."""
     gc.disable()  # until start-up is over
     few_arenas()
     harden()
+    ended_well = False
+    try:
+        if isinstance(request, StoreRequest):
+            from ckptfs.store_daemon import run
+
+            run(request, claim.path, claim.files, writer)
+        else:
+            _serve_image(request, claim, writer)
+        ended_well = True
+    finally:
+        claim.remove(keep_log=not ended_well)
+
+
+def _serve_image(request: MountRequest, claim: _Lock, writer: int | None) -> None:
+    """The first request runs while trio, pyfuse3 … are imported (130 ms)."""
     from ckptfs.sources import Source, open_source
     from ckptfs.sources.early import EarlySource
     from ckptfs.telemetry import NetworkCounters
@@ -345,9 +388,4 @@ def _run(request: MountRequest, claim: _Lock, writer: int | None) -> None:
         source = EarlySource(source)
     from ckptfs.daemon import run
 
-    ended_well = False
-    try:
-        run(request, source, reach, counters, claim.path, claim.files, writer)
-        ended_well = True
-    finally:
-        claim.remove(keep_log=not ended_well)
+    run(request, source, reach, counters, claim.path, claim.files, writer)

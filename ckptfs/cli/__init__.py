@@ -20,6 +20,7 @@ PROGRAM = "ckptfs"
 # Command -> module of this package that has a function of that name (dashes as underscores).
 COMMANDS = {
     "mount": "mount",
+    "store": "store",
     "umount": "umount",
     "status": "status",
     "ls": "browse",

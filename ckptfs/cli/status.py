@@ -65,10 +65,14 @@ def _show(facts: dict[str, Any]) -> None:
         click.echo(f"{facts['mountpoint']}  {facts.get('reference', '')}  {facts['state']}")
         return
     network, reads = facts["network"], facts["reads"]
-    share = 100 * facts["cached_bytes"] // facts["image_bytes"] if facts["image_bytes"] else 100
     click.echo(f"{facts['mountpoint']}  {facts['reference']}")
-    click.echo(f"  digest   {facts['digest']} ({facts['view']} view, verified by {facts['verify']})")
-    click.echo(f"  cached   {human(facts['cached_bytes'])} of {human(facts['image_bytes'])} ({share} %)")
+    for image in facts.get("images", ()):  # of a layer store
+        size, users = human(image["image_bytes"]), image["users"]
+        click.echo(f"  image    {image['reference']} ({image['layers']} layers, {size}, {users} users)")
+    if facts["digest"]:
+        share = 100 * facts["cached_bytes"] // facts["image_bytes"] if facts["image_bytes"] else 100
+        click.echo(f"  digest   {facts['digest']} ({facts['view']} view, verified by {facts['verify']})")
+        click.echo(f"  cached   {human(facts['cached_bytes'])} of {human(facts['image_bytes'])} ({share} %)")
     click.echo(
         f"  network  {human(network['bytes'])} in {network['requests']} requests, "
         f"{network['retries']} retries, {network['in_flight']} under way"

@@ -7,8 +7,9 @@ from ckptfs.cli.options import configure_logging, verbosity_options
 
 @click.command()
 @click.argument("directories", metavar="DIR...", nargs=-1, required=True, type=click.Path())
+@click.option("--force", is_flag=True, help="A layer store too that containers stand on; they get I/O errors.")
 @verbosity_options
-def umount(directories: tuple[str, ...], verbose: int, quiet: bool) -> None:
+def umount(directories: tuple[str, ...], force: bool, verbose: int, quiet: bool) -> None:
     """Stop the daemon of a mount and unmount; mends a mount whose daemon is dead.
 
     \b
@@ -18,4 +19,4 @@ def umount(directories: tuple[str, ...], verbose: int, quiet: bool) -> None:
     from ckptfs import mounting
 
     for directory in directories:
-        mounting.umount(directory)
+        mounting.umount(directory, force=force)

@@ -15,17 +15,19 @@ from ckptfs.errors import MountError
 
 FSTYPE = "fuse.ckptfs"
 _MNT_DETACH = 2  # umount2(2)
+_LINKS = 4  # containers/storage: l/SHORT -> ../ID/diff -> the layer store
 
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """One line of mountinfo (proc_pid_mountinfo(5))."""
+    """One line of mountinfo (proc_pid_mountinfo(5)). `options` are those of the mount, `data` of its file system."""
 
     path: str
     device: tuple[int, int]
     fstype: str
     source: str
     options: frozenset[str]
+    data: str = ""
 
     @property
     def ours(self) -> bool:
@@ -41,7 +43,8 @@ def mounts() -> list[Mount]:
             fields, tail = left.split(" "), right.split(" ")
             major, _, minor = fields[2].partition(":")
             options = frozenset(fields[5].split(","))
-            found.append(Mount(_unescape(fields[4]), (int(major), int(minor)), tail[0], _unescape(tail[1]), options))
+            device = (int(major), int(minor))
+            found.append(Mount(_unescape(fields[4]), device, tail[0], _unescape(tail[1]), options, _unescape(tail[2])))
     return found
 
 
@@ -51,6 +54,30 @@ def mount_at(path: str) -> Mount | None:
         if mount.path == path:
             return mount
     return None
+
+
+def overlays_over(path: str) -> list[str]:
+    """Where overlays are mounted that have a lower directory in the mount at `path`, as engines make them.
+
+    containers/storage names lower directories by symlinks, absolute or relative to the directory above the overlay's;
+    only links are read, and none inside of the mount.
+    """
+    return [mount.path for mount in mounts() if mount.fstype == "overlay" and _stands_on(mount, path)]
+
+
+def _stands_on(overlay: Mount, path: str) -> bool:
+    lower = next((word[9:] for word in overlay.data.split(",") if word.startswith("lowerdir=")), "")
+    home = os.path.dirname(os.path.dirname(overlay.path))
+    for directory in lower.split(":"):
+        place = os.path.join(home, directory)
+        for _ in range(_LINKS):
+            if place.startswith(path + "/"):
+                return True
+            try:
+                place = os.path.normpath(os.path.join(os.path.dirname(place), os.readlink(place)))
+            except OSError:
+                break
+    return False
 
 
 def canonical(path: str | Path) -> str:

@@ -100,7 +100,7 @@ class Operations(Answering):
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         if (directory := self._tree.directories.get(inode - self._base)) is not None:
             await self.image.describe(directory)
-        return self._attributes(self._inode(inode))
+        return self.attributes(self._inode(inode))
 
     @answers
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
@@ -123,7 +123,7 @@ class Operations(Answering):
             node = listing[position]
             if node.inode is None:
                 continue
-            if not pyfuse3.readdir_reply(token, node.name, self._attributes(node.inode), position + 1):
+            if not pyfuse3.readdir_reply(token, node.name, self.attributes(node.inode), position + 1):
                 return
             self.references += 1
 
@@ -232,9 +232,9 @@ class Operations(Answering):
     def _told(self, inode: Inode) -> pyfuse3.EntryAttributes:
         """Attributes for a lookup, by which the kernel gets to know the inode."""
         self.references += 1
-        return self._attributes(inode)
+        return self.attributes(inode)
 
-    def _attributes(self, inode: Inode) -> pyfuse3.EntryAttributes:
+    def attributes(self, inode: Inode) -> pyfuse3.EntryAttributes:
         out = pyfuse3.EntryAttributes()
         out.st_ino = self._base + inode.ino
         out.generation = 0

@@ -32,7 +32,7 @@ async def fetch_ahead(image: OpenImage) -> None:
             nursery.start_soon(_eager_pages, image)
             nursery.start_soon(_recorded, image)
         if image.options.background:
-            nursery.start_soon(_everything, image)
+            nursery.start_soon(fetch_rest, image)
 
 
 async def fetch_all(image: OpenImage, *, metadata_only: bool = False) -> None:
@@ -94,7 +94,7 @@ def _find_profile(image: OpenImage) -> Profile | None:
         return profiles.find(image.source, image.resolved.manifest.digest, image.cache, image.options.settings.limits)
 
 
-async def _everything(image: OpenImage) -> None:
+async def fetch_rest(image: OpenImage) -> None:
     """The rest, a little later or as soon as somebody reads pages from front to back."""
     with trio.move_on_after(_BACKGROUND_DELAY):
         await image.reader.sequential.wait()

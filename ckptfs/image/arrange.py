@@ -7,6 +7,7 @@ import logging
 import stat
 from dataclasses import replace
 from functools import partial
+from typing import TypedDict
 
 import trio
 
@@ -27,8 +28,10 @@ from ckptfs.image.views import (
     recognise,
     spec_of,
 )
+from ckptfs.layers.protocols import SideDocument
 from ckptfs.model.annotations import PARENT
-from ckptfs.model.index import ImageIndex
+from ckptfs.model.blob import Blob
+from ckptfs.model.index import ImageIndex, IndexedLayer
 from ckptfs.model.oci import Descriptor, Manifest, Reference, parse_json
 from ckptfs.model.toc import Entry, Inode
 from ckptfs.model.tree import Node, Tree
@@ -36,23 +39,24 @@ from ckptfs.model.tree import Node, Tree
 log = logging.getLogger(__name__)
 
 
+class Known(TypedDict):
+    """What OpenImage.add_layer is told of a layer besides its blob."""
+
+    indexed: IndexedLayer | None
+    side: SideDocument | None
+
+
 async def arrange(image: OpenImage, open_source: OpenSource | None, base: Reference | None) -> None:
     """Open the layers and give the tree the shape of the view; returns once a first read works.
 
     `open_source` and `base` are for the container's base image: see rootfs.py.
     """
-    manifest, limits = image.resolved.manifest, image.options.settings.limits
-    index = inline_index(manifest, image.fetcher.next_layer, limits)
-    if index is not None:
-        image.fetcher.keep(index.contents)
-        if image.options.increments:
-            await _find_earlier(image, index)
+    if image.options.view == "layers":
+        return  # layer_directories.py shows them
     if image.resolved.loose_blobs:
         _lay_out(image)
-    side = await image.find_side_documents(image.source, manifest) if index is None else {}
-    for rank, descriptor in enumerate(manifest.layers, start=1):
-        indexed = index.layers[rank - 1] if index is not None else None
-        image.add_layer(image.source.blob(descriptor), rank, indexed=indexed, side=side.get(descriptor.digest))
+    for rank, (blob, known) in enumerate(await known_layers(image), start=1):
+        image.add_layer(blob, rank, **known)
     await image.ready()
     if image.options.view == "raw":
         return
@@ -76,13 +80,29 @@ async def arrange(image: OpenImage, open_source: OpenSource | None, base: Refere
         if layout is not Layout.NONE:
             await show_rootfs(image, open_source, base)
         return
-    if PARENT in manifest.annotations:
+    if PARENT in image.resolved.manifest.annotations:
         from ckptfs.image.joined import join  # not for images that stand on no other
 
         await join(image)
     derived = DerivedTars(image, partial(base_directories, image, open_source, base))
     image.arrived = derived.look
     derived.look()
+
+
+async def known_layers(image: OpenImage) -> list[tuple[Blob, Known]]:
+    """The image's layers from the bottom up, and what is known of each without asking it."""
+    manifest, limits = image.resolved.manifest, image.options.settings.limits
+    index = inline_index(manifest, image.fetcher.next_layer, limits)
+    if index is not None:
+        image.fetcher.keep(index.contents)
+        if image.options.increments:
+            await _find_earlier(image, index)
+    side = await image.find_side_documents(image.source, manifest) if index is None else {}
+    found: list[tuple[Blob, Known]] = []
+    for number, descriptor in enumerate(manifest.layers):
+        indexed = index.layers[number] if index is not None else None
+        found.append((image.source.blob(descriptor), {"indexed": indexed, "side": side.get(descriptor.digest)}))
+    return found
 
 
 def _lay_out(image: OpenImage) -> None:

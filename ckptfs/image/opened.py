@@ -7,7 +7,7 @@ of an image goes through `OpenImage`; who asks (FUSE, ls, cat, inspect) makes no
 import logging
 import stat
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-View = Literal["checkpoint", "raw", "rootfs"]
+View = Literal["checkpoint", "raw", "rootfs", "layers"]
 
 _MAX_WAITING = 1024  # reads that wait for the network at the same time
 
@@ -63,6 +63,7 @@ class ImageOptions:
     increments: bool = True  # fetch of a pages file only what an earlier image of the repository has not
     remember: bool = True  # keep what scans learn of layers for the next mount
     settings: Settings = field(default_factory=Settings)
+    memory: MemoryCache | None = None  # shared by several images, in place of one that `settings` sizes
 
 
 class OpenImage:
@@ -85,7 +86,7 @@ class OpenImage:
         self.cache = cache
         self.nursery = nursery
         self.cells = SharedCells(cache)
-        self.fetcher = Fetcher(self.cells, MemoryCache(sizes.memory_cache), options.settings)
+        self.fetcher = Fetcher(self.cells, options.memory or MemoryCache(sizes.memory_cache), options.settings)
         self.reader = Reader(self.fetcher, _MAX_WAITING)
         self.tables = ChunkTables(cache, options.settings.limits)
         self.memory = LayerMemory(cache, options.settings, learning=options.remember)
@@ -257,10 +258,10 @@ class OpenImage:
         if scope.cancelled_caught:
             raise UnavailableError(f"the image could not be opened within {deadline:g} s")
 
-    def run_on(self) -> None:
-        """Let the streams run to their ends."""
-        for scan in self._scans.values():
-            if not scan.complete and not scan.dormant:
+    def run_on(self, ranks: Collection[int] | None = None) -> None:
+        """Let the streams, those of `ranks` if given, run to their ends."""
+        for rank, scan in self._scans.items():
+            if not scan.complete and not scan.dormant and (ranks is None or rank in ranks):
                 scan.run_on()
 
     async def all_known(self) -> None:
@@ -269,10 +270,11 @@ class OpenImage:
             self.raise_broken()
             await self.progress.wait()
 
-    def raise_broken(self) -> None:
-        """Raise what is wrong with a layer, if anything is."""
-        for error in self._broken.values():
-            raise error
+    def raise_broken(self, ranks: Collection[int] | None = None) -> None:
+        """Raise what is wrong with a layer, with one of `ranks` if given, if anything is."""
+        for rank, error in self._broken.items():
+            if ranks is None or rank in ranks:
+                raise error
 
     def quiesce(self) -> None:
         """The mount is about to end: nothing new is fetched unless somebody waits for it."""
@@ -347,10 +349,8 @@ class OpenImage:
         """Wait until more is known of `path`; start what has to run for that."""
         for prefix in [p for p in self.dormant if path == p or path.startswith(p + b"/")]:
             self.dormant.pop(prefix)()
-        self.run_on()
-        for rank in self.tree.open_ranks(path):
-            if rank in self._broken:
-                raise self._broken[rank]
+        self.raise_broken(ranks := self.tree.open_ranks(path))
+        self.run_on(ranks if self.options.view == "layers" else None)  # there each layer is by itself
         await self.progress.wait()
 
     # -- bytes ---------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ _STORAGE = "io.github.containers.zstd-chunked."
 _OLD = "io.containers.zstd-chunked."
 _CHECKSUM = "manifest-checksum"
 _POSITION = "manifest-position"
+ANNOTATION_CHECKSUM = _STORAGE + _CHECKSUM
 _CRFS = 1  # the only type of table that is defined
 
 

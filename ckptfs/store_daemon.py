@@ -1,0 +1,177 @@
+"""The process that keeps an additional layer store: open images, FUSE session and control socket under one roof.
+
+What daemon.py is for the mount of one image. Started by mounting.py.
+"""
+
+import json
+import logging
+import os
+import time
+from typing import Any
+
+import trio
+
+from ckptfs import __version__
+from ckptfs.control.client import MountFiles, write_state
+from ckptfs.control.ready import notify, tell
+from ckptfs.control.server import ControlServer
+from ckptfs.engine.cache import ChunkCache
+from ckptfs.engine.memory import MemoryCache
+from ckptfs.errors import only_error
+from ckptfs.fuse.mount import MountSession, mount_options
+from ckptfs.fuse.store_operations import StoreOperations
+from ckptfs.hardening import release_memory, settle_garbage_collector
+from ckptfs.image import ImageOptions
+from ckptfs.image.layer_store import LayerStore
+from ckptfs.model.oci import Reference
+from ckptfs.mounting import StoreRequest
+from ckptfs.redaction import redact
+from ckptfs.sources import Source, open_source
+from ckptfs.telemetry import NetworkCounters
+
+log = logging.getLogger(__name__)
+
+NAME = "layer-store"  # what the mount table and the status call it, in place of an image's reference
+
+# A stream that nobody waits for rests in its thread; these are all that trio would have by default (40), and more.
+_THREADS = 4096
+_AT_REST = 15.0  # seconds without a read or a byte from the network after which the memory cache is given back
+_REFRESH = 5.0  # seconds, see daemon.py
+
+
+def run(request: StoreRequest, mountpoint: str, files: MountFiles, writer: int | None) -> None:
+    """Serve until unmounted. The parent waits at the pipe `writer` for the first status; None in foreground."""
+    size = request.settings.sizes.disk_cache
+    cache = ChunkCache.open(request.cache_dir, size=size, secret=request.cache_key)
+    try:
+        cache.require_key()
+        trio.run(_serve, request, cache, mountpoint, files, writer)
+    except BaseExceptionGroup as group:
+        raise only_error(group) from None
+    finally:
+        cache.close()
+
+
+async def _serve(
+    request: StoreRequest, cache: ChunkCache, mountpoint: str, files: MountFiles, writer: int | None
+) -> None:
+    counters, settings = NetworkCounters(), request.settings
+    trio.to_thread.current_default_thread_limiter().total_tokens = _THREADS
+
+    def reach(reference: Reference) -> Source:
+        return open_source(reference, settings=settings, counters=counters, plain_http=request.plain_http)
+
+    memory = MemoryCache(settings.sizes.memory_cache)
+    options = ImageOptions(
+        view="layers",
+        offline=request.offline,
+        strict=request.strict,
+        prefetch=False,
+        background=False,  # until a file of the image is read, see LayerStore
+        settings=settings,
+        memory=memory,
+    )
+    facts: dict[str, Any] = {}
+    async with trio.open_nursery() as nursery:
+        store = LayerStore(
+            mountpoint, reach, cache, options, counters, nursery, background=request.background and not request.offline
+        )
+        session = MountSession(StoreOperations(store, time.time_ns()), mountpoint, settings)
+
+        def status(_: dict[str, Any]) -> dict[str, Any]:
+            return {**store_status(store, counters, mountpoint, request), **facts}
+
+        def ready() -> None:
+            facts["ready_ms"] = round((time.monotonic() - request.started) * 1000, 1)
+            write_state(files, {"mountpoint": mountpoint, "reference": NAME, "pid": os.getpid()})
+            log.info("the layer store is mounted on %s after %.0f ms", mountpoint, facts["ready_ms"])
+            settle_garbage_collector()
+            if request.ready_fd is not None:
+                tell(request.ready_fd)
+            if writer is None:
+                notify("READY=1")
+            else:
+                os.write(writer, json.dumps(status({})).encode() + b"\n")
+                os.close(writer)
+
+        def stop(_: dict[str, Any]) -> dict[str, int]:
+            session.stop()
+            return {"pid": os.getpid()}
+
+        nursery.start_soon(store.keep_house)
+        nursery.start_soon(_keep_cache, cache, memory, store)
+        nursery.start_soon(ControlServer(files, {"status": status, "stop": stop}).run)
+        try:
+            await session.run(mount_options(NAME, allow_other=request.allow_other, read_only=False), ready)
+        finally:
+            nursery.cancel_scope.cancel()
+
+
+async def _keep_cache(cache: ChunkCache, memory: MemoryCache, store: LayerStore) -> None:
+    """Let go of what is not needed, as daemon.py does for a mount."""
+    seen, quiet = (0, 0), 0.0
+    while True:
+        await trio.sleep(_REFRESH)
+        await trio.to_thread.run_sync(cache.refresh, abandon_on_cancel=True)
+        now = (store.reads.count, store.reads.bytes)
+        quiet = quiet + _REFRESH if now == seen else 0.0
+        seen = now
+        if _AT_REST <= quiet < _AT_REST + _REFRESH:
+            memory.clear()
+            release_memory()
+
+
+def store_status(
+    store: LayerStore, counters: NetworkCounters, mountpoint: str, request: StoreRequest
+) -> dict[str, Any]:
+    """What the product documentation names for a mount, where it makes sense, and the open images."""
+    reads = store.reads
+    images: list[dict[str, Any]] = [
+        {
+            "reference": str(stored.reference),
+            "digest": str(stored.image.resolved.manifest.digest),
+            "layers": len(stored.image.resolved.manifest.layers),
+            "image_bytes": sum(layer.size for layer in stored.image.resolved.manifest.layers),
+            "users": store.users(stored.reference),
+            "verify": stored.image.verification,
+            "errors": [redact(error) for error in stored.image.errors[-5:]],
+        }
+        for stored in store.images()
+    ]
+    return {
+        "version": __version__,
+        "mountpoint": mountpoint,
+        "reference": NAME,
+        "pid": os.getpid(),
+        "seconds": round(time.monotonic() - request.started, 3),
+        "background": request.background,
+        "view": "layers",
+        "digest": "",  # each image has its own
+        "verify": "chunk" if all(stored.image.verification == "chunk" for stored in store.images()) else "transport",
+        "images": images,
+        "image_bytes": sum(image["image_bytes"] for image in images),
+        "network": {
+            "requests": counters.requests,
+            "bytes": counters.bytes,
+            "retries": counters.retries,
+            "errors": counters.errors,
+            "in_flight": counters.in_flight,
+        },
+        "reads": {
+            "count": reads.count,
+            "bytes": reads.bytes,
+            "memory_hits": reads.memory_hits,
+            "disk_hits": reads.disk_hits,
+            "misses": reads.misses,
+            "waiting": reads.waiting,
+            "waits": reads.waits,
+            "waited_ms": round(reads.waited_ms, 3),
+            "wait_ms_p50": reads.wait_ms(0.5),
+            "wait_ms_p99": reads.wait_ms(0.99),
+        },
+        "prefetch": {
+            "bytes": sum(stored.image.fetcher.prefetched_bytes for stored in store.images()),
+            "used_bytes": sum(stored.image.fetcher.prefetched_used for stored in store.images()),
+        },
+        "errors": [redact(error) for error in store.errors[-20:]],
+    }
