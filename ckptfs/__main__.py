@@ -27,6 +27,7 @@ def _run(*program: str) -> NoReturn:
 
         code = run(sys.argv[1:], *program)
     except KeyboardInterrupt:  # Ctrl-C within the first tenth of a second, or twice
+        print("ckptfs: interrupted", file=sys.stderr)
         code = 130
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on Python would print a traceback for it
     sys.exit(code)

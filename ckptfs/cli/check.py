@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.command()
 @reference_argument
 @click.option("--runtime", type=click.Choice(["auto", "runc", "crun", "criu"]), default="auto", show_default=True)
-@click.option("--engine", type=click.Choice(["podman"]), help="Check for a restore by this engine.")
+@click.option("--engine", type=click.Choice(["podman", "containerd"]), help="Check for a restore by this engine.")
 @click.option("--lazy-pages/--no-lazy-pages", default=True, help="Whether lazy pages are wanted. [default: on]")
 @base_options
 @click.option("--json", "as_json", is_flag=True, help="One object: ok, and a list of findings.")
@@ -59,7 +59,7 @@ def check(
         return await in_thread(image, lambda files: list(_of_image(files, runtime, engine)))
 
     found += with_image(reference, look, **options)
-    if any(one.subject == "network lock" for one in found) and engine is None:
+    if any(one.subject == "network lock" for one in found) and engine != "podman":
         found.append(_base(reference, base, rootfs, options))
     bad = [one for one in found if not one.ok]
     if as_json:

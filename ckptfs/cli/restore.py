@@ -52,7 +52,9 @@ def base_options(function: F) -> F:
     show_default=True,
     help="auto: what wrote the checkpoint, if it can restore here; criu for processes without a container.",
 )
-@click.option("--engine", type=click.Choice(["podman"]), help="Have an engine restore it and keep it as its own.")
+@click.option(
+    "--engine", type=click.Choice(["podman", "containerd"]), help="Have an engine restore it and keep it as its own."
+)
 @click.option("-d", "--detach", is_flag=True, help="Return when it runs; what serves it ends when it ends.")
 @click.option("--lazy-pages/--no-lazy-pages", default=True, help="Run before the memory is here. [default: on]")
 @click.option("--eager", is_flag=True, help="Pull and unpack everything first, to compare; without lazy pages.")

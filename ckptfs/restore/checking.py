@@ -50,7 +50,11 @@ def tools(runtime: str, engine: str | None) -> Iterator[Finding]:
     found = shutil.which("criu")
     hint = "install criu 4.1 or newer; docs/restore.md says how on Debian 12"
     yield Finding("criu", found is not None, found or "criu is not in PATH", hint)
-    if engine is not None:
+    if engine == "containerd":
+        from ckptfs.restore.containerd_api import findings
+
+        yield from findings()
+    elif engine is not None:
         found = shutil.which(engine)
         yield Finding(engine, found is not None, found or f"{engine} is not in PATH", f"install {engine}")
     if runtime not in ("auto", "criu"):

@@ -1,7 +1,7 @@
 """A container restored by runc or crun, or processes by criu: root file system, bundle, runtime, and staying with it.
 
 Owns the order from an open image to the end of the container, and where its root file system comes from. Called by
-keeper.py.
+keeper.py; containerd.py takes the bundle only.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ckptfs.errors import CkptfsError, NotFoundError
+from ckptfs.errors import CkptfsError, FormatError, NotFoundError
 from ckptfs.fuse.mountpoint import detach
 from ckptfs.mounting import Pending
 from ckptfs.restore import runtimes
@@ -29,21 +29,29 @@ def finish(flow: Flow) -> None:
     """Restore what `flow` has begun to mount, and stay until it has ended."""
     image = flow.open_image()
     lazy = flow.start_lazy_pages()
-    spec, config = flow.document("spec.dump"), flow.document("config.dump") or {}
     wanted, settings = flow.request.runtime, flow.settings
     flow.require(check_runtime(flow.files, wanted, settings))
-    if spec is None:
+    if flow.files.size("spec.dump") is None:
         flow.check_machine()
         _run(flow, "criu", lazy, None, None)
         return
-    names = candidates(writer_of(config), wanted)
+    names = candidates(writer_of(flow.document("config.dump") or {}), wanted)
     runtime = next(name for name in names if not runtimes.why_not(name, settings))
+    bundle, origin = make_bundle(flow, image)
+    flow.stack.callback(runtimes.remove_cgroups, flow.name)
+    flow.check_machine()
+    _run(flow, runtime, lazy, bundle, origin)
+
+
+def make_bundle(flow: Flow, image: Path) -> tuple[Bundle, str]:
+    """The bundle with its root file system mounted, and where that came from. FormatError without a spec.dump."""
+    spec, config = flow.document("spec.dump"), flow.document("config.dump") or {}
+    if spec is None:
+        raise FormatError("the checkpoint has no spec.dump, which a container needs", hint="leave --engine out")
     bundle = Bundle(flow.place, image, spec, config, flow.request.binds, flow.request.network)
     root = _Root(flow)
     bundle.write(root.mount(config), flow.name)
-    flow.stack.callback(runtimes.remove_cgroups, flow.name)
-    flow.check_machine()
-    _run(flow, runtime, lazy, bundle, root.origin)
+    return bundle, root.origin
 
 
 def _run(flow: Flow, runtime: str, lazy: LazyPages | None, bundle: Bundle | None, rootfs: str | None) -> None:
@@ -75,7 +83,7 @@ def _run(flow: Flow, runtime: str, lazy: LazyPages | None, bundle: Bundle | None
     flow.place.record(pid=pid, lazy_pid=lazy.pid if lazy is not None else None, runtime=runtime, name=flow.name)
     if console is not None:
         relays.append(Relay(console.master(), output[0] if output is not None else None))
-    watch = Watch(pid, _stop_signal(bundle), flow.settings.timeouts.stop, relays)
+    watch = Watch(pid, stop_signal(bundle), flow.settings.timeouts.stop, relays)
     code = watch.run(lazy, lambda: flow.running(pid, runtime=runtime, rootfs=rootfs), flow.resident)
     flow.tell("ended", exit_code=code, ended_ms=flow.now())
 
@@ -142,7 +150,8 @@ def _output(flow: Flow) -> Iterator[tuple[int, int, list[Relay]]]:
         os.close(writer)
 
 
-def _stop_signal(bundle: Bundle | None) -> int:
+def stop_signal(bundle: Bundle | None) -> int:
+    """The signal by which the container wants to be stopped (an annotation of its image); else SIGTERM."""
     annotations = bundle.spec.get("annotations") if bundle is not None else None
     text = str(annotations.get("org.opencontainers.image.stopSignal", "")) if isinstance(annotations, dict) else ""
     with contextlib.suppress(ValueError, KeyError):

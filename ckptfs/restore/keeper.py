@@ -1,13 +1,15 @@
 """Who stays with the container: this command, or a process that it leaves behind (`--detach`).
 
-Owns the fork and what comes back over the pipe, and who does the rest: container.py or podman.py. Called by the command
-line.
+Owns the fork and what comes back over the pipe, and who does the rest: container.py, podman.py or containerd.py. Called
+by the command line.
 """
 
 import json
 import os
 import signal
 import sys
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from ckptfs.control.ready import notify
@@ -29,18 +31,17 @@ def restore(request: RestoreRequest, report: Report) -> None:
             del os.environ[_NOTIFY]
         report(event, **facts)
 
-    own = request.engine is None
-    if not own:
-        from ckptfs.restore import podman
-
-        podman.refuse_options(request)
-    with begun(request, tell, base=own and request.rootfs is None and not request.image_store) as flow:
-        if own:
+    own_root = request.engine != "podman"
+    engine: ModuleType | None = None
+    if request.engine is not None:
+        engine = import_module(f"ckptfs.restore.{request.engine}")
+        engine.refuse_options(request)
+    with begun(request, tell, base=own_root and request.rootfs is None and not request.image_store) as flow:
+        if engine is None:
             from ckptfs.restore import container
 
-            container.finish(flow)
-        else:
-            podman.finish(flow)
+            engine = container
+        engine.finish(flow)
 
 
 def restore_detached(request: RestoreRequest, report: Report) -> None:

@@ -142,23 +142,35 @@ def cgroup(name: str) -> str:
 
 
 def remove_cgroups(name: str) -> None:
-    """The cgroup and the directory above it, in every hierarchy; runtimes remove only the first, if they succeed."""
-    tops = [Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir()]
-    for path in [top / cgroup(name).lstrip("/") for top in tops] + [top / "ckptfs" for top in tops]:
-        for _ in range(_CGROUP_TRIES):
-            try:
-                path.rmdir()
-            except OSError as error:
-                if error.errno == errno.EBUSY and not any(path.glob("*/cgroup.procs")):
-                    time.sleep(0.01)  # its last process is gone, but not yet for the kernel
-                    continue
-            break
+    """The cgroup, those in it (criu makes all that the container had) and the directory above, in every hierarchy.
+
+    Runtimes remove only the first, if they succeed.
+    """
+    for top in (Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir()):
+        own = top / cgroup(name).lstrip("/")
+        if own.is_dir():
+            below = sorted(own.rglob("*/"), reverse=True)
+            for path in (*below, own):
+                _remove_cgroup(path)
+        if own.parent.is_dir():
+            _remove_cgroup(own.parent)
 
 
-def write_criu_config(path: Path, *, lazy: bool, **options: Path) -> Path:
-    """A configuration file of criu: one option per line, without dashes (criu.conf(5))."""
+def _remove_cgroup(path: Path) -> None:
+    for _ in range(_CGROUP_TRIES):
+        try:
+            path.rmdir()
+        except OSError as error:
+            if error.errno == errno.EBUSY and not any(path.glob("*/cgroup.procs")):
+                time.sleep(0.01)  # its last process is gone, but not yet for the kernel
+                continue
+        break
+
+
+def write_criu_config(path: Path, *, lazy: bool, words: Sequence[str] = (), **options: Path) -> Path:
+    """A configuration file of criu: one option per line, without dashes (criu.conf(5)). `words` are such lines."""
     lines = [f"{name.replace('_', '-')} {value}" for name, value in options.items()]
-    path.write_text("\n".join([*lines, *(["lazy-pages"] if lazy else [])]) + "\n")
+    path.write_text("\n".join([*lines, *words, *(["lazy-pages"] if lazy else [])]) + "\n")
     return path
 
 

@@ -32,9 +32,10 @@ class PodmanCheckpoint:
 class Podman:
     """podman in an `Isolation`; leaving the block removes its containers."""
 
-    def __init__(self, isolation: Isolation, folder: Path) -> None:
+    def __init__(self, isolation: Isolation, folder: Path, runtime: str = "runc") -> None:
         self.isolation = isolation
         self._folder = folder
+        self._runtime = runtime
 
     def __enter__(self) -> Self:
         return self
@@ -44,9 +45,9 @@ class Podman:
 
     def __call__(self, *words: str | Path) -> str:
         """`podman WORDS…`; returns what it printed."""
-        options = ("--runtime=runc", "--cgroup-manager=cgroupfs", "--events-backend=file", "--log-level=error")
+        options = ("--cgroup-manager=cgroupfs", "--events-backend=file", "--log-level=error")
         try:
-            return self.isolation.run("podman", *options, *words).stdout.strip()
+            return self.isolation.run("podman", f"--runtime={self._runtime}", *options, *words).stdout.strip()
         except RuntimeError as error:
             raise RuntimeError(f"{error}\n{self._criu_errors()}") from None
 
@@ -69,13 +70,7 @@ class Podman:
         """Starts container `name`, waits for its first tick, then changes, adds and deletes files of its root."""
         self("run", "--detach", "--network=none", *_LIMITS, f"--name={name}", BASE, "/ticker", OUTPUT, str(megabytes))
         wait_for("the container to tick", lambda: self.ticks(name))
-        root = self._root(name)
-        # podman 4.3 exports a changed file only if the machine itself has a file of that name.
-        (root / "etc/os-release").write_text("changed\n")
-        (root / "data/added.txt").write_text("added\n")
-        (root / "data/deleted.txt").unlink()
-        (root / "data/deleted-folder/file").unlink()
-        (root / "data/deleted-folder").rmdir()
+        change_root(self._root(name))
 
     def ticks(self, name: str) -> list[Line]:
         return Output(self._root(name) / OUTPUT.lstrip("/")).lines(role="ticker", what="tick")
@@ -116,6 +111,16 @@ class Podman:
     def _root(self, name: str) -> Path:
         """The container's root file system, as this process can open it."""
         return self.isolation.path(self("mount", name))
+
+
+def change_root(root: Path) -> None:
+    """What a container of BASE changes in its root file system."""
+    # podman 4.3 exports a changed file only if the machine itself has a file of that name.
+    (root / "etc/os-release").write_text("changed\n")
+    (root / "data/added.txt").write_text("added\n")
+    (root / "data/deleted.txt").unlink()
+    (root / "data/deleted-folder/file").unlink()
+    (root / "data/deleted-folder").rmdir()
 
 
 def require_podman() -> None:

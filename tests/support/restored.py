@@ -49,7 +49,9 @@ class Restored:
 
     def assert_continues(self, after: int) -> None:
         """It counts on from where it was dumped, no later than `after`, and misses no number."""
-        new = wait_for("another tick", lambda: [tick.number for tick in self.ticks() if tick.at > self.started_at])
+        new = wait_for(
+            "another tick", lambda: [tick.number for tick in self.ticks() if tick.at > self.started_at], patience=30
+        )
         assert 0 < new[0] <= after + 1
         assert new == list(range(new[0], new[0] + len(new)))
 

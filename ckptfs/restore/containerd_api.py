@@ -1,0 +1,125 @@
+"""containerd's API as far as a restore needs it: a container, its task, and what becomes of it.
+
+Owns seven calls and their messages (api/services/{containers,tasks}/v1 and runtime/v2/runc/options/oci.proto of
+containerd), encoded by hand: they are a dozen fields. `ctr` cannot say where the CRIU images are, the API can
+(criu_image_path). Needs grpcio, which is imported only here. Called by containerd.py.
+"""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ckptfs.criu.wire import Message
+from ckptfs.errors import CkptfsError, RestoreError, UnavailableError
+from ckptfs.restore.checking import Finding
+
+_SOCKET = "/run/containerd/containerd.sock"
+_RUNTIME = "io.containerd.runc.v2"
+_SPEC_TYPE = "types.containerd.io/opencontainers/runtime-spec/1/Spec"
+_OPTIONS_TYPE = "containerd.runc.v1.Options"
+_PATIENCE = 30.0  # seconds for a call that does not wait for a restore
+
+
+def address() -> str:
+    """Of containerd's socket, as `ctr` finds it."""
+    return os.environ.get("CONTAINERD_ADDRESS", _SOCKET)
+
+
+def findings() -> Iterator[Finding]:
+    """Whether containerd can be spoken to; nothing is imported or started."""
+    found = importlib.util.find_spec("grpc") is not None
+    detail = "grpcio" if found else "the Python package grpcio, which speaks to containerd, is missing"
+    yield Finding("grpcio", found, detail, "pip install 'ckptfs[containerd]'")
+    there = os.path.exists(address())
+    detail = address() if there else f"containerd does not listen at {address()}"
+    yield Finding("containerd", there, detail, "start it, or name its socket in CONTAINERD_ADDRESS")
+
+
+class Containerd:
+    """A connection. Every call raises RestoreError with containerd's words when it says no."""
+
+    def __init__(self) -> None:
+        import grpc
+
+        self._grpc = grpc
+        self._channel = grpc.insecure_channel(f"unix://{os.path.abspath(address())}")
+        # What ctr takes for a namespace when it is told none.
+        self._metadata = (("containerd-namespace", os.environ.get("CONTAINERD_NAMESPACE", "default")),)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def create_container(self, name: str, spec: bytes) -> None:
+        """A container without a snapshot: its root file system is where the spec says."""
+        runtime = _string(1, _RUNTIME)
+        container = _string(1, name) + _bytes(4, runtime) + _bytes(5, _any(_SPEC_TYPE, spec))
+        self._call("containers.v1.Containers/Create", _bytes(1, container))
+
+    def create_task(
+        self, name: str, images: Path, work: Path, stdout: str, stderr: str, *, binary: str, terminal: bool
+    ) -> None:
+        """The task that will be restored from `images`, which are read where they are. Nothing runs yet."""
+        options = _string(6, binary) + _string(10, str(images)) + _string(11, str(work))
+        request = _string(1, name) + _string(5, stdout) + _string(6, stderr) + _number(7, terminal)
+        self._call("tasks.v1.Tasks/Create", request + _bytes(9, _any(_OPTIONS_TYPE, options)))
+
+    def start(self, name: str) -> int:
+        """Restore; returns the pid when the task runs."""
+        return self._call("tasks.v1.Tasks/Start", _string(1, name), patience=None).uint(1)
+
+    def wait(self, name: str) -> int:
+        """The exit code of a task that has ended, or is about to."""
+        return self._call("tasks.v1.Tasks/Wait", _string(1, name)).uint(1, 0)
+
+    def kill(self, name: str, signal: int) -> None:
+        self._call("tasks.v1.Tasks/Kill", _string(1, name) + _number(3, signal) + _number(4, True))
+
+    def delete_task(self, name: str) -> None:
+        self._call("tasks.v1.Tasks/Delete", _string(1, name))
+
+    def delete_container(self, name: str) -> None:
+        self._call("containers.v1.Containers/Delete", _string(1, name))
+
+    def _call(self, method: str, request: bytes, *, patience: float | None = _PATIENCE) -> Message:
+        call: Any = self._channel.unary_unary(f"/containerd.services.{method}")
+        try:
+            answer = call(request, timeout=patience, metadata=self._metadata)
+        except self._grpc.RpcError as error:
+            raise self._translated(error) from None
+        return Message(answer, f"containerd's answer to {method}")
+
+    def _translated(self, error: Any) -> CkptfsError:
+        said, code = " ".join(str(error.details()).split()), error.code()
+        if code in (self._grpc.StatusCode.UNAVAILABLE, self._grpc.StatusCode.DEADLINE_EXCEEDED):
+            return UnavailableError(f"containerd does not answer: {said}", hint=f"is it running at {address()}?")
+        if code == self._grpc.StatusCode.ALREADY_EXISTS:
+            return RestoreError(f"containerd has it already: {said}", hint="give another --name")
+        return RestoreError(f"containerd says: {said}")
+
+
+def _any(kind: str, value: bytes) -> bytes:
+    return _string(1, kind) + _bytes(2, value)
+
+
+def _string(number: int, text: str) -> bytes:
+    """Like all fields of proto3: nothing where it has its default."""
+    return _bytes(number, text.encode()) if text else b""
+
+
+def _bytes(number: int, value: bytes) -> bytes:
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
+
+
+def _number(number: int, value: int) -> bytes:
+    return _varint(number << 3) + _varint(value) if value else b""
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)

@@ -1,0 +1,141 @@
+"""`ckptfs restore --engine containerd`: checkpoints by `ctr` with runc and criu, restored by an unmodified containerd
+out of a mount; and what is said where it cannot be."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ckptfs.bench.link import ShapedLink
+from tests.support.command import ckptfs
+from tests.support.containerd import Containerd, require_containerd
+from tests.support.docker_registry import DockerRegistry
+from tests.support.podman import BASE, Podman
+from tests.support.restored import assert_nothing_left, restored, start
+from tests.support.tools import run, wait_for
+
+pytestmark = [pytest.mark.restore, pytest.mark.registry, pytest.mark.fuse]
+
+ENGINE = ("--engine", "containerd")
+
+
+@dataclass(frozen=True)
+class Pushed:
+    reference: str
+    last_tick: int
+    base: str
+
+
+@pytest.fixture(scope="module")
+def containerd(podman: Podman, scratch_folder: Path) -> Iterator[Containerd]:
+    require_containerd()
+    pytest.importorskip("grpc")
+    folder = scratch_folder / "containerd"
+    folder.mkdir()
+    with Containerd(podman, folder) as containerd:
+        yield containerd
+
+
+@pytest.fixture(scope="module")
+def pushed(podman: Podman, containerd: Containerd, registry: DockerRegistry, scratch_folder: Path) -> Pushed:
+    """A container of 64 MB, checkpointed with its task and its changes, exported and pushed."""
+    containerd.run_ticker("ticking", 64)
+    last = containerd.checkpoint("ticking", scratch_folder / "containerd.tar")
+    (scratch_folder / "containerd-oci").mkdir()
+    run("tar", "-xf", scratch_folder / "containerd.tar", "-C", scratch_folder / "containerd-oci")
+    reference = registry.reference("containerd/ticking:1")
+    assert ckptfs("push", f"oci:{scratch_folder}/containerd-oci", reference).code == 0
+    return Pushed(reference, last, podman.push(BASE, registry.reference("containerd/base:1")))
+
+
+@pytest.fixture(autouse=True)
+def address(containerd: Containerd, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Commands find our containerd, which has nothing afterwards."""
+    monkeypatch.setenv("CONTAINERD_ADDRESS", str(containerd.address))
+    yield
+    assert containerd("tasks", "list", "-q") == containerd("containers", "list", "-q") == ""
+
+
+@pytest.mark.parametrize("options", [[], ["--no-lazy-pages"]], ids=["lazy", "plain"])
+def test_a_container_runs_again(options: list[str], pushed: Pushed, containerd: Containerd, tmp_path: Path) -> None:
+    words = (pushed.reference, *ENGINE, "--base", pushed.base, "--name", "again", *options)
+    with restored(tmp_path, *words, prefix=containerd.isolation.enter) as container:
+        container.assert_continues(pushed.last_tick)
+        container.assert_delta()
+        assert container.first["engine"] == "containerd" and container.first["lazy"] == (not options)
+        assert containerd.pid("again") == container.pid
+        if not options:
+            assert container.process.stdout is not None
+            assert json.loads(container.process.stdout.readline())["event"] == "resident"
+        containerd("tasks", "kill", "--signal", "KILL", "again")
+    assert (container.code, container.err) == (0, "")
+    assert container.events[-1]["exit_code"] == 128 + signal.SIGKILL
+
+
+def test_by_our_own_runc(pushed: Pushed, tmp_path: Path) -> None:
+    """containerd's checkpoints need no containerd: the spec is in them."""
+    with restored(tmp_path, pushed.reference, "--base", pushed.base) as container:
+        container.assert_continues(pushed.last_tick)
+        container.assert_delta()
+
+
+def test_the_name_is_taken(pushed: Pushed, containerd: Containerd, tmp_path: Path) -> None:
+    words = (pushed.reference, *ENGINE, "--base", pushed.base, "--name", "taken")
+    with restored(tmp_path, *words, prefix=containerd.isolation.enter):
+        (tmp_path / "second").mkdir()
+        process = start(tmp_path / "second", *words, prefix=containerd.isolation.enter)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out) == (8, "") and "give another --name" in err
+        assert containerd.pid("taken")  # it was not touched
+
+
+@pytest.mark.parametrize("seconds", [1.0, 2.0])
+def test_interrupted_on_the_way(
+    seconds: float, pushed: Pushed, containerd: Containerd, registry: DockerRegistry, tmp_path: Path
+) -> None:
+    with ShapedLink(registry.host, rate=10e6) as link:
+        here = pushed.reference.replace(registry.host, link.address)
+        words = (here, *ENGINE, "--base", pushed.base, "--no-lazy-pages")
+        process = start(tmp_path, *words, prefix=containerd.isolation.enter)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "ckptfs: interrupted\n")
+    assert_nothing_left(tmp_path)
+
+
+def test_detached(pushed: Pushed, containerd: Containerd, tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    words = ["restore", pushed.reference, *ENGINE, "--base", pushed.base, "--detach", "--json", "--name", "alone"]
+    options = ["--dir", place, "--cache-dir", tmp_path / "cache"]
+    done = containerd.isolation.run(sys.executable, "-m", "ckptfs", *words, *options, env=dict(os.environ))
+    assert json.loads(done.stdout)["pid"] == containerd.pid("alone")
+    containerd("tasks", "kill", "--signal", "KILL", "alone")
+    wait_for("the directory to go", lambda: not place.exists())
+    assert_nothing_left(tmp_path)
+
+
+def test_what_cannot_be(pushed: Pushed, tmp_path: Path) -> None:
+    common = ["--base", pushed.base, "--cache-dir", tmp_path / "cache"]
+    nowhere = {"CONTAINERD_ADDRESS": str(tmp_path / "nothing.sock")}
+    cases: list[tuple[list[str], dict[str, str], int, str]] = [
+        ([], nowhere, 8, "containerd does not listen at"),
+        (["--runtime", "crun"], {}, 2, "containerd restores with runc"),
+        (["--", "shell-job"], {}, 2, "options of criu"),
+    ]
+    for words, environment, code, said in cases:
+        done = ckptfs("restore", pushed.reference, *common, *ENGINE, *words, env=environment)
+        assert (done.code, done.out) == (code, "") and said in done.line, done
+    done = ckptfs("check", pushed.reference, *common, *ENGINE, "--json", env=nowhere)
+    assert done.code == 8 and done.json["ok"] is False
+    program = "import sys; sys.modules['grpc'] = None; from ckptfs.cli import run; sys.exit(run(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "restore", pushed.reference, *common, *ENGINE]
+    without = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert without.returncode == 8 and "pip install 'ckptfs[containerd]'" in without.stderr
