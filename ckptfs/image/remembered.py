@@ -11,6 +11,7 @@ from typing import Protocol
 import trio
 
 from ckptfs.errors import FormatError
+from ckptfs.hardening import release_memory
 from ckptfs.image.resolve import DocumentStore
 from ckptfs.layers import Layer
 from ckptfs.layers.indexed import Indexed
@@ -23,6 +24,8 @@ from ckptfs.model.toc_document import decode_toc, encode_toc
 from ckptfs.settings import Settings
 
 log = logging.getLogger(__name__)
+
+_MANY = 10_000  # entries: 5 MB and more have been needed to read and to write them
 
 
 class RemovableStore(DocumentStore, Protocol):
@@ -72,13 +75,19 @@ class LayerMemory:
             return None
         return toc.entries if toc.format == layer.format else None  # others cut it into other chunks
 
-    async def keep(self, entries: Sequence[Entry], layer: Layer, descriptor: Descriptor) -> None:
-        """After a complete scan: the next mount needs no scan and no network for it. The image's end waits for this."""
-        if not self._learning:
-            return
-        with trio.CancelScope(shield=True):
-            # 0.3 s for 100 000 files: not in the event loop
-            await trio.to_thread.run_sync(self._keep, entries, layer, descriptor)
+    async def keep(self, entries: list[Entry], layer: Layer, descriptor: Descriptor) -> None:
+        """After a complete scan: the next mount needs no scan and no network for it. The image's end waits for this.
+
+        Empties the list: the tree has all that it said.
+        """
+        many = len(entries) >= _MANY
+        if self._learning:
+            with trio.CancelScope(shield=True):
+                # 0.3 s for 100 000 files: not in the event loop
+                await trio.to_thread.run_sync(self._keep, entries, layer, descriptor)
+        entries.clear()
+        if many:
+            await trio.to_thread.run_sync(release_memory)
 
     def _keep(self, entries: Sequence[Entry], layer: Layer, descriptor: Descriptor) -> None:
         index = layer.index(entries) if isinstance(layer, StreamLayer) else None

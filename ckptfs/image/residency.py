@@ -1,10 +1,13 @@
 """How much of an image this node has: of all of it, of each layer, and of what the files are for.
 
-Goes through every chunk of the image, 0.6 µs each, so an answer is given again until that has cost less than a
-twentieth of the time. Fetches nothing, and does not read the cache. Called for status and by `ckptfs cache`.
+Goes through every chunk of the image, about 3 µs each, and keeps none, for 100 000 are 30 MB. An answer is given again
+until that has cost less than a twentieth of the time. Fetches nothing, and does not read the cache. Called for status
+and by `ckptfs cache`.
 """
 
 import time
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ckptfs.image.opened import OpenImage
@@ -44,8 +47,6 @@ class ResidencyMeter:
 
     def __init__(self, image: OpenImage) -> None:
         self._image = image
-        self._groups: dict[tuple[int, str], list[Chunk]] = {}  # (layer, role) -> chunks, each in one group only
-        self._inodes = 0  # how many the tree had when the groups were made
         self._last: tuple[float, Residency] | None = None  # until when, what
 
     def measure(self) -> Residency:
@@ -66,11 +67,13 @@ class ResidencyMeter:
 
     def _measured(self) -> Residency:
         image = self._image
-        if self._inodes != len(image.tree.inodes):
-            self._groups, self._inodes = _groups(image), len(image.tree.inodes)
         has = image.fetcher.has
-        sizes = {key: sum(chunk.size for chunk in chunks) for key, chunks in self._groups.items()}
-        here = {key: sum(c.size for c in chunks if has(c)) for key, chunks in self._groups.items()}
+        sizes: Counter[tuple[int, str]] = Counter()  # by layer and role
+        here: Counter[tuple[int, str]] = Counter()
+        for chunk, role in _chunks(image):
+            sizes[chunk.layer, role] += chunk.size
+            if has(chunk):
+                here[chunk.layer, role] += chunk.size
         layers = []
         for number, (descriptor, layer) in image.layers.items():
             total = sum(size for key, size in sizes.items() if key[0] == number)
@@ -88,8 +91,8 @@ def _share(size: int, cached: int, total: int) -> int:
     return size if cached == total else min(size * cached // total, size - 1)
 
 
-def _groups(image: OpenImage) -> dict[tuple[int, str], list[Chunk]]:
-    groups: dict[tuple[int, str], list[Chunk]] = {}
+def _chunks(image: OpenImage) -> Iterator[tuple[Chunk, str]]:
+    """Every chunk once, with its role."""
     seen: set[bytes] = set()
     files = _files(image.tree.root)
     for role in ROLES:
@@ -98,8 +101,7 @@ def _groups(image: OpenImage) -> dict[tuple[int, str], list[Chunk]]:
                 chunk = extent.chunk
                 if chunk.key not in seen:
                     seen.add(chunk.key)
-                    groups.setdefault((chunk.layer, role), []).append(chunk)
-    return groups
+                    yield chunk, role
 
 
 def _files(root: Node) -> dict[str, list[Inode]]:

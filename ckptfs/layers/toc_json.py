@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from ckptfs.errors import FormatError, LimitExceeded
 from ckptfs.layers.paths import normalise, symlink_target
 from ckptfs.layers.tar_header import check_xattr
-from ckptfs.model.packed import PackedExtents
+from ckptfs.model.packed import OnlyExtent, PackedExtents
 from ckptfs.model.toc import Chunk, Entry, Extent, Inode
 from ckptfs.settings import KiB, Limits
 
@@ -41,7 +41,7 @@ _PACK = 64  # files of more chunks than this keep them as columns: 16 times less
 _Row = tuple[int, int, int, int, bytes]
 
 
-def parse_toc(text: bytes, *, end: int, layer: int, limits: Limits) -> list[Entry]:
+def parse_toc(text: str, *, end: int, layer: int, limits: Limits) -> list[Entry]:
     """The entries of a table of contents, in its order. Payload lies in [0, end) of the blob.
 
     Every chunk has a digest. FormatError or LimitExceeded for whatever is not a sound table.
@@ -55,6 +55,8 @@ class _Parser:
         self._layer = layer
         self._limits = limits
         self._times: dict[str, int] = {}
+        self._modes: dict[int, int] = {}  # a number is an object of 32 bytes: files share theirs
+        self._small = PackedExtents(layer)  # of all files with one chunk
         self._entries: list[Entry] = []
         # The regular file whose chunks are being read
         self._file: Inode | None = None
@@ -65,7 +67,7 @@ class _Parser:
         # Files whose chunks end where the next one begins, wherever that is
         self._open: list[tuple[Inode, list[_Row]]] = []
 
-    def parse(self, text: bytes) -> list[Entry]:
+    def parse(self, text: str) -> list[Entry]:
         count = 0
         for item in _items(text):
             count += 1
@@ -96,8 +98,9 @@ class _Parser:
         if not path and file_type != stat.S_IFDIR:
             raise FormatError("the root of the table of contents is not a directory")
         modtime = item.get("modtime")
+        mode = file_type | _integer(item, "mode") & 0o7777
         inode = Inode(
-            file_type | _integer(item, "mode") & 0o7777,
+            self._modes.setdefault(mode, mode),
             _integer(item, "uid", 0xFFFFFFFF) if "uid" in item else 0,
             _integer(item, "gid", 0xFFFFFFFF) if "gid" in item else 0,
             mtime_ns=self._time(modtime) if modtime is not None else 0,
@@ -177,7 +180,13 @@ class _Parser:
     def _place(self, inode: Inode, rows: list[_Row], ends: list[int]) -> None:
         """Extents from rows and from where their encoded bytes end."""
         if len(rows) == 1 and rows[0][3]:
-            inode.extents = (self._extent(rows[0], ends[0]),)
+            offset, inner, _, length, digest = rows[0]
+            size = _size(rows[0], ends[0])
+            if inner:
+                chunk = Chunk(digest, self._layer, offset, size, length, digest, inner)
+                inode.extents = (Extent(0, length, chunk),)
+            else:
+                inode.extents = OnlyExtent(self._small, length, offset, size, digest)
             return
         extents = [self._extent(row, end) for row, end in zip(rows, ends, strict=True) if row[3]]
         if len(extents) <= _PACK or any(row[1] for row in rows):
@@ -191,13 +200,8 @@ class _Parser:
 
     def _extent(self, row: _Row, end: int) -> Extent:
         offset, inner, start, length, digest = row
-        if end <= offset:
-            raise FormatError("the table of contents has a chunk without bytes, or chunks out of order")
-        # What the chunk can need at most: behind it, up to `end`, there may be tar headers of many other files.
-        most = inner + length
-        most += (most >> 8) + _SLACK
-        size = end - offset if end - offset < most else most
-        return Extent(start, length, Chunk(digest, self._layer, offset, size, length, digest, inner))
+        chunk = Chunk(digest, self._layer, offset, _size(row, end), length, digest, inner)
+        return Extent(start, length, chunk)
 
     # Values.
 
@@ -227,6 +231,14 @@ class _Parser:
             check_xattr(name, raw, self._limits)
             found[name] = raw
         return found
+
+
+def _size(row: _Row, end: int) -> int:
+    """Of the encoded bytes: what the chunk can need at most; up to `end` there may be headers of many other files."""
+    if end <= row[0]:
+        raise FormatError("the table of contents has a chunk without bytes, or chunks out of order")
+    most = row[1] + row[3]
+    return min(end - row[0], most + (most >> 8) + _SLACK)
 
 
 def rfc3339(text: str) -> int:
@@ -277,10 +289,10 @@ def _digest(text: object) -> bytes:
 # JSON, one entry at a time: 100 000 entries as dicts all at once would be 100 MB.
 
 
-def _items(text: bytes) -> Iterator[object]:
+def _items(text: str) -> Iterator[object]:
     """The items of `entries` in the document, in order. FormatError unless it is an object of version 1."""
     try:
-        yield from _top_level(text.decode())
+        yield from _top_level(text)
     except (ValueError, RecursionError, IndexError) as error:
         raise FormatError(f"the table of contents is not JSON ({type(error).__name__})") from None
 

@@ -37,7 +37,14 @@ class TocLayer(ABC):
         except (FormatError, IntegrityError):
             # Nothing vouches for the bytes until the digest fits: ask elsewhere before blaming the image.
             text, end, more = self._table(attempt + 1)
-        yield from parse_toc(text, end=end, layer=self._layer, limits=self._settings.limits)
+        try:
+            document = text.decode()
+        except UnicodeDecodeError:
+            raise FormatError("the table of contents is not JSON, which is UTF-8") from None
+        del text  # 31 MB for 100 000 files, and as much decoded
+        entries = parse_toc(document, end=end, layer=self._layer, limits=self._settings.limits)
+        del document
+        yield from entries
         yield from more
 
     def decode(self, chunk: Chunk, data: memoryview) -> Bytes:

@@ -22,7 +22,7 @@ import zstandard
 
 from ckptfs.errors import FormatError, LimitExceeded
 from ckptfs.model.oci import parse_json
-from ckptfs.model.packed import PackedExtents
+from ckptfs.model.packed import OnlyExtent, PackedExtents
 from ckptfs.model.toc import Chunk, Entry, Extent, Inode, derived_key
 from ckptfs.settings import Limits
 
@@ -59,7 +59,7 @@ def encode_toc(
     entries: Iterable[Entry], *, layer_digest: str, format: str, verification: Literal["chunk", "transport"]
 ) -> bytes:
     """The document. Entries keep their order, links stay links, paths and xattrs are any bytes."""
-    columns: dict[str, list[int]] = {name: [] for name, _ in _COLUMNS}
+    columns = {name: array(code) for name, code in _COLUMNS}
     mode, uid, gid, size, seconds, nanos = (columns[name].append for name, _ in _ENTRY_COLUMNS)
     paths: list[bytes] = []
     links: list[bytes] = []
@@ -85,8 +85,9 @@ def encode_toc(
         seconds(inode.mtime_ns // _BILLION)
         nanos(inode.mtime_ns % _BILLION)
         chunks.add(inode.extents)
-    parts = {name: _packed(code, columns[name]) for name, code in _COLUMNS}
-    parts |= {"paths": b"\0".join(paths), "links": b"\0".join(links), "hashes": b"".join(chunks.hashes)}
+    parts: dict[str, memoryview] = {name: _packed(columns[name]) for name, _ in _COLUMNS}
+    parts |= {name: memoryview(b"\0".join(found)) for name, found in (("paths", paths), ("links", links))}
+    parts["hashes"] = memoryview(chunks.hashes)
     head = {
         "version": 1,
         "format": format,
@@ -96,21 +97,24 @@ def encode_toc(
         "links": len(links),
         "devices": devices,
         "xattrs": xattrs,
-        "sizes": {name: len(part) for name, part in parts.items()},
+        "sizes": {name: part.nbytes for name, part in parts.items()},
     }
     text = json.dumps(head, separators=(",", ":")).encode()
-    document = b"".join((_MAGIC, struct.pack("<I", len(text)), text, *parts.values()))
-    return zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compress(document)
+    pieces: list[bytes | memoryview] = [_MAGIC, struct.pack("<I", len(text)), text, *parts.values()]
+    total = sum(map(len, pieces))
+    # Piece by piece: in one piece it would be there three times, which is 30 MB for 100 000 files.
+    stream = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compressobj(size=total)
+    return b"".join([*map(stream.compress, pieces), stream.flush()])
 
 
 class _ChunkColumns:
     """Numbers the chunks as they appear; a chunk that several extents share has one row."""
 
-    def __init__(self, columns: Mapping[str, list[int]], layer_digest: str) -> None:
-        self.hashes: list[bytes] = []
+    def __init__(self, columns: "Mapping[str, array[int]]", layer_digest: str) -> None:
+        self.hashes = bytearray()
         self._columns = columns
         self._layer_digest = layer_digest
-        self._rows: dict[tuple[int, int, int], int] = {}
+        self._rows: dict[int, int] = {}
         self._last_row = 0
         self._last_offset = 0
 
@@ -120,7 +124,8 @@ class _ChunkColumns:
         rows, end = self._rows, 0
         for extent in extents:
             chunk = extent.chunk
-            row = rows.setdefault((chunk.offset, chunk.inner, chunk.length), len(rows))
+            key = (chunk.inner << 64 | chunk.offset) << 32 | chunk.length  # 40 bytes; a tuple of three has 150
+            row = rows.setdefault(key, len(rows))
             if row == len(columns["flag"]):
                 self._add_chunk(chunk)
             columns["chunk"].append((row - self._last_row) % _MODULO)
@@ -139,14 +144,14 @@ class _ChunkColumns:
         self._last_offset = chunk.offset
         if chunk.digest is not None and chunk.digest == chunk.key:
             columns["flag"].append(_HAS_DIGEST)
-            self.hashes.append(chunk.digest)
+            self.hashes += chunk.digest
             return
         for flag, kind in enumerate(_KINDS):
             if derived_key(self._layer_digest, chunk.offset, chunk.inner, kind) == chunk.key:
                 columns["flag"].append(flag)
                 return
         columns["flag"].append(_HAS_KEY)
-        self.hashes.append(chunk.key)
+        self.hashes += chunk.key
 
 
 def decode_toc(data: bytes, *, layer: int, layer_digest: str, limits: Limits | None = None) -> TOC:
@@ -168,7 +173,7 @@ def decode_toc(data: bytes, *, layer: int, layer_digest: str, limits: Limits | N
     verification = head.get("verification")
     if verification not in ("chunk", "transport") or not isinstance(head.get("format"), str):
         raise _damaged("no format")
-    entries = _entries(head, parts, columns, _chunks(columns, parts["hashes"], layer, layer_digest))
+    entries = _entries(head, parts, columns, _Chunks(columns, parts["hashes"], layer, layer_digest))
     return TOC(head["format"], verification, entries)
 
 
@@ -203,32 +208,11 @@ def _parts(head: Mapping[str, Any], body: memoryview) -> dict[str, memoryview]:
     return {name: body[low:high] for name, low, high in zip(names, ends, ends[1:], strict=False)}
 
 
-def _chunks(columns: Mapping[str, Sequence[int]], hashes: memoryview, layer: int, layer_digest: str) -> list[Chunk]:
-    rows = [columns[name] for name, _ in _CHUNK_COLUMNS]
-    if len({len(row) for row in rows}) != 1:
-        raise _damaged("columns of different lengths")
-    used = offset = 0
-    chunks = []
-    for step, encoded, decoded, inner, flag in zip(*rows, strict=True):
-        offset = (offset + step) % _MODULO
-        digest = None
-        if flag < len(_KINDS):
-            key = derived_key(layer_digest, offset, inner, _KINDS[flag])
-        else:
-            key = bytes(hashes[used : used + _HASH])
-            used += _HASH
-            if len(key) != _HASH or flag < _HAS_DIGEST:
-                raise _damaged("a chunk without a key")
-            digest = key if flag == _HAS_DIGEST else None
-        chunks.append(Chunk(key, layer, offset, encoded, decoded, digest, inner))
-    return chunks
-
-
 def _entries(
     head: Mapping[str, Any],
     parts: Mapping[str, memoryview],
     columns: Mapping[str, Sequence[int]],
-    chunks: Sequence[Chunk],
+    chunks: "_Chunks",
 ) -> tuple[Entry, ...]:
     paths = bytes(parts["paths"]).split(b"\0") if head["entries"] else []
     links = iter(bytes(parts["links"]).split(b"\0") if head.get("links") else [])
@@ -237,12 +221,14 @@ def _entries(
     devices, xattrs = _indexed(head, "devices", _device), _indexed(head, "xattrs", _xattrs)
     take = _ExtentColumns(columns, chunks).take
     entries = []
+    known: dict[int, int] = {}  # modes and times: a number is an object of 32 bytes, files share theirs
     rows = zip(*(columns[name] for name, _ in _ENTRY_COLUMNS), columns["count"], strict=True)
     for index, (mode, uid, gid, size, seconds, nanos, count) in enumerate(rows):
         if not mode:
             entries.append(Entry(paths[index], None, next(links, b"")))
             continue
-        inode = Inode(mode, uid, gid, size, seconds * _BILLION + nanos)
+        time = seconds * _BILLION + nanos
+        inode = Inode(known.setdefault(mode, mode), uid, gid, size, known.setdefault(time, time))
         if count:
             inode.extents = take(count, size)
         if stat.S_ISLNK(mode):
@@ -255,16 +241,59 @@ def _entries(
     return tuple(entries)
 
 
+class _Chunks:
+    """The chunks by row, each made when it is first asked for; most files have one, which stays in columns."""
+
+    def __init__(self, columns: "Mapping[str, array[int]]", hashes: memoryview, layer: int, layer_digest: str) -> None:
+        steps, encoded, decoded, inner, flags = (columns[name] for name, _ in _CHUNK_COLUMNS)
+        if len({len(steps), len(encoded), len(decoded), len(inner), len(flags)}) != 1:
+            raise _damaged("columns of different lengths")
+        self.layer = layer
+        self._layer_digest = layer_digest
+        self._hashes = hashes
+        self._offsets = array("Q", accumulate(steps, lambda a, b: (a + b) % _MODULO))
+        self._numbers = (encoded, decoded, inner, flags)
+        self._hash_at = array("Q", accumulate((_HASH * (flag >= len(_KINDS)) for flag in flags), initial=0))
+        self._made: dict[int, Chunk] = {}
+        if self._hash_at[-1] > len(hashes) or any(len(_KINDS) <= flag < _HAS_DIGEST for flag in set(flags)):
+            raise _damaged("a chunk without a key")
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def plain(self, row: int) -> tuple[int, int, int, bytes] | None:
+        """(length, offset, size, digest) of a chunk that has a digest and is all that its frame holds."""
+        encoded, decoded, inner, flags = self._numbers
+        if flags[row] != _HAS_DIGEST or inner[row]:
+            return None
+        at = self._hash_at[row]
+        return decoded[row], self._offsets[row], encoded[row], bytes(self._hashes[at : at + _HASH])
+
+    def __getitem__(self, row: int) -> Chunk:
+        chunk = self._made.get(row)
+        if chunk is None:
+            encoded, decoded, inner, flags = (column[row] for column in self._numbers)
+            offset, at = self._offsets[row], self._hash_at[row]
+            if flags < len(_KINDS):
+                key = derived_key(self._layer_digest, offset, inner, _KINDS[flags])
+            else:
+                key = bytes(self._hashes[at : at + _HASH])
+            digest = key if flags == _HAS_DIGEST else None
+            chunk = self._made[row] = Chunk(key, self.layer, offset, encoded, decoded, digest, inner)
+        return chunk
+
+
 class _ExtentColumns:
     """Hands out the extents of one file after another."""
 
-    def __init__(self, columns: Mapping[str, Sequence[int]], chunks: Sequence[Chunk]) -> None:
+    def __init__(self, columns: Mapping[str, Sequence[int]], chunks: _Chunks) -> None:
         rows = [columns[name] for name in ("chunk", "gap", "length", "skip")]
         if len({len(row) for row in rows}) != 1:
             raise _damaged("columns of different lengths")
         self._columns = rows
         self._at = 0
         self._chunks = chunks
+        self._small = PackedExtents(chunks.layer)
         self._row = 0
 
     def take(self, count: int, size: int) -> Sequence[Extent]:
@@ -273,6 +302,8 @@ class _ExtentColumns:
         steps, gaps, lengths, skips = self._columns
         if self._at > len(steps):
             raise _damaged("too few extents")
+        if count == 1 and (only := self._only(first, size)) is not None:
+            return only
         found = []
         whole = True
         for i in range(first, self._at):
@@ -295,6 +326,18 @@ class _ExtentColumns:
         for extent in found:
             packed.append(extent.start, extent.length, extent.chunk.offset, extent.chunk.size, extent.chunk.key)
         return packed
+
+    def _only(self, i: int, size: int) -> OnlyExtent | None:
+        """Row `i` of a file of `size` bytes that is all in one chunk; None when it is anything else."""
+        steps, gaps, lengths, skips = self._columns
+        row = (self._row + steps[i]) % _MODULO
+        if gaps[i] or skips[i] or row >= len(self._chunks) or not 0 < lengths[i] <= size:
+            return None
+        plain = self._chunks.plain(row)
+        if plain is None or plain[0] != lengths[i]:
+            return None
+        self._row = row
+        return OnlyExtent(self._small, *plain)
 
 
 def _indexed(head: Mapping[str, Any], key: str, convert: Callable[[object], _T]) -> dict[int, _T]:
@@ -323,11 +366,10 @@ def _text(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def _packed(code: str, values: Sequence[int]) -> bytes:
-    column = array(code, values)
+def _packed(column: "array[int]") -> memoryview:
     if sys.byteorder == "big":
         column.byteswap()
-    return column.tobytes()
+    return memoryview(column).cast("B")
 
 
 def _unpacked(code: str, data: memoryview) -> "array[int]":

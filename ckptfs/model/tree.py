@@ -20,6 +20,7 @@ WHITEOUT = b".wh."
 OPAQUE = b".wh..wh..opq"
 # overlayfs reads the first only with CAP_SYS_ADMIN, and the second when mounted with userxattr
 OPAQUE_XATTR = b"trusted.overlay.opaque" if os.geteuid() == 0 else b"user.overlay.opaque"
+_CHILDLESS: "dict[bytes, Node]" = {}  # what is no directory has this one, never changed: 64 bytes for each file else
 _AUFS = b".wh..wh."  # aufs' own files (.wh..wh.plnk, .wh..wh.aufs): metadata of a graph driver, never content
 
 
@@ -42,7 +43,7 @@ class Node:
         self.rank = 0
         self.claim = 0
         self.hide = 0
-        self.children: dict[bytes, Node] = {}
+        self.children = _CHILDLESS
 
     @property
     def path(self) -> bytes:
@@ -387,6 +388,8 @@ class Tree:
         if inode.is_dir:
             inode.ino, inode.nlink = self._number(), 2
             self.directories[inode.ino] = node
+            if node.children is _CHILDLESS:
+                node.children = {}
             if node.parent is not None and node.parent.inode is not None:
                 node.parent.inode.nlink += 1
         elif inode.ino == 0:

@@ -9,7 +9,7 @@ import zstandard
 
 from ckptfs.errors import FormatError, LimitExceeded
 from ckptfs.layers.grid import Grid
-from ckptfs.model.packed import PackedExtents
+from ckptfs.model.packed import OnlyExtent, PackedExtents
 from ckptfs.model.toc import Chunk, Entry, Extent, Inode, derived_key
 from ckptfs.model.toc_document import decode_toc, encode_toc
 from ckptfs.settings import GiB, KiB, Limits
@@ -138,3 +138,13 @@ def test_a_document_at_each_limit_and_one_past_it() -> None:
             continue
         with pytest.raises(LimitExceeded):
             decode_toc(document, layer=0, layer_digest=DIGEST, limits=limits)
+
+
+def test_files_of_one_chunk_are_columns_and_read_back_the_same() -> None:
+    digests = [bytes([n]) * 32 for n in range(3)]
+    chunks = [Chunk(digest, 4, 1000 * n, 700, 900, digest) for n, digest in enumerate(digests)]
+    entries = [Entry(b"%d" % n, Inode(0o100644, size=900, extents=(Extent(0, 900, c),))) for n, c in enumerate(chunks)]
+    entries.append(Entry(b"part", Inode(0o100644, size=400, extents=(Extent(0, 400, chunks[1], 500),))))
+    found = [e.inode for e in decode_toc(encoded(*entries), layer=4, layer_digest=DIGEST).entries]
+    assert [list(inode.extents) for inode in found if inode] == [list(e.inode.extents) for e in entries if e.inode]
+    assert [isinstance(inode.extents, OnlyExtent) for inode in found if inode] == [True, True, True, False]

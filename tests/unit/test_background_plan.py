@@ -1,0 +1,52 @@
+"""What is fetched ahead as metadata: CRIU's images and the dumps beside them, and not every small file there is."""
+
+import stat
+from collections.abc import Iterable
+
+from ckptfs.model.toc import Chunk, Entry, Extent, Inode
+from ckptfs.model.tree import Tree
+from ckptfs.prefetch.background import SMALL, Background, Metadata
+
+
+def tree_of(sizes: dict[str, int]) -> Tree:
+    """Files of these sizes, each one chunk whose key is its path."""
+    tree = Tree()
+    tree.begin(1)
+    tree.add([Entry(path.encode(), _file(path.encode(), size)) for path, size in sizes.items()], 1)
+    tree.finish(1)
+    return tree
+
+
+def _file(key: bytes, size: int) -> Inode:
+    return Inode(stat.S_IFREG | 0o600, size=size, extents=(Extent(0, size, Chunk(key, 0, 0, size, size, key)),))
+
+
+def keys(chunks: Iterable[Chunk]) -> list[str]:
+    return [chunk.key.decode() for chunk in chunks]
+
+
+def test_metadata_is_what_lies_with_criu_s_images_and_beside_them() -> None:
+    tree = tree_of(
+        {
+            "config.dump": 10,
+            "spec.dump": 10,
+            "checkpoint/inventory.img": 10,
+            "checkpoint/core-1.img": 10,
+            "checkpoint/pages-1.img": 4096,
+            "checkpoint/tmpfs.img": SMALL + 1,
+            "rootfs-diff/etc/passwd": 10,
+            "volumes/data/file": 10,
+        }
+    )
+    expected = ["config.dump", "spec.dump", "checkpoint/core-1.img", "checkpoint/inventory.img"]
+    assert keys(Metadata().plan(tree)) == expected
+    assert set(keys(Background().plan(tree))) >= {"rootfs-diff/etc/passwd", "checkpoint/pages-1.img"}
+
+
+def test_every_container_of_a_pod_and_every_parent_has_metadata() -> None:
+    tree = tree_of({f"{top}/{name}": 10 for top in ("a", "b") for name in ("config.dump", "checkpoint/inventory.img")})
+    assert len(keys(Metadata().plan(tree))) == 4
+
+
+def test_an_image_of_many_small_files_has_none() -> None:
+    assert not keys(Metadata().plan(tree_of({f"usr/share/{n}": 10 for n in range(100)})))
