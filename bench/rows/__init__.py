@@ -23,6 +23,7 @@ def all_rows() -> tuple[Row, ...]:
     """In the order in which they run: the small ones first."""
     from bench.rows import (
         at_rest,
+        containers,
         cpu_and_memory,
         first_tick,
         increments,
@@ -43,7 +44,7 @@ def all_rows() -> tuple[Row, ...]:
 
     modules = (
         first_tick, plain_restore, timeline, round_trips, read_ratio, pauses, at_rest, read_everything, long_delay,
-        warm_reads, cpu_and_memory, many_mounts, increments, working_set, many_files, lazy_peer,
+        warm_reads, cpu_and_memory, many_mounts, increments, working_set, many_files, containers, lazy_peer,
         over_links,
     )  # fmt: skip
     return tuple(module.ROW for module in modules)

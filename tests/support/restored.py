@@ -56,16 +56,20 @@ class Restored:
         assert new == list(range(new[0], new[0] + len(new)))
 
     def assert_delta(self) -> None:
-        """What the container had changed in its root is there: new, changed, deleted (podman.py makes it)."""
-        assert (self.root / "data/added.txt").read_text() == "added\n"
-        assert (self.root / "etc/os-release").read_text() == "changed\n"
-        assert (self.root / "data/kept.txt").read_text() == "data/kept.txt of the base image\n"
-        assert not (self.root / "data/deleted.txt").exists()
-        assert not (self.root / "data/deleted-folder").exists()
+        assert_delta(self.root)
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
+
+
+def assert_delta(root: Path) -> None:
+    """What a container of podman.py had changed in its root is there: new, changed, deleted."""
+    assert (root / "data/added.txt").read_text() == "added\n"
+    assert (root / "etc/os-release").read_text() == "changed\n"
+    assert (root / "data/kept.txt").read_text() == "data/kept.txt of the base image\n"
+    assert not (root / "data/deleted.txt").exists()
+    assert not (root / "data/deleted-folder").exists()
 
 
 def start(folder: Path, *arguments: object, prefix: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
