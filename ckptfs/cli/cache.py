@@ -106,31 +106,36 @@ def verify(as_json: bool, cache_dir: Path | None, verbose: int, quiet: bool) -> 
 
 @cache.command()
 @click.option("--to", "target", type=ByteSize(), help="Bytes to get down to, e.g. 2G. [default: cache_size]")
+@click.option("--json", "as_json", is_flag=True, help="One object: bytes that were freed, bytes that are left.")
 @_housekeeping
-def prune(target: int | None, cache_dir: Path | None, verbose: int, quiet: bool) -> None:
+def prune(target: int | None, as_json: bool, cache_dir: Path | None, verbose: int, quiet: bool) -> None:
     """Evict what was not used for the longest time, until the cache is small enough.
 
-    Mounts do this by themselves when they write; they may go on meanwhile.
+    Mounts do this by themselves when they write; they may go on meanwhile. Evicted is by segments, of an eighth of the
+    cache and at most 64 MiB; those to which mounts are writing stay.
 
     \b
     ckptfs cache prune --to 2G
     """
     target = current_configuration().values["cache_size"].value if target is None else target
     with _opened(cache_dir, verbose, quiet) as found, _sign_of_life("evicting", quiet):
-        _freed(found, lambda: found.prune(target), quiet)
+        freed, left = _freed(found, lambda: found.prune(target))
+    _tell_freed(freed, left, as_json, quiet, "; the rest is being written by mounts" if left > target else "")
 
 
 @cache.command()
 @click.option("--force", is_flag=True, help="Also while mounts use it: they fetch again what they need.")
+@click.option("--json", "as_json", is_flag=True, help="One object: bytes that were freed, bytes that are left.")
 @_housekeeping
-def clear(force: bool, cache_dir: Path | None, verbose: int, quiet: bool) -> None:
+def clear(force: bool, as_json: bool, cache_dir: Path | None, verbose: int, quiet: bool) -> None:
     """Remove everything that the cache holds.
 
     \b
     ckptfs cache clear
     """
     with _opened(cache_dir, verbose, quiet) as found, _sign_of_life("removing", quiet):
-        _freed(found, lambda: found.clear(force=force), quiet)
+        freed, left = _freed(found, lambda: found.clear(force=force))
+    _tell_freed(freed, left, as_json, quiet)
 
 
 @cache.command()
@@ -150,20 +155,19 @@ def warm(reference: Reference, metadata: bool, as_json: bool, **options: Any) ->
     from ckptfs.cli.opening import with_images
     from ckptfs.inspection.render import size_text
 
-    async def work(images: "Sequence[OpenImage]") -> tuple[int, int, str]:
+    async def work(images: "Sequence[OpenImage]") -> tuple[int, int, int, str]:
         from ckptfs.image.ahead import fetch_all
         from ckptfs.image.residency import ResidencyMeter
 
         image = images[0]
-        await fetch_all(image, metadata_only=metadata)
-        return ResidencyMeter(image).measure().cached_bytes, image.image_bytes, str(image.resolved.manifest.digest)
+        lost = await fetch_all(image, metadata_only=metadata)
+        cached = ResidencyMeter(image).measure().cached_bytes
+        return lost, cached, image.image_bytes, str(image.resolved.manifest.digest)
 
-    (cached, whole, digest), traffic = with_images([reference], work, offline=False, **options)
-    if not metadata and cached < whole:
-        raise CacheError(
-            f"only {size_text(cached)} of {size_text(whole)} fit into the cache",
-            hint="give a larger --cache-size, or free space on its disk",
-        )
+    (lost, cached, whole, digest), traffic = with_images([reference], work, offline=False, **options)
+    if lost or (not metadata and cached < whole):
+        fit = f"only {size_text(cached)} of {size_text(whole)} fit" if not metadata else f"{lost} chunks did not fit"
+        raise CacheError(f"{fit} into the cache", hint="give a larger --cache-size, or free space on its disk")
     if as_json:
         facts = {"reference": str(reference), "digest": digest, "image_bytes": whole, "cached_bytes": cached}
         click.echo(json.dumps({**facts, "fetched_bytes": traffic.fetched_bytes, "requests": traffic.requests}))
@@ -185,14 +189,21 @@ def _opened(cache_dir: Path | None, verbose: int, quiet: bool) -> "Iterator[Chun
         yield found
 
 
-def _freed(found: "ChunkCache", action: Callable[[], None], quiet: bool) -> None:
-    from ckptfs.inspection.render import size_text
-
+def _freed(found: "ChunkCache", action: Callable[[], None]) -> tuple[int, int]:
+    """Bytes that were freed, and that are left."""
     before = found.stats().bytes
     action()
     left = found.stats().bytes
-    if not quiet:
-        click.echo(f"freed {size_text(max(0, before - left))}, {size_text(left)} left")
+    return max(0, before - left), left
+
+
+def _tell_freed(freed: int, left: int, as_json: bool, quiet: bool, why: str = "") -> None:
+    from ckptfs.inspection.render import size_text
+
+    if as_json:
+        click.echo(json.dumps({"freed_bytes": freed, "bytes": left}))
+    elif not quiet:
+        click.echo(f"freed {size_text(freed)}, {size_text(left)} left{why}")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ and no trio. Called by fetch.py (chunks), image/ (documents), the cache command 
 docs/adr/0002-cache-segments.md
 """
 
+import errno
 import os
 import tempfile
 import time
@@ -291,7 +292,7 @@ class ChunkCache:
             in_use = False
             if self._directory is not None:
                 encrypted |= key_mark.present(self._directory.key_mark, self._ops)
-                with self._directory.alone() as alone:
+                with suppress(OSError), self._directory.alone() as alone:  # a read-only disk has no locks to tell
                     in_use = not alone
         return CacheStats(
             bytes=chunk_bytes + sum(size for _, size, _ in sizes),
@@ -374,4 +375,7 @@ def _as_cache_error(name: str) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise CacheError(f"cache {name}: {reason}", hint="see the owner and mode of its files") from error
+        hint = (
+            "mount its file system for writing" if error.errno == errno.EROFS else "see the owner and mode of its files"
+        )
+        raise CacheError(f"cache {name}: {reason}", hint=hint) from error

@@ -96,10 +96,9 @@ class CacheDirectory:
 
     @contextmanager
     def alone(self) -> Iterator[bool]:
-        """Whether no other process has this cache open; while True holds, no other can open it."""
+        """Whether no other process has this cache open; while True holds, no other can open it. OSError: EROFS."""
         if self._users is None:
-            yield False
-            return
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         got = self._try_lock(self._users, fcntl.LOCK_EX)
         try:
             yield got

@@ -35,11 +35,11 @@ async def fetch_ahead(image: OpenImage) -> None:
             nursery.start_soon(fetch_rest, image)
 
 
-async def fetch_all(image: OpenImage, *, metadata_only: bool = False) -> None:
+async def fetch_all(image: OpenImage, *, metadata_only: bool = False) -> int:
     """Until the node has the whole image, or CRIU's metadata and the dumps; raises what keeps it from that.
 
-    What the cache evicts meanwhile is not fetched again. Nothing is left in memory, so that `cached_bytes` tells what
-    the next mount will find.
+    What the cache evicts meanwhile, or has no room for, is not fetched again: returns how many chunks that are. Nothing
+    is left in memory, so that `cached_bytes` tells what the next mount will find.
     """
     image.run_on()
     await image.all_known()
@@ -53,6 +53,7 @@ async def fetch_all(image: OpenImage, *, metadata_only: bool = False) -> None:
     await image.fetcher.settled()
     for chunk in chunks:
         image.fetcher.memory.drop(chunk.key)
+    return sum(not image.fetcher.has(chunk) for chunk in chunks)
 
 
 async def _eager_pages(image: OpenImage) -> None:

@@ -277,10 +277,9 @@ def test_a_mount_with_a_disk_of_a_quarter_of_the_image(tmp_path: Path, record_pr
             with mounted(registry.reference("repo:latest"), tmp_path, cache=disk / "cache") as mount:
                 wrong = differences(mount.path / PAGES.decode(), data)
                 held = used(disk)
-                with (disk / "other").open("wb") as other, suppress(OSError):
+                with (disk / "other").open("wb", buffering=0) as other, suppress(OSError):
                     while True:
                         other.write(bytes(1 * MiB))
-                        other.flush()
                 wrong += differences(mount.path / PAGES.decode(), data)
                 errors = mount.status()["errors"]
     finally:

@@ -34,8 +34,11 @@ class Row:
 
     @property
     def figure(self) -> str:
+        """What was recorded, or how many cases there were."""
         skipped = self.outcomes.count("skipped") if self.outcome != "skipped" else 0
-        return "; ".join([*self.figures, *([f"{skipped} tests skipped"] if skipped else [])])
+        passed = self.outcomes.count("passed")
+        figures = self.figures or ([f"{passed} cases"] if passed else [])
+        return "; ".join([*figures, *([f"{skipped} tests skipped"] if skipped else [])])
 
 
 _ROWS = pytest.StashKey[dict[str, Row]]()

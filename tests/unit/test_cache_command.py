@@ -1,12 +1,15 @@
 """ckptfs cache: what it says of the node's cache, and what it does to it."""
 
+import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tests.support.command import Result, ckptfs
+from tests.support.command import Result, ckptfs, mounted
 from tests.support.fake_registry import FakeRegistry
+from tests.support.tools import require, wait_for
 
 CORPUS = Path(__file__).parent.parent / "data" / "corpus" / "counter"
 
@@ -103,6 +106,57 @@ def test_an_encrypted_cache_is_kept_in_order_without_its_key(
     assert run(cache, "info", "--json").json["encrypted"]
     assert run(cache, "clear").code == 0
     assert not run(cache, "info", "--json").json["encrypted"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 600 KiB."""
+    require(root=True)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k,mode=700", "tmpfs", disk], check=True)
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def fill(path: Path) -> None:
+    """Until the disk is full."""
+    with path.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+def test_a_disk_that_is_full_or_read_only(registry: FakeRegistry, small_disk: Path) -> None:
+    cache, reference = small_disk / "cache", registry.reference("chunked:latest")
+    full = run(cache, "warm", reference)
+    assert full.code == 8 and "fit into the cache" in full.err
+    fill(small_disk / "other")
+    assert run(cache, "clear", "--json").json["bytes"] == 0
+    fill(small_disk / "more")
+    metadata = run(cache, "warm", reference, "--metadata")
+    assert metadata.code == 8 and "chunks did not fit" in metadata.err, "it does not say that all is here"
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    assert run(cache, "info", "--json").json["in_use"] is False
+    assert run(cache, "verify").code == 0
+    for words in (("clear",), ("clear", "--force"), ("prune", "--to", "0")):
+        refused = run(cache, *words)
+        assert refused.code == 8 and "Read-only file system" in refused.line and "for writing" in refused.line
+
+
+def test_what_mounts_are_writing_stays(registry: FakeRegistry, cache: Path, tmp_path: Path) -> None:
+    require("fusermount3")
+    with mounted(registry.reference("chunked:latest"), tmp_path, cache=cache) as mount:
+        wait_for("background fetch", lambda: mount.status()["complete"], step=0.1)
+        pruned = run(cache, "prune", "--to", "1K")
+        assert pruned.code == 0 and "the rest is being written by mounts" in pruned.out
+        assert run(cache, "verify", "--json").json["damaged"] == 0
+        assert run(cache, "clear").code == 8
+        cleared = run(cache, "clear", "--force", "--json").json
+        assert cleared["freed_bytes"] > 800_000 and cleared["bytes"] == 0
+        assert (mount.path / "checkpoint" / "pages-1.img").read_bytes()
+        assert mount.status()["errors"] == []
 
 
 def test_every_subcommand_has_help_with_an_example() -> None:
