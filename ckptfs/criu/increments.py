@@ -6,6 +6,7 @@ PARENT in the pagemap and nothing else: criu 4.2's lazy-pages daemon never hands
 numbers out. Called by push/ and image/.
 """
 
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ckptfs.criu.images import header
@@ -83,41 +84,52 @@ class Joined:
     """The memory of one task, or shared object, that lies in several checkpoints, as one pages file would have it.
 
     levels: its pagemap, then those of its parents, nearest first, all in one directory's names: files are found by
-    `pages-N.img` alone. sizes: of these files. FormatError when a page is in none of them.
+    `pages-N.img` alone. sizes: of these files. FormatError when a page is in none of them. Reads nothing, but goes
+    through all runs, 300 000 in a second: where nobody should wait, make it in a thread.
+
+    size   bytes of the joined pages file.
+    runs   what the joined pagemap lists: all of it present.
     """
 
     def __init__(self, levels: Sequence[Pagemap], sizes: Mapping[str, int]) -> None:
-        self._own = levels[0]
-        self._memory = Memory(levels, sizes)
-        self.page_size = self._memory.page_size
-
-    def places(self) -> Iterator[Place]:
-        """Where the pages lie, in the order of the joined file."""
-        size = self.page_size
-        for vaddr, pages, flags in self._own.runs:
+        memory = Memory(levels, sizes)
+        page_size = memory.page_size
+        self.size = 0
+        self.runs: list[Run] = []
+        self._levels = array("B")
+        self._offsets = array("Q")
+        self._lengths = array("Q")
+        for vaddr, pages, flags in levels[0].runs:
             if not flags & (PRESENT | PARENT):
                 continue
-            end, at = vaddr + pages * size, vaddr
-            for place in self._memory.find(vaddr, pages * size):
+            end, at = vaddr + pages * page_size, vaddr
+            for place in memory.find(vaddr, pages * page_size):
                 if place.vaddr != at:
                     break
-                yield place
+                self._add(place, page_size)
                 at += place.length
             if at != end:
-                raise FormatError(f"{self._own.name}: the page at {at:#x} is in no parent", hint="the image is damaged")
+                raise FormatError(f"{levels[0].name}: the page at {at:#x} is in no parent", hint="the image is damaged")
 
-    def runs(self) -> list[Run]:
-        """What the joined pagemap lists: all of it present."""
-        found: list[Run] = []
-        for place in self.places():
-            flags = PRESENT | LAZY if place.lazy else PRESENT
-            pages = place.length // self.page_size
-            last = found[-1] if found else None
-            if last is not None and last.flags == flags and last.vaddr + last.pages * self.page_size == place.vaddr:
-                found[-1] = Run(last.vaddr, last.pages + pages, flags)
-            else:
-                found.append(Run(place.vaddr, pages, flags))
-        return found
+    def __len__(self) -> int:
+        """How many places there are."""
+        return len(self._offsets)
+
+    def places(self) -> Iterator[tuple[int, int, int]]:
+        """(level, offset, length): where the pages lie, in the order of the joined file."""
+        return zip(self._levels, self._offsets, self._lengths, strict=True)
+
+    def _add(self, place: Place, page_size: int) -> None:
+        self.size += place.length
+        self._levels.append(place.level)
+        self._offsets.append(place.offset)
+        self._lengths.append(place.length)
+        flags = PRESENT | LAZY if place.lazy else PRESENT
+        pages, last = place.length // page_size, self.runs[-1] if self.runs else None
+        if last is not None and last.flags == flags and last.vaddr + last.pages * page_size == place.vaddr:
+            self.runs[-1] = Run(last.vaddr, last.pages + pages, flags)
+        else:
+            self.runs.append(Run(place.vaddr, pages, flags))
 
 
 def _record(out: bytearray, message: bytes) -> None:

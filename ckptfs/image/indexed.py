@@ -58,34 +58,36 @@ class ChunkTables:
         if (file.table is not None or shared) and file.entry.inode is not None:
             self._pending[file.entry.inode] = (file, blob, layer)
 
-    def derive(self, inode: Inode, sources: Sequence[Inode], extents: Callable[[], Sequence[Extent]]) -> None:
-        """Give `inode` its extents once those of `sources` are known: at once, if they are."""
-        if any(source in self._pending for source in sources):
-            self._derived[inode] = (sources, extents)
-        else:
+    def derive(
+        self, inode: Inode, sources: Sequence[Inode], extents: Callable[[], Sequence[Extent]], *, quick: bool
+    ) -> None:
+        """Give `inode` the extents that `extents` makes of those of `sources`, when it is opened.
+
+        At once where that is `quick` and no source is waited for.
+        """
+        if quick and not any(source in self._pending for source in sources):
             inode.extents = extents()
+        else:
+            self._derived[inode] = (sources, extents)
 
     def __bool__(self) -> bool:
         return bool(self._pending or self._derived)
 
     async def load(self, inode: Inode) -> None:
         """Give the inode its extents if they are still in the layer. A failed load can be repeated."""
-        if inode in self._derived:
-            sources, extents = self._derived[inode]
-            for source in sources:
-                await self.load(source)
-            if inode in self._derived:
-                inode.extents = await trio.to_thread.run_sync(extents)
-                self._derived.pop(inode, None)
-            return
-        if inode not in self._pending:
+        if inode not in self._pending and inode not in self._derived:
             return
         async with self._locks.setdefault(inode, trio.Lock()):
-            if inode not in self._pending:
-                return
-            file, blob, layer = self._pending[inode]
-            await trio.to_thread.run_sync(self._load, file, blob, layer, abandon_on_cancel=True)
-            del self._pending[inode], self._locks[inode]
+            if inode in self._pending:
+                file, blob, layer = self._pending[inode]
+                await trio.to_thread.run_sync(self._load, file, blob, layer, abandon_on_cancel=True)
+                del self._pending[inode], self._locks[inode]
+            elif inode in self._derived:
+                sources, extents = self._derived[inode]
+                for source in sources:
+                    await self.load(source)
+                inode.extents = await trio.to_thread.run_sync(extents)
+                del self._derived[inode], self._locks[inode]
 
     async def load_all(self) -> None:
         for inode in [*self._pending, *self._derived]:

@@ -10,6 +10,7 @@ import posixpath
 import stat
 from collections.abc import Iterator
 from functools import partial
+from itertools import takewhile
 
 import trio
 
@@ -22,8 +23,11 @@ from ckptfs.image.views import containers
 from ckptfs.model.toc import Entry, Inode
 from ckptfs.model.tree import WHITEOUT, Node
 from ckptfs.model.windows import WindowExtents
+from ckptfs.settings import Limits
 
 log = logging.getLogger(__name__)
+
+_FEW = 10_000  # windows that are made at once, in 20 ms; more when the file is opened
 
 
 async def join(image: OpenImage) -> None:
@@ -46,26 +50,27 @@ async def join(image: OpenImage) -> None:
 async def _join(image: OpenImage, directory: Node) -> None:
     levels = _levels(directory, image.options.settings.limits.increments)
     raw = await _pagemaps(image, levels)
-    limits = image.options.settings.limits
+    limits, in_thread = image.options.settings.limits, trio.to_thread.run_sync
     entries: list[Entry] = []
     used: set[Inode] = set()
-    for name, data in raw[0].items():
-        chain = [parse_pagemap(level[name], name.decode(), limits) for level in _while_in(raw, name)]
+    for name in raw[0]:
+        chain = await in_thread(partial(_parsed, raw, name, limits))
         files = [_pages_file(image, node, pagemap) for node, pagemap in zip(levels, chain, strict=False)]
-        if files[0] is not None and (len(chain) == 1 or not any(run.flags & PARENT for run in chain[0].runs)):
-            used.add(files[0])
-            continue
         found = [inode for inode in files if inode is not None]
+        if not any(run.flags & PARENT for run in chain[0].runs):
+            used.update(found[:1] if files[0] is not None else ())
+            continue
         if len(found) != len(chain):
             raise FormatError(f"{name.decode()} lacks a pages file of a parent")
-        memory = Joined(chain, {level.file: inode.size for level, inode in zip(chain, found, strict=True)})
-        whole = await trio.to_thread.run_sync(partial(_encoded, memory, data, chain[0]), abandon_on_cancel=True)
-        like = directory.children[name].inode or found[0]
-        pagemap_inode = Inode(like.mode, like.uid, like.gid, len(whole), like.mtime_ns)
-        entries.append(Entry(directory.path + b"/" + name, image.fetcher.keep_file(whole, pagemap_inode)))
+        sizes = {level.file: inode.size for level, inode in zip(chain, found, strict=True)}
+        memory = await in_thread(partial(Joined, chain, sizes))
         own = found[0]
-        pages = Inode(own.mode, own.uid, own.gid, _size(memory), own.mtime_ns)
-        image.tables.derive(pages, found, partial(_windows, memory, found))
+        whole = encode_pagemap(raw[0][name], name.decode(), chain[0].pages_id, memory.runs)
+        like = directory.children[name].inode or own
+        described = Inode(like.mode, like.uid, like.gid, len(whole), like.mtime_ns)
+        entries.append(Entry(directory.path + b"/" + name, image.fetcher.keep_file(whole, described)))
+        pages = Inode(own.mode, own.uid, own.gid, memory.size, own.mtime_ns)
+        image.tables.derive(pages, found, partial(_windows, memory, found), quick=len(memory) < _FEW)
         entries.append(Entry(directory.path + b"/" + chain[0].file.encode(), pages))
         used.add(own)
     rank = image.next_rank
@@ -108,11 +113,10 @@ async def _pagemaps(image: OpenImage, levels: list[Node]) -> list[dict[bytes, by
     return raw
 
 
-def _while_in(levels: list[dict[bytes, bytes]], name: bytes) -> Iterator[dict[bytes, bytes]]:
-    for level in levels:
-        if name not in level:
-            return
-        yield level
+def _parsed(raw: list[dict[bytes, bytes]], name: bytes, limits: Limits) -> list[Pagemap]:
+    """The pagemap called `name` of the checkpoint, of its parent, and so on."""
+    levels = takewhile(lambda level: name in level, raw)
+    return [parse_pagemap(level[name], name.decode(), limits) for level in levels]
 
 
 def _pages_file(image: OpenImage, directory: Node, pagemap: Pagemap) -> Inode | None:
@@ -123,16 +127,8 @@ def _pages_file(image: OpenImage, directory: Node, pagemap: Pagemap) -> Inode | 
     return node.inode if node is not None and node.inode is not None and node.inode.is_file else None
 
 
-def _encoded(memory: Joined, like: bytes, pagemap: Pagemap) -> bytes:
-    return encode_pagemap(like, pagemap.name, pagemap.pages_id, memory.runs())
-
-
-def _size(memory: Joined) -> int:
-    return sum(place.length for place in memory.places())
-
-
 def _windows(memory: Joined, files: list[Inode]) -> WindowExtents:
-    return WindowExtents([file.extents for file in files], ((p.level, p.offset, p.length) for p in memory.places()))
+    return WindowExtents([file.extents for file in files], memory.places())
 
 
 def _obsolete(directory: Node, used: set[Inode]) -> Iterator[bytes]:

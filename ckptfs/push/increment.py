@@ -11,7 +11,7 @@ pages files have numbers that no earlier one has. Decides and describes; nothing
 """
 
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from io import BytesIO
@@ -80,7 +80,7 @@ def make_increment(
     checkpoint: Checkpoint, pages: Mapping[bytes, PagesFile], parent: ParentImage, limits: Limits
 ) -> Increment:
     """`pages`: the checkpoint's own, as `find_pages` has them."""
-    if reason := _unfit(checkpoint, parent, limits):
+    if reason := _unfit(checkpoint, pages, parent, limits):
         return Increment(checkpoint, parent, reason=reason)
     found = [memory for described in pages.values() if (memory := _compared(checkpoint, described, parent, limits))]
     if not found:
@@ -88,9 +88,11 @@ def make_increment(
     return _Builder(checkpoint, pages, parent, found, limits).build()
 
 
-def _unfit(checkpoint: Checkpoint, parent: ParentImage, limits: Limits) -> str:
+def _unfit(checkpoint: Checkpoint, pages: Container[bytes], parent: ParentImage, limits: Limits) -> str:
     if not parent.layers:
         return "it has no index, so ckptfs did not push it, or the index did not fit"
+    if any(file.link in pages for file in checkpoint.files):
+        return "the checkpoint has hard links to its pages files"
     known = {file.path for file in checkpoint.files}
     tops = [file.directory for file in checkpoint.files if file.name == b"inventory.img"]
     for top in tops:
@@ -180,6 +182,8 @@ class _Builder:
 
     def build(self) -> Increment:
         shared = changed = 0
+        for path in self._pages:
+            del self._files[path]  # all of them before the first new name, which may be one of these
         for path, described in self._pages.items():
             memory = self._found.get(path)
             self._renumber(described, memory)
@@ -217,7 +221,6 @@ class _Builder:
             size = memory.shared.count(0) * memory.page_size
             inode = replace(file.inode, size=size, extents=())
             new = CheckpointFile(_sibling(file, number), inode, None, partial(_changed, memory))
-        del self._files[file.path]
         self._files[new.path] = new
 
     def _number(self, directory: bytes) -> int:

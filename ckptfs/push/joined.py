@@ -57,12 +57,10 @@ def _join(files: dict[bytes, CheckpointFile], top: bytes, limits: Limits) -> Non
             raise FormatError(f"{path.decode('utf-8', 'replace')} lacks a pages file of a parent")
         memory = Joined(levels, {level.file: file.inode.size for level, file in zip(levels, sources, strict=True)})
         raw = files[path].read(limits.criu_image_bytes)
-        runs = memory.runs()
-        data = encode_pagemap(raw, levels[0].name, levels[0].pages_id, runs)
+        data = encode_pagemap(raw, levels[0].name, levels[0].pages_id, memory.runs)
         inode = replace(files[path].inode, size=len(data), extents=())
         files[path] = CheckpointFile(path, inode, None, partial(BytesIO, data))
-        size = sum(run.pages for run in runs) * memory.page_size
-        whole = replace(own.inode, size=size, extents=())
+        whole = replace(own.inode, size=memory.size, extents=())
         used[own.path] = CheckpointFile(own.path, whole, None, partial(_payload, memory, sources))
     gone = {path for path in files if path.startswith(top + b"/parent/") or path == top + b"/parent"}
     for path in list(gone):
@@ -109,9 +107,9 @@ def _pages(memory: Joined, sources: list[CheckpointFile]) -> Iterator[bytes]:
         readers = [_Forward(file) for file in sources]
         for reader in readers:
             stack.callback(reader.close)
-        for place in memory.places():
-            for done in range(0, place.length, MiB):
-                yield readers[place.level].read(place.offset + done, min(MiB, place.length - done))
+        for level, offset, length in memory.places():
+            for done in range(0, length, MiB):
+                yield readers[level].read(offset + done, min(MiB, length - done))
 
 
 class _Forward:

@@ -8,8 +8,9 @@ from pathlib import Path
 import zstandard
 
 from ckptfs.model.oci import Descriptor, Manifest, Reference
-from ckptfs.push import PushOptions, PushResult, Target, open_base, open_checkpoint, push
+from ckptfs.push import PushOptions, PushResult, Target, open_base, open_checkpoint, open_parent, push
 from ckptfs.push.layout_target import LayoutTarget
+from ckptfs.settings import Settings
 from ckptfs.sources.layout import LayoutSource
 from tests.support.blobs import BytesBlob, layout_layer
 
@@ -17,13 +18,21 @@ DATA = Path(__file__).resolve().parents[1] / "data"
 
 
 def push_to_layout(
-    source: str | Path, layout: Path, tag: str = "latest", *, base: str = "", target: Target | None = None
+    source: str | Path,
+    layout: Path,
+    tag: str = "latest",
+    *,
+    base: str = "",
+    parent: str = "",
+    target: Target | None = None,
+    settings: Settings | None = None,
 ) -> PushResult:
-    """`ckptfs push SOURCE oci:LAYOUT:TAG`, with --rootfs and `base` where that is given."""
-    options = PushOptions()
+    """`ckptfs push SOURCE oci:LAYOUT:TAG`, with --rootfs and `base`, with --parent, where that is given."""
+    options = PushOptions(settings=settings or Settings())
     with open_checkpoint(str(source), LayoutSource, options) as checkpoint:
         image = open_base(checkpoint, base, LayoutSource, options) if base else None
-        return push(checkpoint, target or LayoutTarget(layout), tag, options, base=image)
+        before = open_parent(Reference.parse(parent), LayoutSource, options) if parent else None
+        return push(checkpoint, target or LayoutTarget(layout), tag, options, base=image, parent=before)
 
 
 def manifest_of(layout: Path, tag: str = "latest") -> Manifest:

@@ -1,0 +1,309 @@
+"""`push --parent` with memory that is made up: what is shared, what never is, and that every page comes back."""
+
+import itertools
+import os
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from ckptfs.criu.increments import encode_pagemap, left_to_parent, renumbered, stretches
+from ckptfs.criu.pagemap import LAZY, PARENT, PRESENT, Run, parse_pagemap
+from ckptfs.layers import zstd_chunked_writer
+from ckptfs.model.annotations import PARENT as PARENT_ANNOTATION
+from ckptfs.model.oci import Reference
+from ckptfs.model.toc import Chunk, Extent, overlapping
+from ckptfs.model.windows import WindowExtents
+from ckptfs.pull import pull
+from ckptfs.push import PushResult
+from ckptfs.settings import Limits, Settings
+from ckptfs.sources.layout import LayoutSource
+from ckptfs.telemetry import NetworkCounters
+from tests.support.criu_images import image, mm, pagemap, vma
+from tests.support.push import manifest_of, push_to_layout
+
+_PAGE = 4096
+_BASE = 0x7F00_0000_0000
+_INVENTORY = image("inventory", {1: 1})
+
+Memory = dict[int, tuple[bytes, bool]]  # address -> page, whether it is lazy
+
+
+def page(word: object) -> bytes:
+    """A page that is its own; zeros for 0."""
+    return str(word).encode().ljust(_PAGE, b".") if word else bytes(_PAGE)
+
+
+def write(folder: Path, **memories: Memory) -> Path:
+    """CRIU's images with these memories, by pagemap ("pagemap_7"); each has a pages file of its own."""
+    folder.mkdir()
+    (folder / "inventory.img").write_bytes(_INVENTORY)
+    for number, (name, memory) in enumerate(memories.items(), start=1):
+        runs: list[tuple[int, int, int]] = []
+        for address in sorted(memory):
+            flags = PRESENT | LAZY if memory[address][1] else PRESENT
+            if runs and runs[-1][2] == flags and runs[-1][0] + runs[-1][1] * _PAGE == address:
+                runs[-1] = (runs[-1][0], runs[-1][1] + 1, flags)
+            else:
+                runs.append((address, 1, flags))
+        (folder / f"{name.replace('_', '-')}.img").write_bytes(pagemap(number, *runs))
+        (folder / f"pages-{number}.img").write_bytes(b"".join(memory[address][0] for address in sorted(memory)))
+    return folder
+
+
+def read(folder: Path, name: str) -> Memory:
+    """The memory as criu reads it: pages of a parent through `parent` (criu/pagemap.c: read_parent_page)."""
+    path = folder / f"{name.replace('_', '-')}.img"
+    found = parse_pagemap(path.read_bytes(), path.name)
+    pages = (folder / found.file).read_bytes()
+    parent = read(folder / "parent", name) if (folder / "parent" / path.name).exists() else {}
+    memory: Memory = {}
+    at = 0
+    for vaddr, count, flags in found.runs:
+        for address in range(vaddr, vaddr + count * _PAGE, _PAGE):
+            if flags & PARENT:
+                assert flags == PARENT
+                memory[address] = parent[address]
+            else:
+                memory[address] = (pages[at : at + _PAGE], bool(flags & LAZY))
+                at += _PAGE
+    assert at == len(pages)
+    return memory
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """A layout, and what its images show."""
+
+    top: Path
+
+    def push(self, folder: Path, tag: str, parent: str = "", settings: Settings | None = None) -> PushResult:
+        named = f"oci:{self.layout}:{parent}" if parent else ""
+        return push_to_layout(folder, self.layout, tag, parent=named, settings=settings)
+
+    @property
+    def layout(self) -> Path:
+        return self.top / "layout"
+
+    def unpack(self, tag: str, *, raw: bool = False) -> Path:
+        target = self.top / f"{tag}-{'raw' if raw else 'view'}"
+        source = LayoutSource(Reference.parse(f"oci:{self.layout}:{tag}"))
+        pull(source, target, LayoutSource, NetworkCounters(), view="raw" if raw else "checkpoint")
+        return target / "checkpoint"
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Shelf:
+    return Shelf(tmp_path)
+
+
+def process(seed: int, count: int = 600) -> Memory:
+    """A few stretches of pages, some zero, some not lazy."""
+    chance = random.Random(seed)
+    memory: Memory = {}
+    address = _BASE
+    while len(memory) < count:
+        address += chance.choice((0, 0, 1, 7, 300)) * _PAGE
+        lazy = chance.random() < 0.8
+        for _ in range(chance.randrange(1, 120)):
+            memory[address] = (page(chance.randrange(6) and address), lazy)
+            address += _PAGE
+    return memory
+
+
+def later(memory: Memory, seed: int, share: float = 0.1) -> Memory:
+    """Pages written, zeroed, gone, new, and of another kind."""
+    chance = random.Random(seed)
+    out = dict(memory)
+    for address in list(memory):
+        if chance.random() < share:
+            kind = chance.randrange(5)
+            if kind == 0:
+                del out[address]
+            elif kind == 1:
+                out[address] = (bytes(_PAGE), memory[address][1])
+            elif kind == 2:
+                out[address] = (memory[address][0], not memory[address][1])
+            else:
+                out[address] = (page(f"{seed}/{address}"), memory[address][1])
+    for address in chance.sample(list(memory), 5):
+        out.setdefault(address - 5000 * _PAGE, (page(f"new {seed}/{address}"), True))
+    return out
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("table_rows", [2048, 2], ids=["rows in the index", "rows in the layers"])
+def test_every_page_comes_back(seed: int, table_rows: int, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zstd_chunked_writer, "TABLE_ROWS", table_rows)
+    tasks = [{"pagemap_7": process(seed), "pagemap_8": process(seed + 100, 90), "pagemap-shmem_9": process(seed + 50)}]
+    for number in (1, 2, 3):
+        tasks.append({name: later(memory, number) for name, memory in tasks[-1].items()})
+    for number, memories in enumerate(tasks):
+        parent = str(number - 1) if number else ""
+        pushed = shelf.push(write(shelf.top / f"images-{number}", **memories), str(number), parent)
+        if number:
+            increment = pushed.increment
+            assert increment is not None
+            assert increment.shared > increment.changed and not increment.reason
+        raw, view = shelf.unpack(str(number), raw=True), shelf.unpack(str(number))
+        assert not (view / "parent").exists()
+        for name, memory in memories.items():
+            assert read(raw, name) == memory
+            assert read(view, name) == memory
+    shelf.push(Path(f"oci:{shelf.layout}:3"), "whole")
+    whole = shelf.unpack("whole", raw=True)
+    assert not (whole / "parent").exists()
+    for name, memory in tasks[3].items():
+        assert read(whole, name) == memory
+
+
+def test_what_an_increment_is_made_of(shelf: Shelf) -> None:
+    """The earlier layer comes first, the same blob; links lead to it; new pages files have numbers of their own."""
+    memory = process(1)
+    first = shelf.push(write(shelf.top / "1", pagemap_7=memory), "1")
+    second = shelf.push(write(shelf.top / "2", pagemap_7=later(memory, 1)), "2", "1")
+    earlier, image_ = manifest_of(shelf.layout, "1"), manifest_of(shelf.layout, "2")
+    assert image_.layers[0] == earlier.layers[1]
+    assert image_.annotations[PARENT_ANNOTATION] == str(first.manifest.digest)
+    assert [layer.descriptor for layer in second.layers] == list(image_.layers[1:])
+    raw = shelf.unpack("2", raw=True)
+    assert sorted(os.listdir(raw)) == ["inventory.img", "pagemap-7.img", "pages-1.img", "pages-2.img", "parent"]
+    assert sorted(os.listdir(raw / "parent")) == ["inventory.img", "pagemap-7.img", "pages-1.img"]
+    assert os.readlink(raw / "parent" / "pages-1.img") == "../pages-1.img"
+    assert sorted(os.listdir(shelf.unpack("2"))) == ["inventory.img", "pagemap-7.img", "pages-2.img"]
+    again = shelf.push(shelf.top / "2", "2", "1")
+    assert (again.manifest, again.sent) == (second.manifest, 0)
+
+
+def test_a_process_that_is_new_or_different_is_stored_whole(shelf: Shelf) -> None:
+    memory = process(1)
+    shelf.push(write(shelf.top / "1", pagemap_7=memory, pagemap_8=process(5)), "1")
+    tasks = {"pagemap_7": later(memory, 1), "pagemap_8": process(6), "pagemap_9": process(7, 50)}
+    shelf.push(write(shelf.top / "2", **tasks), "2", "1")
+    raw = shelf.unpack("2", raw=True)
+    assert sorted(path.name for path in (raw / "parent").glob("pagemap-*")) == ["pagemap-7.img"]
+    for name, memory in tasks.items():
+        assert read(raw, name) == read(shelf.unpack("2") if name == "pagemap_7" else raw, name) == memory
+
+
+def test_without_anything_changed(shelf: Shelf) -> None:
+    images = write(shelf.top / "1", pagemap_7=process(1))
+    shelf.push(images, "1")
+    pushed = shelf.push(images, "2", "1")
+    assert pushed.increment is not None and pushed.increment.changed == 0
+    assert read(shelf.unpack("2", raw=True), "pagemap_7") == read(shelf.unpack("2"), "pagemap_7") == process(1)
+
+
+def test_huge_pages_are_never_left_to_a_parent(shelf: Shelf) -> None:
+    """criu does not premap them, and reads what is not premapped from the checkpoint's own file (criu/mem.c)."""
+    memory = {_BASE + n * _PAGE: (page(n + 1), False) for n in range(600)}
+    huge = (_BASE, _BASE + 100 * _PAGE)
+    for name in ("1", "2"):
+        images = write(shelf.top / name, pagemap_7=memory)
+        (images / "mm-7.img").write_bytes(mm(vma(*huge, flags=0x40022), vma(huge[1], _BASE + 600 * _PAGE)))
+    shelf.push(shelf.top / "1", "1")
+    pushed = shelf.push(shelf.top / "2", "2", "1")
+    assert pushed.increment is not None and pushed.increment.changed == 100 * _PAGE
+    found = parse_pagemap((shelf.unpack("2", raw=True) / "pagemap-7.img").read_bytes(), "pagemap-7.img")
+    assert found.runs == (Run(_BASE, 100, PRESENT), Run(huge[1], 500, PARENT))
+
+
+def test_pushed_whole_where_nothing_is_shared(shelf: Shelf) -> None:
+    images = write(shelf.top / "1", pagemap_7=process(1))
+    shelf.push(write(shelf.top / "0", pagemap_7=process(2)), "0")
+    whole = shelf.push(images, "whole")
+    pushed = shelf.push(images, "1", "0")
+    assert pushed.manifest == whole.manifest
+    assert pushed.increment is not None and "in common" in pushed.increment.reason
+
+
+def test_pushed_whole_on_an_image_without_an_index(shelf: Shelf, tmp_path: Path) -> None:
+    images = write(shelf.top / "1", pagemap_7=process(1))
+    foreign = Path(__file__).parents[1] / "data/corpus/tree/k8s-gzip.oci"
+    pushed = push_to_layout(images, shelf.layout, "1", parent=f"oci:{foreign}")
+    assert pushed.increment is not None and "no index" in pushed.increment.reason
+
+
+def test_a_chain_has_an_end(shelf: Shelf) -> None:
+    settings = Settings()
+    settings = replace(settings, limits=replace(settings.limits, increments=3))
+    memory = process(1)
+    reasons = []
+    for number in range(5):
+        images = write(shelf.top / f"images-{number}", pagemap_7=memory)
+        pushed = shelf.push(images, str(number), str(number - 1) if number else "", settings)
+        reasons.append(pushed.increment.reason if pushed.increment is not None else None)
+        memory = later(memory, number)
+    assert reasons[:3] == [None, "", ""]
+    assert reasons[3] == "it stands on 2 others already, and 3 in a row are the most"
+    assert reasons[4] == ""
+    assert Limits().increments == 8
+
+
+def test_increments_of_criu_stay_what_they_are(shelf: Shelf) -> None:
+    memory = process(1)
+    shelf.push(write(shelf.top / "1", pagemap_7=memory), "1")
+    top = shelf.top / "dumps"
+    top.mkdir()
+    write(top / "pre", pagemap_7=memory)
+    (write(top / "2", pagemap_7=later(memory, 1)) / "parent").symlink_to("../pre")
+    pushed = shelf.push(top, "2", "1")
+    assert pushed.increment is not None and pushed.increment.reason == "the checkpoint is an increment already"
+
+
+@given(st.lists(st.booleans(), max_size=60))
+def test_stretches_cover_everything_once(marks: list[bool]) -> None:
+    found = list(stretches(bytes(marks)))
+    assert [value for count, value in found for _ in range(count)] == marks
+    assert all(a[1] != b[1] for a, b in itertools.pairwise(found))
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 5), st.booleans()), max_size=8), st.data())
+def test_pagemaps_are_written_as_they_are_read(pieces: list[tuple[int, int, bool]], data: st.DataObject) -> None:
+    runs, address = [], _BASE
+    for gap, count, lazy in pieces:
+        address += gap * _PAGE
+        runs.append((address, count, PRESENT | LAZY if lazy else PRESENT))
+        address += count * _PAGE
+    raw = pagemap(1, *runs)
+    whole = parse_pagemap(raw, "pagemap-1.img")
+    marks = data.draw(st.lists(st.integers(0, 1), min_size=whole.present_pages, max_size=whole.present_pages))
+    thin = parse_pagemap(
+        encode_pagemap(raw, "pagemap-1.img", 70000, left_to_parent(whole, bytes(marks), _PAGE)), "pagemap-1.img"
+    )
+    assert thin.pages_id == 70000 and thin.all_pages == whole.all_pages
+    assert thin.present_pages == marks.count(0)
+    other = parse_pagemap(renumbered(raw, "pagemap-1.img", 300), "pagemap-1.img")
+    assert (other.pages_id, other.runs) == (300, whole.runs)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 1), st.integers(0, 90), st.integers(1, 40)), max_size=12),
+    st.integers(0, 400),
+    st.integers(1, 100),
+)
+@hypothesis_settings(deadline=None)
+def test_windows_are_what_they_show(places: list[tuple[int, int, int]], offset: int, length: int) -> None:
+    """Against bytes: two files of 130 with a hole in each."""
+    files = [bytes(range(130)), bytes(range(100, 230))]
+    sources = []
+    for which in (0, 1):
+        chunks = [Chunk(bytes([which, n]), which, 0, 0, 30) for n in range(4)]
+        sources.append([Extent(start, 30, chunk) for start, chunk in zip((0, 30, 70, 100), chunks, strict=True)])
+    windows = WindowExtents(sources, places)
+    expected = b"".join(
+        bytes(0 if 60 <= i < 70 or i >= 130 else files[which][i] for i in range(at, at + n)) for which, at, n in places
+    )
+    shown = bytearray(len(expected))
+    for extent in windows:
+        which, n = extent.chunk.key
+        start = (0, 30, 70, 100)[n] + extent.skip
+        shown[extent.start : extent.start + extent.length] = files[which][start : start + extent.length]
+    assert shown == expected
+    wanted = [e for e in windows if e.start < offset + length and e.start + e.length > offset]
+    assert list(overlapping(windows, offset, length)) == wanted
+    assert [windows[i] for i in range(len(windows))] == list(windows) == windows[:]
