@@ -19,9 +19,10 @@ import pyfuse3
 
 from ckptfs.fuse.answers import Answering, answers
 from ckptfs.fuse.operations import Operations
-from ckptfs.image.layer_directories import DIFF
+from ckptfs.image.layer_directories import DIFF, ROOT_MODE
 from ckptfs.image.layer_store import LayerStore, StoredImage, digest_of, name_of, reference_of
 from ckptfs.model.oci import Reference
+from ckptfs.model.toc import Inode
 from ckptfs.model.tree import OPAQUE_XATTR, ROOT_INO
 
 _SLOT = 40  # bits of an inode number below the slot: no image has so many inodes
@@ -79,7 +80,7 @@ class StoreOperations(Answering):
         if layer is not None and name == _USE:
             raise pyfuse3.FUSEError(errno.ENOENT)  # and the kernel keeps no negative entry
         if layer is not None and name == DIFF:
-            await self._stored(parent).directories.root(layer)
+            await self._stored(parent).directories.readable(layer)
         return await operations.lookup(parent, name, ctx)
 
     @answers
@@ -238,7 +239,7 @@ class StoreOperations(Answering):
         if operations is None:
             for slot in [slot for slot in self._images if self._store.image(slot) is None]:
                 del self._images[slot]  # closed: the kernel knew nothing of it any more
-            operations = self._images[stored.slot] = Operations(stored.image, self._number(stored, 0))
+            operations = self._images[stored.slot] = _LayerOperations(stored.image, self._number(stored, 0))
             stored.held = partial(_held, operations)
         return operations
 
@@ -275,6 +276,17 @@ class StoreOperations(Answering):
         out.st_uid, out.st_gid = os.geteuid(), os.getegid()
         out.st_size, out.st_blksize, out.st_blocks = 0, 4096, 0
         out.st_atime_ns = out.st_mtime_ns = out.st_ctime_ns = self._time_ns
+        return out
+
+
+class _LayerOperations(Operations):
+    """Operations over the layers of one image."""
+
+    def attributes(self, inode: Inode) -> pyfuse3.EntryAttributes:
+        out = super().attributes(inode)
+        node = self._tree.directories.get(inode.ino)
+        if node is not None and node.name == DIFF and node.parent is not None and node.parent.parent is self._tree.root:
+            out.st_mode, out.st_uid, out.st_gid = ROOT_MODE, os.geteuid(), os.getegid()
         return out
 
 

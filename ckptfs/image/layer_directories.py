@@ -33,7 +33,9 @@ DIFF, INFO, BLOB = b"diff", b"info", b"blob"
 
 # containers/storage pkg/archive/archive.go: Compression
 _COMPRESSION = {"none": 0, "gzip": 2, "zstd": 4}
-_ROOT = stat.S_IFDIR | 0o555  # what containers/storage makes where no layer describes the root
+# Whatever a layer says of its root, containers/storage leaves that out (drivers/overlay/overlay.go: defaultPerms;
+# pkg/archive/archive.go: Unpack), and CRIU wants the mode that it has seen (files-reg.c: open_path).
+ROOT_MODE = stat.S_IFDIR | 0o555
 _GZIP_SIZE = struct.Struct("<I")  # RFC 1952: the last 4 bytes, the decoded size modulo 2^32
 _ZSTD_HEADER = 18  # RFC 8878: a frame header has at most so many bytes
 _TAR_BLOCK = 512
@@ -47,7 +49,6 @@ class LayerDirectories:
         self._image = image
         self._by_toc = by_toc
         self._layers: dict[bytes, tuple[int, Blob, Digest]] = {}  # directory -> rank, layer, DiffID
-        self._roots: dict[bytes, Inode] = {}  # of diff/, unless the layer has another
         self._unopened: dict[Inode, Blob] = {}
         self._infos = 0  # added to a layer's rank: the rank of its info
 
@@ -63,8 +64,7 @@ class LayerDirectories:
                 continue  # the same layer twice: the same directory
             self._layers[directory] = rank, blob, diff_id
             tree.add([Entry(directory, Inode(stat.S_IFDIR | 0o755))], rank)
-            self._roots[directory] = Inode(_ROOT)
-            tree.add([Entry(_in(directory, DIFF), self._roots[directory])], rank)
+            tree.add([Entry(_in(directory, DIFF), Inode(ROOT_MODE))], rank)
             image.add_layer(blob, rank, prefix=_in(directory, DIFF), whiteouts="overlay", **known)
         self._infos = len(layers)
         for directory, (rank, blob, _) in self._layers.items():
@@ -81,20 +81,12 @@ class LayerDirectories:
         """The name of the layer if this is its directory."""
         return node.name if node.parent is self._image.tree.root else None
 
-    async def root(self, directory: bytes) -> Node:
-        """The layer's diff/, once owner and mode are certain; raises what is wrong with the layer.
+    async def readable(self, directory: bytes) -> None:
+        """Until something of the layer has been read and made sense; raises what is wrong with it.
 
-        As containers/storage extracts layers: a root that a layer does not describe has the mode of the one below.
+        An engine that learns of it now pulls the layer itself.
         """
-        found = await self._described(directory)
-        mode = _ROOT
-        for below, (rank, _, _) in self._layers.items() if found.inode is self._roots[directory] else ():
-            if rank < self._layers[directory][0]:
-                node = await self._described(below)
-                if node.inode is not None and node.inode is not self._roots[below]:
-                    mode = node.inode.mode
-        self._roots[directory].mode = mode
-        return found
+        await self._described(directory)
 
     def open_blob(self, inode: Inode) -> None:
         """Give `blob` its bytes if this is one: only then, or the background would fetch every layer twice."""
