@@ -47,6 +47,7 @@ class ChunkTables:
         self._limits = limits
         self._pending: dict[Inode, tuple[IndexedFile, Blob, int]] = {}
         self._derived: dict[Inode, tuple[Sequence[Inode], Callable[[], Sequence[Extent]]]] = {}
+        self._made: list[tuple[Inode, Sequence[Inode], Callable[[], Sequence[Extent]]]] = []
         self._locks: dict[Inode, trio.Lock] = {}  # one each: tables of several files are fetched at the same time
         self.earlier: EarlierImages | None = None
         self.with_cells: list[tuple[IndexedFile, Blob, int]] = []
@@ -65,10 +66,20 @@ class ChunkTables:
 
         At once where that is `quick` and no source is waited for.
         """
+        self._made.append((inode, sources, extents))
         if quick and not any(source in self._pending for source in sources):
             inode.extents = extents()
         else:
             self._derived[inode] = (sources, extents)
+
+    def is_source(self, inode: Inode) -> bool:
+        """Whether a file of the view has been derived from this one."""
+        return any(inode in sources for _, sources, _ in self._made)
+
+    def derive_again(self) -> None:
+        """After sources have been given other extents of the same bytes."""
+        for inode, _, extents in self._made:
+            inode.extents = extents()
 
     def __bool__(self) -> bool:
         return bool(self._pending or self._derived)

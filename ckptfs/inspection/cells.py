@@ -7,6 +7,8 @@ apart, a file reads as before, cell by cell; chunks that the node has are still 
 import os
 from collections.abc import Iterator, Sequence
 
+import trio
+
 from ckptfs.engine.shared_cells import Place
 from ckptfs.image.earlier import table_bytes
 from ckptfs.inspection.image_files import ImageFiles
@@ -18,16 +20,17 @@ def take_apart(files: ImageFiles) -> None:
     """Give the image's pages files their cells as extents. Fetches the tables of the cells."""
     image = files.image
     for file, blob, layer in image.tables.with_cells:
-        path = os.fsdecode(file.entry.path)
-        inode = files.inode(path)
-        if inode is None or inode is not file.entry.inode or file.cells is None:
+        inode = file.entry.inode
+        shown = files.inode(os.fsdecode(file.entry.path))
+        if inode is None or file.cells is None or (shown is not inode and not image.tables.is_source(inode)):
             continue  # a file of another layer has taken its place
-        files.load(path)
+        trio.from_thread.run(image.tables.load, inode)
         data = table_bytes(image.cache, file.cells, blob)
         cells = read_cells(file, data, layer, blob.size, image.options.settings.limits)
         here = [chunk for chunk in inode.extents if image.cells.contains(chunk.chunk.key)]
         image.cells.add({cell.chunk.key: place for cell, place in _inside(here, cells)})
         inode.extents = cells
+    image.tables.derive_again()
 
 
 def _inside(chunks: Sequence[Extent], cells: Sequence[Extent]) -> Iterator[tuple[Extent, Place]]:

@@ -67,6 +67,19 @@ def test_the_second_pull_takes_what_changed(two: Path, tmp_path: Path) -> None:
     assert whole.fetch_bytes is not None and whole.fetch_bytes > 8_000_000
 
 
+def test_an_increment_of_the_first(two: Path, tmp_path: Path) -> None:
+    """`push --parent`: cells of the earlier image's chunks are compared as ever, and only what is new is pulled."""
+    changed = json.loads((DATA / "two/pages.json").read_bytes())["changed_bytes_zstd3"]
+    increment = two / "second.increment"
+    push_to_layout(two / "second.tar", increment, parent=f"oci:{two}/first.oci")
+    found, _ = compare(two / "first.oci", increment, tmp_path)
+    (memory,) = found.containers[0].memory
+    assert (memory.same_pages, memory.changed_pages, memory.added_pages, memory.removed_pages) == (1912, 150, 0, 0)
+    assert found.fetch_bytes is not None and changed <= found.fetch_bytes <= 1.1 * changed
+    _, counters = compare(two / "first.oci", increment, tmp_path / "again", memory=False)
+    assert counters.bytes < 500_000
+
+
 def test_an_image_and_itself(two: Path, tmp_path: Path) -> None:
     found, counters = compare(two / "first.oci", two / "first.oci", tmp_path)
     assert found.files == () and found.fetch_bytes == 0 and found.containers[0].processes == ()
