@@ -50,7 +50,7 @@ class ControlServer:
         try:
             request = json.loads(line)
             command = self._commands[request["command"]]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):  # the last: brackets in brackets
             return {"error": f"unknown command; there are {', '.join(sorted(self._commands))}"}
         try:
             return {"answer": command(request)}

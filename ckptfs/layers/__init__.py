@@ -30,7 +30,7 @@ def select_format(descriptor: Descriptor) -> LayerFormat:
     if is_encrypted(descriptor.media_type):
         raise FormatError(
             f"layer {descriptor.digest} is encrypted ({descriptor.media_type})",
-            hint="decrypt it with a copy of the image, skopeo copy --decryption-key",
+            hint="ckptfs has no keys for ocicrypt; decrypt a copy of the image: skopeo copy --decryption-key",
         )
     for candidate in FORMATS:
         if candidate.matches(descriptor):

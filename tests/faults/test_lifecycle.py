@@ -4,6 +4,7 @@ import errno
 import inspect
 import os
 import signal
+import socket
 import statistics
 import subprocess
 import time
@@ -117,6 +118,29 @@ def test_a_bug_costs_one_answer(tmp_path: Path, record_property: Figure) -> None
         assert log.count(f"{name} failed unexpectedly") == len(BUGS), "one for each site and kind"
     assert log.count("Traceback") >= len(BUGS) * len(provoke | silent)
     record_property("figure", f"{count} bugs in {len(provoke | silent)} handlers: one EIO each, the mount lives")
+
+
+@pytest.mark.row("L1")
+def test_nonsense_on_the_control_socket_costs_one_answer(tmp_path: Path) -> None:
+    nonsense = (
+        b"\n",
+        b"x\n",
+        b"[" * 60_000 + b"\n",
+        b'{"command": {}}\n',
+        b'{"command": "no"}\n',
+        b"1\n",
+        b"",
+        b"x" * 70_000,
+    )
+    with mounted(f"oci:{LAYOUT}", tmp_path) as mount:
+        for line in nonsense:
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(MountFiles.of(str(mount.path)).socket))
+                client.sendall(line)
+                client.shutdown(socket.SHUT_WR)
+                client.settimeout(5)
+                assert b"unknown command" in client.recv(1000), line[:20]
+        assert mount.status()["errors"] == [] and (mount.path / "config.dump").read_bytes()
 
 
 def uncached_stat(path: Path) -> None:
