@@ -13,13 +13,13 @@ import pytest
 
 from ckptfs.errors import UnavailableError
 from ckptfs.model.oci import OCI_MANIFEST, Descriptor, Digest, Reference
-from ckptfs.push import PushOptions, PushResult, open_base, open_checkpoint, open_target, push
+from ckptfs.push import PushOptions, PushResult, open_base, open_checkpoint, open_parent, open_target, push
 from ckptfs.push.spool import MemoryBlob
 from ckptfs.settings import Settings, Timeouts
 from ckptfs.sources import Source, open_source
 from ckptfs.telemetry import NetworkCounters
 from tests.support.docker_registry import DockerRegistry
-from tests.support.push import tree_images
+from tests.support.push import push_to_layout, tree_images, two_checkpoints
 from tests.support.tools import require, run
 
 pytestmark = pytest.mark.registry
@@ -36,13 +36,14 @@ class Client:
     def source(self, reference: Reference) -> Source:
         return open_source(reference, settings=self.settings, counters=NetworkCounters(), plain_http=True)
 
-    def push(self, source: str | Path, name: str, *, base: str = "") -> PushResult:
+    def push(self, source: str | Path, name: str, *, base: str = "", parent: str = "") -> PushResult:
         reference = Reference.parse(self.registry.reference(name))
         target = open_target(reference, settings=self.settings, counters=self.counters, plain_http=True)
         options = PushOptions(settings=self.settings)
         with open_checkpoint(str(source), self.source, options) as checkpoint:
             image = open_base(checkpoint, base, self.source, options) if base else None
-            return push(checkpoint, target, reference.tag, options, base=image)
+            before = open_parent(Reference.parse(parent), self.source, options) if parent else None
+            return push(checkpoint, target, reference.tag, options, base=image, parent=before)
 
 
 @pytest.fixture
@@ -123,6 +124,27 @@ def test_an_image_of_a_registry_is_a_source(client: Client, folder: Path) -> Non
     first = client.push(folder, "direct/from:a")
     copied = client.push(client.registry.reference("direct/from:a"), "direct/to:b")
     assert copied.manifest == first.manifest
+
+
+def test_layers_of_a_parent_are_mounted_not_sent(client: Client, tmp_path: Path) -> None:
+    """In the same repository they are there, in another of the registry they are linked, elsewhere they are copied."""
+    two_checkpoints(tmp_path)
+    first = client.push(tmp_path / "first.tar", "parent/first:1")
+    named = client.registry.reference("parent/first:1")
+    pages = first.layers[-1].descriptor
+    for name in ("parent/first:2", "parent/elsewhere:2"):
+        second = client.push(tmp_path / "second.tar", name, parent=named)
+        manifest = client.registry.manifest(name)
+        assert isinstance(manifest["layers"], list)
+        assert manifest["layers"][0]["digest"] == str(pages.digest)
+        assert second.sent < pages.size / 10 and second.present >= pages.size
+    whole = client.push(tmp_path / "second.tar", "parent/whole:2")
+    assert whole.sent > pages.size
+    other = f"oci:{tmp_path}/layout:1"
+    push_to_layout(tmp_path / "first.tar", tmp_path / "layout", "1")
+    copied = client.push(tmp_path / "second.tar", "parent/copied:2", parent=other)
+    assert copied.manifest.digest == second.manifest.digest
+    assert copied.sent > pages.size
 
 
 def test_base_layers_are_mounted_not_sent(client: Client, folder: Path) -> None:

@@ -1,8 +1,11 @@
 """`push --parent` with memory that is made up: what is shared, what never is, and that every page comes back."""
 
+import io
 import itertools
 import os
 import random
+import shutil
+import tarfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,8 +26,10 @@ from ckptfs.push import PushResult
 from ckptfs.settings import Limits, Settings
 from ckptfs.sources.layout import LayoutSource
 from ckptfs.telemetry import NetworkCounters
+from tests.support.blobs import blob_of
 from tests.support.criu_images import image, mm, pagemap, vma
 from tests.support.push import manifest_of, push_to_layout
+from tests.support.trees import layout_with
 
 _PAGE = 4096
 _BASE = 0x7F00_0000_0000
@@ -253,6 +258,38 @@ def test_increments_of_criu_stay_what_they_are(shelf: Shelf) -> None:
     (write(top / "2", pagemap_7=later(memory, 1)) / "parent").symlink_to("../pre")
     pushed = shelf.push(top, "2", "1")
     assert pushed.increment is not None and pushed.increment.reason == "the checkpoint is an increment already"
+
+
+@pytest.mark.parametrize("damage", ["pagemap", "pages", "cut", "endless"])
+def test_a_broken_increment_is_shown_as_it_is(damage: str, shelf: Shelf) -> None:
+    """criu says what is wrong with it; a view that made zeros of what is lacking would be worse."""
+    memory = process(1)
+    shelf.push(write(shelf.top / "1", pagemap_7=memory), "1")
+    shelf.push(write(shelf.top / "2", pagemap_7=later(memory, 1)), "2", "1")
+    raw = shelf.unpack("2", raw=True)
+    parent = raw / "parent"
+    if damage == "endless":
+        for _ in range(9):
+            parent = parent / "parent"
+            parent.mkdir()
+            shutil.copy(raw / "parent" / "pagemap-7.img", parent)
+    else:
+        gone = {"pagemap": parent / "pagemap-7.img", "pages": raw / "pages-1.img", "cut": parent / "pagemap-7.img"}[
+            damage
+        ]
+        if damage == "cut":
+            gone.write_bytes(gone.read_bytes()[:-5])
+        else:
+            gone.unlink()
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w") as archive:
+        archive.add(raw, "checkpoint")
+    layout = layout_with(shelf.top / "broken", [blob_of(tar.getvalue())], {PARENT_ANNOTATION: "sha256:" + "0" * 64})
+    target = shelf.top / "broken-view"
+    pull(LayoutSource(Reference.parse(f"oci:{layout}")), target, LayoutSource, NetworkCounters())
+    shown = target / "checkpoint"
+    assert (shown / "pagemap-7.img").read_bytes() == (raw / "pagemap-7.img").read_bytes()
+    assert (shown / "parent").is_dir()
 
 
 @given(st.lists(st.booleans(), max_size=60))
