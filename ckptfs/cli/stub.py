@@ -54,7 +54,7 @@ def stub(
     \b
     ckptfs stub localhost:5000/counter:1 --out counter.tar --mount /mnt/ckpt
     ckptfs mount localhost:5000/counter:1 /mnt/ckpt
-    criu lazy-pages -D /mnt/ckpt/checkpoint -W /var/lib/ckptfs/stub/work &
+    criu lazy-pages --daemon -D /mnt/ckpt/checkpoint -W /var/lib/ckptfs/stub/work
     podman container restore --import counter.tar
     """
     if out is None and image is None:

@@ -3,6 +3,7 @@ out of a mount; and what is said where it cannot be."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,9 +18,10 @@ from ckptfs.bench.link import ShapedLink
 from tests.support.command import ckptfs
 from tests.support.containerd import Containerd, require_containerd
 from tests.support.docker_registry import DockerRegistry
+from tests.support.pages import blocks
 from tests.support.podman import BASE, Podman
 from tests.support.restored import assert_nothing_left, restored, start
-from tests.support.tools import run, wait_for
+from tests.support.tools import ROOT, run, wait_for
 
 pytestmark = [pytest.mark.restore, pytest.mark.registry, pytest.mark.fuse]
 
@@ -120,6 +122,22 @@ def test_detached(pushed: Pushed, containerd: Containerd, tmp_path: Path) -> Non
     containerd("tasks", "kill", "--signal", "KILL", "alone")
     wait_for("the directory to go", lambda: not place.exists())
     assert_nothing_left(tmp_path)
+
+
+def test_as_the_page_says(pushed: Pushed, containerd: Containerd, tmp_path: Path) -> None:
+    """docs/restore.md: its block on containerd."""
+    (block,) = (text for text in blocks(ROOT / "docs" / "restore.md") if "--engine containerd" in text)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ckptfs").write_text(f'#!/bin/sh\nexec {sys.executable} -m ckptfs "$@"\n')
+    (tmp_path / "bin" / "ckptfs").chmod(0o755)
+    for theirs, ours in (("localhost:5000/counter:1", pushed.reference), ("localhost:5000/base:1", pushed.base)):
+        block = block.replace(theirs, ours)
+    environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environment["CKPTFS_CACHE_DIR"] = str(tmp_path / "cache")
+    said = containerd.isolation.run("sh", "-ec", block, env=environment).stdout
+    assert re.search(r"^again +\d+ +RUNNING", said, re.MULTILINE)
+    containerd("tasks", "kill", "--signal", "KILL", "again")
+    wait_for("the end", lambda: not containerd("containers", "list", "-q"))
 
 
 def test_what_cannot_be(pushed: Pushed, tmp_path: Path) -> None:

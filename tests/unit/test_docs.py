@@ -8,39 +8,46 @@ import click
 import pytest
 
 from ckptfs.cli import main
+from tests.support.pages import PAGES, blocks, commands, quoted
 
-ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-
-
-def commands(page: Path) -> list[str]:
-    found = []
-    for block in re.findall(r"^```[a-z]*\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
-        for line in block.splitlines():
-            parts = re.split(r"\s{2,}", line.strip().removeprefix("# ").removeprefix("$ "))  # a remark, or another
-            ours = (part for part in parts if part.startswith("ckptfs ") and "…" not in part)
-            found += [part.split(" | ")[0].split(" && ")[0].rstrip("&\\ ") for part in ours]
-    return found
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def command_of(words: list[str]) -> click.Command:
+    """The command that `words` begin with, which are taken away."""
+    command: click.Command | None = main
+    while isinstance(command, click.Group) and words:
+        command = command.get_command(click.Context(command), words.pop(0))
+    assert command is not None
+    return command
+
+
+@pages
 def test_commands_parse(page: Path) -> None:
-    for text in commands(page):
+    for text in (command for block in blocks(page) for command in commands(block)):
         words = ["localhost:5000/x:1" if w == "REF" else w for w in shlex.split(text, comments=True)[1:]]
-        command: click.Command | None = main
-        while isinstance(command, click.Group):
-            name = words.pop(0)
-            command = command.get_command(click.Context(command), name)
-            assert command is not None, text
+        command = command_of(words)
         if "--help" not in words:
             command.make_context(text, words)
 
 
+@pages
+def test_commands_in_sentences_exist(page: Path) -> None:
+    """What they name need not be there, but the command and its options must."""
+    for text in quoted(page):
+        words = shlex.split(text)[1:]
+        command = command_of(words)
+        options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        named = {word.partition("=")[0] for word in words[: words.index("--") if "--" in words else None]}
+        assert {word for word in named if word.startswith("-")} <= options | {"-h", "--help"}, text
+
+
 def test_there_are_commands_to_check() -> None:
-    assert sum(len(commands(page)) for page in PAGES) > 20
+    assert sum(len(commands(block)) for page in PAGES for block in blocks(page)) > 60
+    assert sum(len(quoted(page)) for page in PAGES) > 30
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pages
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name}: {target}"
