@@ -6,7 +6,7 @@ bytes that the file has there, or raise: a short read inside a file makes CRIU's
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import trio
@@ -15,7 +15,7 @@ from ckptfs.engine.disk import Buffer
 from ckptfs.engine.fetch import Fetcher
 from ckptfs.engine.schedule import Priority
 from ckptfs.errors import IntegrityError
-from ckptfs.model.toc import Chunk, Extent, Inode, overlapping
+from ckptfs.model.toc import UNKNOWN, Chunk, Extent, Inode, overlapping
 from ckptfs.settings import KiB, MiB
 
 _STRAIGHT = 512 * KiB  # reads of this size and more are of large files, front to back: the kernel keeps the pages
@@ -104,9 +104,15 @@ class Wait:
 class Reader:
     """Reads files of one mount through its fetcher."""
 
-    def __init__(self, fetcher: Fetcher, max_hung: int) -> None:
-        """`max_hung`: how many reads may wait for the network at once; further ones queue, metadata stays fast."""
+    def __init__(
+        self, fetcher: Fetcher, max_hung: int, learn: Callable[[Sequence[bytes]], Awaitable[None]] | None = None
+    ) -> None:
+        """`max_hung`: how many reads may wait for the network at once; further ones queue, metadata stays fast.
+
+        `learn`: finds out what chunks of the layer UNKNOWN, given by their keys, stand for.
+        """
         self.fetcher = fetcher
+        self._learn = learn
         self.counters = ReadCounters()
         self.waits: set[Wait] = set()
         # Told of every read: (handle, offset, size, None for a hit). A Wait is told of before it has ended.
@@ -165,6 +171,10 @@ class Reader:
         if size <= 0:
             return b""
         extents = list(self._extents(inode, offset, size))
+        unknown = [extent.chunk.key for extent in extents if extent.chunk.layer == UNKNOWN]
+        if unknown and self._learn is not None:
+            await self._learn(unknown)
+            extents = list(self._extents(inode, offset, size))
         began = time.monotonic()
         self.counters.waiting += 1
         try:
@@ -230,7 +240,8 @@ class Reader:
             return
         if target > start:
             handle.ahead = target
-            self.fetcher.want(chunks_of(handle.inode, start, target - start), Priority.PREFETCH)
+            chunks = chunks_of(handle.inode, start, target - start)
+            self.fetcher.want((chunk for chunk in chunks if chunk.layer != UNKNOWN), Priority.PREFETCH)
 
 
 def chunks_of(inode: Inode, offset: int = 0, size: int | None = None) -> Iterator[Chunk]:

@@ -14,7 +14,7 @@ from ckptfs.errors import CkptfsError, UnavailableError
 from ckptfs.image import profiles
 from ckptfs.image.opened import OpenImage
 from ckptfs.model.profile import Profile
-from ckptfs.model.toc import Chunk, Inode
+from ckptfs.model.toc import UNKNOWN, Chunk, Inode
 from ckptfs.prefetch.background import Background, Metadata
 from ckptfs.prefetch.profile import Recorded
 from ckptfs.prefetch.restore_order import RestoreOrder
@@ -62,8 +62,11 @@ async def _eager_pages(image: OpenImage) -> None:
         for chunk in Metadata().plan(image.tree):
             await image.fetcher.get(chunk, Priority.PREFETCH)
         image.metadata_at = time.monotonic()
-        await image.tables.load_all()
-        image.fetcher.want(_order(image, eager_only=True).plan(image.tree), Priority.PREFETCH)
+        await image.tables.open_all()
+        chunks = list(_order(image, eager_only=True).plan(image.tree))
+        if await image.tables.parts.learn_for(chunks):
+            chunks = list(_order(image, eager_only=True).plan(image.tree))
+        image.fetcher.want((chunk for chunk in chunks if chunk.layer != UNKNOWN), Priority.PREFETCH)
 
 
 async def _recorded(image: OpenImage) -> None:

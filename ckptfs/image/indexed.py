@@ -1,8 +1,8 @@
 """An image that brings its index along: opened from the manifest alone, without asking any layer.
 
 The index is covered by the manifest's digest, so its contents need no further check. The chunk tables of very large
-files stay in their layers and are loaded when such a file is first opened, and then it is seen what an earlier image
-shares with it.
+files stay in their layers: they are read in parts where bytes are asked for (parts.py), or loaded when such a file is
+first opened, and then it is seen what an earlier image shares with it.
 """
 
 import base64
@@ -14,6 +14,7 @@ import trio
 
 from ckptfs.errors import FormatError
 from ckptfs.image.earlier import Documents, EarlierImages, table_bytes
+from ckptfs.image.parts import TableParts
 from ckptfs.model.blob import Blob
 from ckptfs.model.index import ANNOTATION_INDEX, ImageIndex, IndexedFile, decode_index, load_table, read_cells
 from ckptfs.model.oci import Manifest
@@ -49,6 +50,7 @@ class ChunkTables:
         self._derived: dict[Inode, tuple[Sequence[Inode], Callable[[], Sequence[Extent]]]] = {}
         self._made: list[tuple[Inode, Sequence[Inode], Callable[[], Sequence[Extent]]]] = []
         self._locks: dict[Inode, trio.Lock] = {}  # one each: tables of several files are fetched at the same time
+        self.parts = TableParts(documents, limits)
         self.earlier: EarlierImages | None = None
         self.with_cells: list[tuple[IndexedFile, Blob, int]] = []
 
@@ -58,6 +60,8 @@ class ChunkTables:
         shared = self.earlier is not None and self.earlier.share(file)
         if (file.table is not None or shared) and file.entry.inode is not None:
             self._pending[file.entry.inode] = (file, blob, layer)
+            if not shared:
+                self.parts.add(file, blob, layer)
 
     def derive(
         self, inode: Inode, sources: Sequence[Inode], extents: Callable[[], Sequence[Extent]], *, quick: bool
@@ -99,6 +103,16 @@ class ChunkTables:
                     await self.load(source)
                 inode.extents = await trio.to_thread.run_sync(extents)
                 del self._derived[inode], self._locks[inode]
+
+    async def open(self, inode: Inode) -> None:
+        """Make reads of the file possible: like `load` where the table has no parts."""
+        if not self.parts.readable(inode):
+            await self.load(inode)
+
+    async def open_all(self) -> None:
+        """So for all files."""
+        for inode in [*self._pending, *self._derived]:
+            await self.open(inode)
 
     async def load_all(self) -> None:
         for inode in [*self._pending, *self._derived]:

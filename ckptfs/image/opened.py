@@ -87,8 +87,8 @@ class OpenImage:
         self.nursery = nursery
         self.cells = SharedCells(cache)
         self.fetcher = Fetcher(self.cells, options.memory or MemoryCache(sizes.memory_cache), options.settings)
-        self.reader = Reader(self.fetcher, _MAX_WAITING)
         self.tables = ChunkTables(cache, options.settings.limits)
+        self.reader = Reader(self.fetcher, _MAX_WAITING, self.tables.parts.learn)
         self.memory = LayerMemory(cache, options.settings, learning=options.remember)
         self._earlier: list[Tree] = []
         self.tree = self._new_tree()
@@ -357,12 +357,12 @@ class OpenImage:
 
     async def open(self, inode: Inode, path: bytes = b"") -> Handle:
         """A handle to read the file with; waits where the file's chunks have to be learnt first."""
-        await self.tables.load(inode)
+        await self.tables.open(inode)
         return Handle(inode, path)
 
     async def read(self, inode: Inode, offset: int, size: int) -> bytes:
         """File bytes; short only at the end of the file."""
-        await self.tables.load(inode)
+        await self.tables.open(inode)
         data = self.reader.cached(inode, offset, size)
         return bytes(data if data is not None else await self.reader.read(inode, offset, size))
 

@@ -32,8 +32,8 @@ from ckptfs.layers.zstd_chunked_documents import (
     is_utf8,
     skippable,
 )
-from ckptfs.model.index import Table, encode_table
 from ckptfs.model.index_columns import Row
+from ckptfs.model.index_table import Table, encode_parts, encode_table
 from ckptfs.model.oci import Descriptor, Digest
 from ckptfs.model.packed import PackedExtents
 from ckptfs.model.toc import Inode
@@ -254,7 +254,9 @@ class _Writer:
         self._segment(self._pending + END)
         for file in self._files:
             if len(file.chunks) > TABLE_ROWS:
-                file.chunk_table = self._table(file.chunks, file.offset)
+                data, parts = encode_parts(file.chunks.rows(file.offset))
+                file.chunk_table = Table(self._position + 8, len(data), Digest.of(data), len(file.chunks), parts)
+                self._out(skippable(data))
             if len(file.cells) > len(file.chunks):
                 file.cell_table = self._table(file.cells, file.offset)
         frames, notes = closing_frames(self._position, self._toc, self._split, name_split=self._clean)

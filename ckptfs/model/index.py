@@ -3,8 +3,9 @@
     zstd( magic | u32 length of the JSON | JSON | columns of chunks | contents of small files )
 
 The JSON lists the files of every layer. A file whose content is in the document needs no digests. The columns of a very
-large file can be left to its layer, in a skippable frame that the document names by place and digest (`Table`); so are
-always those of cells, the smaller pieces that two dumps of a process share: only who has an earlier dump needs them.
+large file can be left to its layer, in a skippable frame that the document names by place and digest (`Table`), and of
+which parts can be read by themselves; so are always those of cells, the smaller pieces that two dumps of a process
+share: only who has an earlier dump needs them.
 
 Bytes in, values out; written by push/, read by image/. The document comes from whoever pushed the image: everything in
 it is bounded and checked here, once.
@@ -20,8 +21,11 @@ from typing import Any
 
 import zstandard
 
-from ckptfs.errors import FormatError, IntegrityError, LimitExceeded
-from ckptfs.model.index_columns import ROW_BYTES, ColumnReader, ColumnWriter, Row
+from ckptfs.errors import FormatError, LimitExceeded
+from ckptfs.model.index_columns import ColumnReader, ColumnWriter, Row
+from ckptfs.model.index_table import Table as Table
+from ckptfs.model.index_table import decompress
+from ckptfs.model.index_table import encode_table as encode_table
 from ckptfs.model.oci import Digest, parse_json
 from ckptfs.model.toc import Entry, Extent, Inode
 from ckptfs.settings import Limits, MiB
@@ -30,19 +34,10 @@ ANNOTATION_INDEX = "dev.ckptfs.index"
 INLINE_BYTES = 1 * MiB  # of base64 in an annotation: registries take manifests of 4 MiB
 
 _MAGIC = b"CKPTIDX1"
+_MAGIC_PARTS = b"CKPTIDX2"  # tables have parts: readers of version 1 would take the first for all of it
 _LEVEL = 9
 _TYPES = frozenset((stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO))
 _HEAD = len(_MAGIC) + 4
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """The columns of one file, outside the document: bytes [offset, offset + size) of its layer's blob."""
-
-    offset: int
-    size: int
-    digest: Digest
-    rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,25 +86,22 @@ def encode_index(layers: Iterable[IndexedLayer]) -> bytes:
     columns = ColumnWriter()
     contents: list[bytes] = []
     described = []
+    parts = False
     for layer in layers:
         files = []
         for file in layer.files:
             files.append(_describe(file))
+            parts = parts or (file.table is not None and bool(file.table.parts))
             if file.table is None:
                 columns.add(file.rows, digests=file.content is None)
             if file.content is not None:
                 contents.append(file.content)
         described.append({"digest": str(layer.digest), "size": layer.size, "files": files})
     text = json.dumps({"layers": described}, separators=(",", ":")).encode()
-    body = b"".join((_MAGIC, struct.pack("<I", len(text)), text, columns.encode(), *contents))
+    body = b"".join(
+        (_MAGIC_PARTS if parts else _MAGIC, struct.pack("<I", len(text)), text, columns.encode(), *contents)
+    )
     return zstandard.ZstdCompressor(level=_LEVEL).compress(body)
-
-
-def encode_table(rows: Iterable[Row]) -> bytes:
-    """The columns of one file, compressed: what a `Table` points to."""
-    columns = ColumnWriter()
-    columns.add(rows)
-    return zstandard.ZstdCompressor(level=_LEVEL).compress(columns.encode())
 
 
 def decode_index(
@@ -121,8 +113,8 @@ def decode_index(
     with_rows: keep the rows as they were written, to write the layers into another image's index.
     """
     limits = limits or Limits()
-    body = _decompress(data, limits.toc_bytes)
-    if body[: len(_MAGIC)] != _MAGIC or len(body) < _HEAD:
+    body = decompress(data, limits.toc_bytes)
+    if body[: len(_MAGIC)] not in (_MAGIC, _MAGIC_PARTS) or len(body) < _HEAD:
         raise FormatError("the index is of no known version", hint="install a newer ckptfs")
     (length,) = struct.unpack_from("<I", body, len(_MAGIC))
     document = parse_json(body[_HEAD : _HEAD + length], "index")
@@ -149,13 +141,8 @@ def read_cells(
 def _table_extents(
     file: IndexedFile, table: Table, data: bytes, layer: int, layer_size: int, limits: Limits | None
 ) -> Sequence[Extent]:
-    limits = limits or Limits()
-    table.digest.check(data, "a table of chunks")
-    columns = ColumnReader(_decompress(data, table.rows * ROW_BYTES), 0, table.rows, limits)
     size = file.entry.inode.size if file.entry.inode is not None else 0
-    extents = columns.extents(table.rows, size, layer, file.offset, layer_size)
-    columns.finished()
-    return extents
+    return table.extents(data, size, layer, file.offset, layer_size, limits or Limits())
 
 
 def _describe(file: IndexedFile) -> dict[str, Any]:
@@ -174,20 +161,18 @@ def _describe(file: IndexedFile) -> dict[str, Any]:
     if inode.size and inode.is_file:
         out |= {"size": inode.size, "offset": file.offset}
         if file.table is not None:
-            out["table"] = _place(file.table)
+            out["table"] = file.table.to_json()
+            if file.table.parts:
+                out["parts"] = file.table.parts_to_json()
         else:
             out["rows"] = len(file.rows)
         if file.cells is not None:
-            out["cells"] = _place(file.cells)
+            out["cells"] = file.cells.to_json()
         if file.content is not None:
             out["content"] = True
     if file.eager is not None:
         out["eager"] = [number for pair in file.eager for number in pair]
     return out
-
-
-def _place(table: Table) -> list[Any]:
-    return [table.offset, table.size, str(table.digest), table.rows]
 
 
 class _Reader:
@@ -256,9 +241,9 @@ class _Reader:
         rows = _integer(value, "rows", 0, limits.toc_entries)
         kept = self._columns.coming(rows, offset) if self._with_rows else ()
         content, table = None, None
-        cells = _table(value["cells"], end, limits) if "cells" in value else None
+        cells = Table.from_json(value["cells"], None, end, inode.size, limits) if "cells" in value else None
         if "table" in value:
-            table = _table(value["table"], end, limits)
+            table = Table.from_json(value["table"], value.get("parts"), end, inode.size, limits)
         elif value.get("content") is True:
             content = self._body[self._position : self._position + inode.size]
             self._position += inode.size
@@ -288,22 +273,6 @@ def _integer(value: dict[str, Any], key: str, low: int, high: int) -> int:
     if type(number) is not int or not low <= number <= high:
         raise FormatError(f"the index has {str(number)[:40]} for a {key}")
     return number
-
-
-def _table(value: object, end: int, limits: Limits) -> Table:
-    if not isinstance(value, list) or len(value) != 4 or not isinstance(value[2], str):
-        raise FormatError("the index has a table of chunks without place or digest")
-    offset, size, digest, rows = value
-    numbers = {"offset": offset, "size": size, "rows": rows}
-    table = Table(
-        _integer(numbers, "offset", 0, end),
-        _integer(numbers, "size", 0, limits.toc_compressed_bytes),
-        Digest.parse(digest),
-        _integer(numbers, "rows", 0, limits.toc_entries),
-    )
-    if table.offset + table.size > end:
-        raise FormatError("the index has a table of chunks outside its layer")
-    return table
 
 
 def _eager(value: object, size: int) -> list[tuple[int, int]] | None:
@@ -361,21 +330,6 @@ def _xattrs(value: object, limits: Limits) -> dict[bytes, bytes]:
             raise LimitExceeded("the index has extended attributes that no file system could hold")
         out[name] = data
     return out
-
-
-def _decompress(data: bytes, limit: int) -> bytes:
-    try:
-        size = zstandard.frame_content_size(data)
-        if size < 0:
-            raise FormatError("the index does not say how large it is")
-        if size > limit:
-            raise LimitExceeded(f"the index has {size} bytes, more than {limit}")
-        body = zstandard.ZstdDecompressor().decompress(data, max_output_size=limit)
-    except zstandard.ZstdError as error:
-        raise FormatError(f"the index is not zstd ({error})") from None
-    if len(body) != size:
-        raise IntegrityError("the index is cut short")
-    return body
 
 
 def _text(name: bytes) -> str:

@@ -53,7 +53,7 @@ class ColumnReader:
         self._sizes = _array(data, position + 4 * rows, rows)
         self.position = position + 8 * rows  # of the next digest
 
-    def extents(self, rows: int, size: int, layer: int, offset: int, end: int) -> Sequence[Extent]:
+    def extents(self, rows: int, size: int, layer: int, offset: int, end: int) -> PackedExtents:
         """The next `rows` rows as the extents of a file of `size` bytes, whose frames lie in [offset, end)."""
         lengths, sizes, zeros = self._take(rows, size, offset, end)
         if not zeros:

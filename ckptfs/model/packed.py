@@ -49,6 +49,14 @@ class PackedExtents(MadeExtents):
         self._sizes.append(size)
         self._digests += digest
 
+    def extend(self, other: "PackedExtents", start: int) -> None:
+        """The rows of another file's beginning, as they are where the file goes on at `start`."""
+        self._starts.extend(row + start for row in other._starts)
+        self._lengths += other._lengths
+        self._offsets += other._offsets
+        self._sizes += other._sizes
+        self._digests += other._digests
+
     def __len__(self) -> int:
         return len(self._starts)
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, overload
 
+UNKNOWN = -2  # the layer of chunks that stand for what has not been learnt yet (index_table.py): it has none such
 _NO_XATTRS: Mapping[bytes, bytes] = {}
 
 
