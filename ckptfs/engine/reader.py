@@ -122,6 +122,7 @@ class Reader:
         self._apart: dict[bytes, Sequence[Extent]] = {}
         self._answered = trio.Event()
         self._slots = trio.CapacityLimiter(max_hung)
+        self._unlimited = trio.CapacityLimiter(1 << 30)  # for reads that those wait for who hold the slots
 
     def take_apart(self, chunks: Mapping[bytes, Sequence[Extent]]) -> None:
         """By key, chunks and their cells: page faults in a chunk that is not here fetch the cell, from now on."""
@@ -165,8 +166,8 @@ class Reader:
                 return None
         return out
 
-    async def read(self, inode: Inode, offset: int, size: int) -> Buffer:
-        """The bytes, fetched where this node does not have them."""
+    async def read(self, inode: Inode, offset: int, size: int, *, inside: bool = False) -> Buffer:
+        """The bytes, fetched where this node does not have them. `inside`: for a layer that lies in this file."""
         size = min(size, inode.size - offset)
         if size <= 0:
             return b""
@@ -178,7 +179,7 @@ class Reader:
         began = time.monotonic()
         self.counters.waiting += 1
         try:
-            async with self._slots:
+            async with self._unlimited if inside else self._slots:
                 have = await self.fetcher.get_all(extent.chunk for extent in extents)
         finally:
             self.counters.waiting -= 1

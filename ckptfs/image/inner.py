@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import trio
 
@@ -42,7 +43,8 @@ class InodeBlob:
     def read_at(self, offset: int, length: int, *, attempt: int = 0) -> bytes:
         if offset + length > self._inode.size:
             raise FormatError(f"a range ends {offset + length - self._inode.size} bytes past the end of a file")
-        return bytes(trio.from_thread.run(self._reader.read, self._inode, offset, length))
+        read = partial(self._reader.read, inside=True)
+        return bytes(trio.from_thread.run(read, self._inode, offset, length))
 
     def stream(self, offset: int, length: int, *, attempt: int = 0) -> Iterator[bytes]:
         for at in range(offset, offset + length, MiB):

@@ -49,3 +49,33 @@ def test_many_reads_inside_of_a_file_do_not_keep_its_own_bytes_away() -> None:
         cache.close()
 
     trio.run(main)
+
+
+def test_readers_of_a_layer_inside_do_not_keep_its_own_reads_away() -> None:
+    """As many readers as may wait at all, each for a chunk that is behind a read of the file around it."""
+    settings = replace(Settings(), sizes=Sizes(grid=UNIT), timeouts=Timeouts(read_deadline=3.0))
+
+    async def main() -> None:
+        cache = ChunkCache.ephemeral(size=0)
+        fetcher = Fetcher(cache, MemoryCache(0), settings)
+        reader = Reader(fetcher, 4)
+        outer = blob_of(DATA)
+        fetcher.add_layer(outer, TarFormat().open(outer, 0))
+        extents = Grid("outer", 0, UNIT, len(DATA)).extents(((0, len(DATA), 0),))
+        inner = InodeBlob(reader, Inode(0o100644, size=len(DATA), extents=extents), outer.descriptor.media_type)
+        fetcher.add_layer(inner, TarFormat().open(inner, 1), inside=True)
+        file = Inode(0o100644, size=len(DATA), extents=Grid("inner", 1, UNIT, len(DATA)).extents(((0, len(DATA), 0),)))
+
+        async def read(number: int) -> None:
+            assert bytes(await reader.read(file, 9 * number * UNIT, 100)) == DATA[9 * number * UNIT :][:100]
+
+        with trio.fail_after(20):
+            async with trio.open_nursery() as outermost:
+                outermost.start_soon(fetcher.run)
+                async with trio.open_nursery() as nursery:
+                    for number in range(12):
+                        nursery.start_soon(read, number)
+                outermost.cancel_scope.cancel()
+        cache.close()
+
+    trio.run(main)
