@@ -12,6 +12,8 @@ import json
 import os
 import re
 import stat
+from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, NoReturn
@@ -64,8 +66,9 @@ class _Parser:
         self._rows: list[_Row] = []
         self._position = 0
         self._last = 0  # endOffset
-        # Files whose chunks end where the next one begins, wherever that is
+        # Files whose chunks end where the next one begins, wherever that is: the rows of the small ones in columns
         self._open: list[tuple[Inode, list[_Row]]] = []
+        self._open_small = array("I")
 
     def parse(self, text: str) -> list[Entry]:
         count = 0
@@ -167,15 +170,31 @@ class _Parser:
             raise FormatError(f"the chunks of {self._name!r:.80} are {self._position} bytes, the file {inode.size}")
         rows = self._rows
         if not self._last:
-            self._open.append((inode, rows))
+            if len(rows) == 1 and not rows[0][1]:
+                offset, _, _, length, digest = rows[0]
+                self._open_small.append(len(self._small))
+                inode.extents = OnlyExtent(self._small, length, offset, 0, digest)
+            else:
+                self._open.append((inode, rows))
         else:
             self._place(inode, rows, [*[row[0] for row in rows[1:]], self._last])
 
     def _finish_open(self) -> None:
-        offsets = sorted({row[0] for _, rows in self._open for row in rows})
-        following = dict(zip(offsets, [*offsets[1:], self._end], strict=True)) if offsets else {}
+        small = self._small
+        offsets = array(
+            "Q", sorted({row[0] for _, rows in self._open for row in rows} | {*map(small.offset, self._open_small)})
+        )
+
+        def following(offset: int) -> int:
+            at = bisect_right(offsets, offset)
+            return offsets[at] if at < len(offsets) else self._end
+
+        for at in self._open_small:
+            row = small.at(at)
+            offset = row.chunk.offset
+            small.resize(at, _size((offset, 0, 0, row.length, b""), following(offset)))
         for inode, rows in self._open:
-            self._place(inode, rows, [following[row[0]] for row in rows])
+            self._place(inode, rows, [following(row[0]) for row in rows])
 
     def _place(self, inode: Inode, rows: list[_Row], ends: list[int]) -> None:
         """Extents from rows and from where their encoded bytes end."""

@@ -16,7 +16,7 @@ _DIGEST = 32
 
 
 class PackedExtents(MadeExtents):
-    """Extents that are whole chunks with digests, in file order. Rows are appended, never changed."""
+    """Extents that are whole chunks with digests, in file order. Rows are appended, only sizes can be told later."""
 
     __slots__ = ("_digests", "_lengths", "_offsets", "_sizes", "_starts", "layer")
 
@@ -48,6 +48,14 @@ class PackedExtents(MadeExtents):
         self._offsets.append(offset)
         self._sizes.append(size)
         self._digests += digest
+
+    def offset(self, index: int) -> int:
+        """Of the frame of a row, in the blob."""
+        return self._offsets[index]
+
+    def resize(self, index: int, size: int) -> None:
+        """Set the size of the frame of a row, for which it has not been known."""
+        self._sizes[index] = size
 
     def extend(self, other: "PackedExtents", start: int) -> None:
         """The rows of another file's beginning, as they are where the file goes on at `start`."""
