@@ -125,12 +125,26 @@ def test_with_the_root_file_system(shell: Shell) -> None:
     assert (merged / "data" / "new.txt").exists()
 
 
+def test_the_next_checkpoint(shell: Shell) -> None:
+    shutil.copy(shell.folder / "counter.tar", shell.folder / "counter-2.tar")
+    shell("ckptfs push counter.tar localhost:5000/counter:1")
+    said = shell(blocks("--parent"))
+    first = said.splitlines()[0].partition("@")[2]
+    facts = shell.registry.manifest("counter:2")
+    assert isinstance(facts["annotations"], dict) and facts["annotations"]["dev.ckptfs.parent"]
+    assert (
+        first
+        == shell("ckptfs push counter-2.tar localhost:5000/counter:2 --parent localhost:5000/counter:1").strip()[-71:]
+    )
+    assert "dev.ckptfs.parent" not in str(shell.registry.manifest("counter:2-whole")["annotations"])
+
+
 def test_in_scripts_and_back(shell: Shell) -> None:
     first, *others = blocks("ref=$(").strip().splitlines()
     assert "@sha256:" in shell(f'{first}\necho "$ref"')
     facts = json.loads(shell(others[0]))
-    assert set(facts) == {"reference", *["digest", "size", "layers", "sent", "present", "rootfs"]}
-    assert set(facts["layers"][0]) == {"digest", "size", "role", "files"}
+    assert set(facts) == {"reference", *["digest", "size", "layers", "parent", "sent", "present", "rootfs"]}
+    assert set(facts["layers"][0]) == {"digest", "size", "role", "files", "reused"}
     shell("\n".join(others))
     shell(blocks("ckptfs pull"))
     assert (shell.folder / "counter-files" / "rootfs-diff" / "data" / "new.txt").exists()
