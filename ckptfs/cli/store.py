@@ -1,7 +1,6 @@
 """ckptfs store."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -30,9 +29,9 @@ from ckptfs.settings import default_cache_dir
 @click.option("--ready-fd", type=click.IntRange(0), help="Write a line to this descriptor once the store works.")
 @click.option("--read-deadline", default="60", show_default=True, help="Seconds until a read gets EIO, or `hard`.")
 @click.option(
-    "--allow-other/--no-allow-other",
-    default=os.geteuid() == 0,
-    help="Let other users in; modes and owners are those of the images. [default: on for root]",
+    "--allow-other",
+    is_flag=True,
+    help="Let other users look up images, with your credentials for registries. No engine that you run needs it.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the store's status as JSON.")
 @registry_options

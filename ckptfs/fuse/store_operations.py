@@ -155,8 +155,7 @@ class StoreOperations(Answering):
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         operations, stored = self._owner(inode), self._stored(inode)
         found = stored.image.tree.inodes.get(inode - self._number(stored, 0))
-        if found is not None and found.is_file:
-            stored.directories.open_blob(found)
+        if found is not None and found.is_file and stored.directories.prepare(found):
             self._store.read(stored)
         return await operations.open(inode, flags, ctx)
 

@@ -50,6 +50,7 @@ class LayerDirectories:
         self._by_toc = by_toc
         self._layers: dict[bytes, tuple[int, Blob, Digest]] = {}  # directory -> rank, layer, DiffID
         self._unopened: dict[Inode, Blob] = {}
+        self._ours: set[Inode] = set()  # info and blob
         self._infos = 0  # added to a layer's rank: the rank of its info
 
     async def show(self) -> None:
@@ -70,7 +71,8 @@ class LayerDirectories:
         for directory, (rank, blob, _) in self._layers.items():
             raw = Inode(stat.S_IFREG | 0o444, size=blob.size)
             self._unopened[raw] = blob
-            tree.add([Entry(_in(directory, BLOB), raw)], rank)
+            self._ours.add(raw)
+            tree.add([Entry(_in(directory, BLOB), raw)], self._infos + rank)
             tree.begin(self._infos + rank, _in(directory, INFO))
             image.dormant[_in(directory, INFO)] = partial(image.nursery.start_soon, self._tell, directory)
 
@@ -88,11 +90,15 @@ class LayerDirectories:
         """
         await self._described(directory)
 
-    def open_blob(self, inode: Inode) -> None:
-        """Give `blob` its bytes if this is one: only then, or the background would fetch every layer twice."""
+    def prepare(self, inode: Inode) -> bool:
+        """Before a file is opened; whether it is content of a layer.
+
+        `blob` gets its bytes only here, or the background would fetch every layer twice.
+        """
         blob = self._unopened.pop(inode, None)
         if blob is not None:
             inode.extents = self._image.raw_file(blob).extents
+        return inode not in self._ours
 
     async def _described(self, directory: bytes) -> Node:
         image, node = self._image, self._image.tree.find(_in(directory, DIFF))
@@ -112,6 +118,7 @@ class LayerDirectories:
             size = await self._decoded_size(await self._described(directory), blob)
             text = json.dumps(self._record(blob.descriptor, directory.decode(), diff_id, size)).encode() + b"\n"
             inode = image.fetcher.keep_file(text, Inode(stat.S_IFREG | 0o444, size=len(text)))
+            self._ours.add(inode)
             image.tree.add([Entry(path, inode)], self._infos + rank)
         except CkptfsError as error:
             failure = error

@@ -261,12 +261,14 @@ class LayerStore:
 def reference_of(name: bytes) -> Reference | None:
     """The reference that a directory of the store stands for; None where it can be none.
 
-    (No reference has a "/" in its base64: that takes a "?", a DEL or bytes that are not ASCII.)
+    Only of registries: whoever can look up names must not make us open files of this machine. (No reference has a "/"
+    in its base64: that takes a "?", a DEL or bytes that are not ASCII.)
     """
     try:
-        return Reference.parse(base64.b64decode(name, validate=True).decode("ascii"))
+        reference = Reference.parse(base64.b64decode(name, validate=True).decode("ascii"))
     except (binascii.Error, UnicodeDecodeError, UsageError):
         return None
+    return reference if reference.kind == "registry" else None
 
 
 def name_of(reference: Reference) -> bytes:

@@ -321,10 +321,17 @@ class Tree:
     def delete(self, path: bytes, rank: int) -> None:
         """Show overlayfs's mark of a deleted file at `path`; a directory that was made again becomes opaque."""
         node = self.find(path)
-        if node is None:
+        if node is None and not self._marked_above(path, rank):
             self._place(path, Inode(stat.S_IFCHR), rank)
-        elif node.inode is not None and node.inode.is_dir:
+        elif node is not None and node.inode is not None and node.inode.is_dir:
             self._opaque.setdefault(rank, []).append(path)
+
+    def _marked_above(self, path: bytes, rank: int) -> bool:
+        """Whether `rank` marks a directory above `path` as deleted: what was in it needs no mark of its own."""
+        while (node := self.find(path := path.rpartition(b"/")[0])) is None and path:
+            pass
+        inode = node.inode if node is not None and node.rank == rank else None
+        return inode is not None and stat.S_ISCHR(inode.mode) and not inode.rdev
 
     def _hide_below(self, node: Node, rank: int, *, own: bool = False) -> None:
         """Forget under `node` all that is of ranks below `rank` (and of `rank` too with `own`)."""
