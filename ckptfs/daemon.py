@@ -25,7 +25,6 @@ from ckptfs.fuse.operations import Operations
 from ckptfs.hardening import release_memory, settle_garbage_collector
 from ckptfs.image import ImageOptions, OpenImage, open_image
 from ckptfs.image.residency import Residency, ResidencyMeter
-from ckptfs.model.names import InodeNames
 from ckptfs.model.oci import Reference
 from ckptfs.mounting import MountRequest
 from ckptfs.redaction import redact
@@ -89,7 +88,7 @@ async def _serve(
         await image.ready()
         operations = Operations(image)
         session = MountSession(operations, mountpoint, request.settings)
-        meter, names = ResidencyMeter(image), InodeNames(image.tree)
+        meter, names = ResidencyMeter(image), operations.names
         facts: dict[str, Any] = {"metrics": None}
 
         def status(question: dict[str, Any]) -> dict[str, Any]:

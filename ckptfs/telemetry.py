@@ -22,6 +22,7 @@ class NetworkCounters:
     errors: int = 0
     in_flight: int = 0
     spans: list[tuple[float, float]] = field(default_factory=list)
+    _trouble: tuple[float, str] = (float("-inf"), "")
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _aside: threading.local = field(default_factory=threading.local, repr=False)
 
@@ -52,9 +53,16 @@ class NetworkCounters:
         with self._lock:
             self.bytes += count
 
-    def retried(self) -> None:
+    def retried(self, why: str) -> None:
+        """A try failed, and there will be another; `why` for people, without secrets."""
         with self._lock:
             self.retries += 1
+            self._trouble = (time.monotonic(), why)
+
+    def trouble(self, seconds: float) -> str:
+        """Why the last try failed, if that was in the last `seconds`; "" otherwise."""
+        when, why = self._trouble
+        return why if time.monotonic() - when < seconds else ""
 
     def failed(self) -> None:
         with self._lock:

@@ -20,4 +20,6 @@ def completion(shell: str) -> None:
     found = get_completion_class(shell)
     assert found is not None
     completer = found(main, {}, PROGRAM, f"_{PROGRAM.upper()}_COMPLETE")
-    click.echo(ShellComplete.source(completer))  # bash's own source() asks for a bash on this machine
+    script = ShellComplete.source(completer)  # bash's own source() asks for a bash on this machine
+    # zsh runs the whole file as the function _ckptfs: at the second Tab click takes that for being sourced.
+    click.echo(script.replace("$zsh_eval_context[-1] == loadautofunc", f"$funcstack[1] == _{PROGRAM}"))

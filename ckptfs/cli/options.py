@@ -19,6 +19,8 @@ from ckptfs.redaction import log_to_stderr
 from ckptfs.settings import Settings, default_cache_dir
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from ckptfs.engine.cache import ChunkCache
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -62,6 +64,16 @@ class RegistryReference(click.ParamType["Reference | str"]):
         reference = Reference.parse(str(value))
         # The daemon of a mount works in /.
         return replace(reference, path=os.path.abspath(reference.path)) if reference.path else reference
+
+
+def complete_mounts(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+    """For a shell: the directories where something is mounted, or any other where nothing of the kind is typed."""
+    from click.shell_completion import CompletionItem
+
+    from ckptfs.control.client import known_mounts
+
+    found = [state["mountpoint"] for _, state in known_mounts() if state["mountpoint"].startswith(incomplete)]
+    return [CompletionItem(path) for path in found] or [CompletionItem(incomplete, type="dir")]
 
 
 def reference_argument(function: F) -> F:

@@ -6,13 +6,13 @@ from typing import Any
 
 import click
 
-from ckptfs.cli.options import configure_logging, verbosity_options
+from ckptfs.cli.options import complete_mounts, configure_logging, verbosity_options
 from ckptfs.errors import UsageError
 from ckptfs.redaction import redact
 
 
 @click.command()
-@click.argument("directory", metavar="[DIR]", required=False, type=click.Path())
+@click.argument("directory", metavar="[DIR]", required=False, type=click.Path(), shell_complete=complete_mounts)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object for DIR, a list without; a line with --watch.")
 @click.option("--prometheus", is_flag=True, help="Prometheus' text format, for a textfile collector.")
 @click.option("--watch", is_flag=True, help="Show it alive until q, Ctrl-C, or DIR is unmounted.")

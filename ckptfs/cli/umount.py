@@ -2,11 +2,13 @@
 
 import click
 
-from ckptfs.cli.options import configure_logging, verbosity_options
+from ckptfs.cli.options import complete_mounts, configure_logging, verbosity_options
 
 
 @click.command()
-@click.argument("directories", metavar="DIR...", nargs=-1, required=True, type=click.Path())
+@click.argument(
+    "directories", metavar="DIR...", nargs=-1, required=True, type=click.Path(), shell_complete=complete_mounts
+)
 @click.option("--force", is_flag=True, help="A layer store too that containers stand on; they get I/O errors.")
 @verbosity_options
 def umount(directories: tuple[str, ...], force: bool, verbose: int, quiet: bool) -> None:

@@ -24,6 +24,7 @@ from ckptfs.layers import Layer
 from ckptfs.model.blob import Blob
 from ckptfs.model.toc import Chunk, Extent, Inode
 from ckptfs.settings import Settings
+from ckptfs.telemetry import NetworkCounters
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,11 @@ class Sequence(Protocol):
 class Fetcher:
     """Gets chunks of any layer of one mount."""
 
-    def __init__(self, cache: ChunkStore, memory: MemoryCache, settings: Settings) -> None:
+    def __init__(
+        self, cache: ChunkStore, memory: MemoryCache, settings: Settings, counters: NetworkCounters | None = None
+    ) -> None:
+        """`counters`: those of the blobs, which know why a read has waited in vain."""
+        self._counters = counters or NetworkCounters()
         self.cache = cache
         self.memory = memory
         self.settings = settings
@@ -151,7 +156,9 @@ class Fetcher:
             raise demand.error
         if lacking:
             deadline = self.settings.timeouts.read_deadline
-            raise UnavailableError(f"no answer within {deadline:g} s for {self._where(missing[lacking[0]])}")
+            why = self._counters.trouble(deadline)
+            place = self._where(missing[lacking[0]])
+            raise UnavailableError(f"no answer within {deadline:g} s for {place}" + (f": {why}" if why else ""))
         return found | demand.found
 
     def want(self, chunks: Iterable[Chunk], priority: Priority) -> None:
@@ -264,6 +271,9 @@ class Fetcher:
         if job.priority != Priority.DEMAND:
             self.prefetched_bytes += job.size
             self._unused.update((chunk.key, chunk.size) for chunk in job.chunks)
+        for failure in {id(failure): failure for failure in failures.values()}.values():
+            layer = self._layers[job.layer][0].descriptor.digest
+            log.info("%s of bytes %d-%d of %s: %s", job.priority.name.lower(), job.start, job.end - 1, layer, failure)
         for key, failure in failures.items():
             self.fail(key, failure)
         self._reask(job)

@@ -10,7 +10,8 @@ import functools
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, cast
 
 import pyfuse3
@@ -20,6 +21,7 @@ from ckptfs.errors import CkptfsError
 log = logging.getLogger(__name__)
 
 _QUIET = 60.0  # seconds between two tracebacks of the same place in the log
+_BURST = 20  # failures of readers that are told within that time, of different files
 _KEPT = 100  # errors that the status can show
 
 P = ParamSpec("P")
@@ -38,7 +40,7 @@ def answers(handler: Handler[S, P, R]) -> Handler[S, P, R]:
         except pyfuse3.FUSEError:
             raise
         except CkptfsError as error:
-            self.report(handler.__name__, error)
+            self.report(handler.__name__, args, error)
             raise pyfuse3.FUSEError(error.errno) from None
         except Exception as error:
             self.bug(handler.__name__, error)
@@ -63,6 +65,7 @@ class Answering(pyfuse3.Operations, ABC):
         super().__init__()
         self.errors = errors
         self._last: dict[str, float] = {}
+        self._reported: deque[float] = deque(maxlen=_BURST)
 
     @abstractmethod
     def first_file(self) -> bytes:
@@ -76,11 +79,18 @@ class Answering(pyfuse3.Operations, ABC):
     async def drained(self) -> None:
         """Until nobody waits for bytes."""
 
-    def report(self, operation: str, error: CkptfsError) -> None:
-        """A failure that the reader sees as errno: once in the log and in the status."""
-        text = str(error)
-        if self._due(text):
-            log.error("%s: %s", operation, text)
+    def subject(self, operation: str, arguments: Sequence[Any]) -> tuple[str, str]:
+        """What a request is about, for people: the file, and the place in it; "" where that says nothing."""
+        return "", ""
+
+    def report(self, operation: str, arguments: Sequence[Any], error: CkptfsError) -> None:
+        """A failure that the reader sees as errno: once for each file in the log and in the status, and not a flood."""
+        file, place = self.subject(operation, arguments)
+        flood = len(self._reported) == _BURST and time.monotonic() - self._reported[0] < _QUIET
+        if not flood and self._due(f"{operation} {file} {error.exit_code}"):
+            self._reported.append(time.monotonic())
+            text = f"{operation} {file}{place}: {error}" if file else f"{operation}: {error}"
+            log.error("%s", text)
             self.errors.append(text)
             del self.errors[:-_KEPT]
 

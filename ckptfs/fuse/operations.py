@@ -9,7 +9,7 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 import pyfuse3
@@ -18,6 +18,7 @@ from ckptfs.engine.reader import Handle
 from ckptfs.fuse.answers import Answering, answers
 from ckptfs.fuse.callers import pages_lazily
 from ckptfs.image import OpenImage
+from ckptfs.model.names import InodeNames
 from ckptfs.model.toc import Inode
 from ckptfs.model.tree import OPAQUE_XATTR, Node
 from ckptfs.settings import MiB
@@ -46,6 +47,7 @@ class Operations(Answering):
         super().__init__(image.errors)
         self.image = image
         self._tree = image.tree
+        self.names = InodeNames(image.tree)
         self._handles: dict[int, Handle] = {}
         self._listings: dict[int, list[Node]] = {}
         self._next_handle = base + 1
@@ -60,6 +62,17 @@ class Operations(Answering):
     def handles(self) -> Collection[Handle]:
         """The files that are open."""
         return self._handles.values()
+
+    def subject(self, operation: str, arguments: Sequence[Any]) -> tuple[str, str]:
+        if operation == "read":
+            number, offset, size = arguments
+            handle = self._handles[number]
+            handle.path = handle.path or self.names.path(handle.inode.ino)
+            return os.fsdecode(handle.path), f" at {offset} ({min(size, handle.inode.size - offset)} bytes)"
+        path = self.names.path(arguments[0] - self._base)
+        if operation == "lookup":
+            path = path + b"/" + arguments[1] if path else arguments[1]
+        return os.fsdecode(path or b"/"), ""
 
     # -- for the session -----------------------------------------------------------------------------------------------
 

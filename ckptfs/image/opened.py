@@ -86,7 +86,8 @@ class OpenImage:
         self.cache = cache
         self.nursery = nursery
         self.cells = SharedCells(cache)
-        self.fetcher = Fetcher(self.cells, options.memory or MemoryCache(sizes.memory_cache), options.settings)
+        memory = options.memory or MemoryCache(sizes.memory_cache)
+        self.fetcher = Fetcher(self.cells, memory, options.settings, counters)
         self.tables = ChunkTables(cache, options.settings.limits)
         self.reader = Reader(self.fetcher, _MAX_WAITING, self.tables.parts.learn)
         self.memory = LayerMemory(cache, options.settings, learning=options.remember)

@@ -5,6 +5,7 @@ Where a blob can be had at several hosts, mirrors.py says who is asked. Made by 
 threads.
 """
 
+import logging
 import re
 import threading
 from collections import deque
@@ -20,6 +21,8 @@ from ckptfs.sources.origin import Reach
 from ckptfs.sources.pull_through import NoRanges, RangeGate
 from ckptfs.sources.retry import Attempts
 from ckptfs.sources.transport import Reply, Transport
+
+log = logging.getLogger(__name__)
 
 _WHOLE = 8 * MiB  # a whole blob in place of a range is taken up to this size (200 to a Range request)
 _EXPIRED = (400, 401, 403, 404, 410)  # what storage services answer to a signed URL that is too old
@@ -90,6 +93,9 @@ class RegistryBlob:
         served = [host for first, last, host in list(self._served) if first < end and start < last]
         if not served:
             return None
+        log.warning(
+            "bytes %d-%d of %s were wrong; %s sent them", start, end - 1, self._descriptor.digest, served[-1].netloc
+        )
         self._transport.standing.lied(served[-1].netloc, self._transport.clock.now())
         return served[-1]
 

@@ -147,14 +147,15 @@ class Rotation:
             home = self._routes[-1].error  # what the registry itself says counts for more than its mirrors
             if all(other.error is not None for other in self._routes):
                 counters.failed()
+                log.info("%s; nobody is left to ask", error.message)
                 raise home or error
             if home is not None:
                 for other in self._routes:
                     other.attempts.outlast = False  # nobody waits a minute for a mirror when the registry has answered
         else:
             route.ready_at = clock.now() + wait
-        log.debug("%s; trying again", error.message)
-        counters.retried()
+        log.info("%s; trying again %s", error.message, "elsewhere" if wait is None else f"in {wait:.2f} s")
+        counters.retried(error.message)
 
     def _opens(self, route: Route) -> float:
         return max(route.ready_at, self._transport.windows.opens(route.host.netloc))

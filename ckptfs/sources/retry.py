@@ -139,9 +139,10 @@ class Attempts:
         wait = self.pause(error)
         if wait is None:
             self._counters.failed()
+            log.info("%s; given up", error.message)
             raise error
-        log.debug("%s; trying again in %.2f s", error.message, wait)
-        self._counters.retried()
+        log.info("%s; trying again in %.2f s", error.message, wait)
+        self._counters.retried(error.message)
         self._clock.sleep(wait)
 
     def pause(self, error: CkptfsError) -> float | None:

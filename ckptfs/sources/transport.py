@@ -1,8 +1,8 @@
 """One HTTP exchange after another: send, judge nothing, receive bodies under a stopwatch, translate what goes wrong.
 
 The only module that calls urllib3 (with connections.py). Retries, redirects and authorisation are above it: retry.py,
-endpoint.py, auth.py. Messages and logs name host, path and try; never a header, a query string (signatures live there)
-or a body.
+endpoint.py, auth.py. Messages and logs name host, path, range and try; never another header, a query string (signatures
+live there) or a body.
 """
 
 import logging
@@ -219,7 +219,8 @@ class Transport:
         origin = Origin.of(url)
         timeouts = self.settings.timeouts
         attempts.enter(origin.netloc)
-        where = f"{method} {origin.netloc}{urlsplit(url).path} (try {attempts.number})"
+        place = f" {headers['Range']}" if headers and "Range" in headers else ""
+        where = f"{method} {origin.netloc}{urlsplit(url).path}{place} (try {attempts.number})"
         patience = attempts.remaining()
         first_byte = min(first_byte or self._patience(origin.netloc, attempts.number), patience)
         # the time to send a body does not count, the time to connect does

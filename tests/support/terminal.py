@@ -11,11 +11,12 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 _ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[()][A-Z0-9]|\x1b[=>78]")
 _HOME = "\x1b[H"  # every picture begins in the upper left corner
+CKPTFS = (sys.executable, "-m", "ckptfs")
 ENTER_SCREEN, LEAVE_SCREEN = "\x1b[?1049h", "\x1b[?1049l"
 
 
@@ -74,13 +75,15 @@ class Terminal:
 
 
 @contextlib.contextmanager
-def on_terminal(*arguments: object, columns: int = 110, rows: int = 40) -> Iterator[Terminal]:
-    """`ckptfs` with these arguments and a terminal of its own, which is also the one that Ctrl-C goes to."""
+def on_terminal(
+    *arguments: object, program: Sequence[str] = CKPTFS, columns: int = 110, rows: int = 40
+) -> Iterator[Terminal]:
+    """A program with these arguments and a terminal of its own, which is also the one that Ctrl-C goes to."""
     master, slave = pty.openpty()
     try:
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         before = termios.tcgetattr(slave)
-        command = [sys.executable, "-m", "ckptfs", *map(str, arguments)]
+        command = [*program, *map(str, arguments)]
         environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "", "LINES": ""}
         with subprocess.Popen(
             ["setsid", "--ctty", "--wait", *command], stdin=slave, stdout=slave, stderr=slave, env=environment

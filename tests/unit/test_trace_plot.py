@@ -47,6 +47,7 @@ def test_names_are_only_names() -> None:
         "caf\u00e9 \u202e",
         "nul\udcff",
         "x" * 3000,
+        "\u6a94\u6848",
         "$\\frac{",
         "&amp;",
     ]
