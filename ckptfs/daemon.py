@@ -92,7 +92,7 @@ async def _serve(
         facts: dict[str, Any] = {"metrics": None}
 
         def status(question: dict[str, Any]) -> dict[str, Any]:
-            residency = meter.measure()
+            residency = meter.measure(exact=bool(question.get("exact")))
             found = {**mount_status(image, residency, mountpoint, request), **facts}
             if question.get("detail"):
                 reading = reads_now(image.reader.waits, operations.handles, names, time.monotonic())
@@ -142,7 +142,7 @@ async def _serve(
             finally:
                 if request.stats is not None:
                     with suppress(OSError):
-                        request.stats.write_text(json.dumps(status({}), indent=2) + "\n")
+                        request.stats.write_text(json.dumps(status({"exact": True}), indent=2) + "\n")
                 nursery.cancel_scope.cancel()
 
 

@@ -49,14 +49,14 @@ class ResidencyMeter:
         self._image = image
         self._last: tuple[float, Residency] | None = None  # until when, what
 
-    def measure(self) -> Residency:
-        """As it is now, or was a moment ago."""
-        began = time.monotonic()
-        if self._last is not None and began < self._last[0]:
-            return self._last[1]
-        found = self._measured() if self._image.known else self._guessed()
+    def measure(self, *, exact: bool = False) -> Residency:
+        """As it is now, or, if it need not be `exact`, was a moment ago."""
         now = time.monotonic()
-        self._last = (now + _SHARE * (now - began), found)
+        if self._last is not None and now < self._last[0] and not exact:
+            return self._last[1]
+        began = time.thread_time()
+        found = self._measured() if self._image.known else self._guessed()
+        self._last = (now + _SHARE * (time.thread_time() - began), found)
         return found
 
     def _guessed(self) -> Residency:
