@@ -72,7 +72,9 @@ class Speeds:
         return float(facts["network"]["bytes"] / facts["seconds"]) if facts["seconds"] else 0.0
 
     def left(self, facts: Facts) -> str:
-        """Until all is here, for people; what nobody fetches has no end."""
+        """Until all is here, for people; what nobody fetches has no end, and a layer store none at all."""
+        if "cached_bytes" not in facts:
+            return "a layer store"
         missing = facts["image_bytes"] - facts["cached_bytes"]
         if not missing:
             return "all here"
@@ -89,8 +91,7 @@ def line_of(facts: Facts, speeds: Speeds) -> str:
     reads = facts["reads"]
     parts = [
         safe(facts["mountpoint"]),
-        f"{_percent(facts['cached_bytes'], facts['image_bytes'])}",
-        f"{human(facts['cached_bytes'])} of {human(facts['image_bytes'])}",
+        *_share(facts),
         f"{human(speeds.now(facts))}/s",
         f"{reads['count']} reads",
         f"{_percent(reads['count'] - reads['misses'], reads['count'])} hits",
@@ -102,6 +103,13 @@ def line_of(facts: Facts, speeds: Speeds) -> str:
     if facts["errors"]:
         parts.append(f"error: {safe(facts['errors'][-1])}")
     return "  ".join(parts)
+
+
+def _share(facts: Facts) -> list[str]:
+    if "cached_bytes" not in facts:
+        return [f"{len(facts['images'])} images, {human(facts['image_bytes'])}"]
+    cached, size = facts["cached_bytes"], facts["image_bytes"]
+    return [_percent(cached, size), f"{human(cached)} of {human(size)}"]
 
 
 def _each(found: list[Facts], look: Look, interval: float, show: Callable[[list[Facts]], None]) -> None:
@@ -208,7 +216,10 @@ def _bars(facts: Facts, speeds: Speeds, width: int) -> "Table":
     from rich.progress_bar import ProgressBar
     from rich.table import Table
 
-    parts = [("image", facts["cached_bytes"], facts["image_bytes"], speeds.left(facts))]
+    parts: list[tuple[str, int | None, int, str]] = [
+        ("image", facts.get("cached_bytes"), facts["image_bytes"], speeds.left(facts))
+    ]
+    parts += [(safe(image["reference"]), None, image["image_bytes"], "") for image in facts.get("images", ())]
     roles = facts["roles"].items()
     parts += [(name, role["cached_bytes"], role["bytes"], "") for name, role in roles if len(roles) > 1]
     if not roles:
@@ -220,12 +231,11 @@ def _bars(facts: Facts, speeds: Speeds, width: int) -> "Table":
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
     for name, cached, size, note in parts:
-        known = cached is not None
+        if cached is None:
+            table.add_row(name, "", "", human(size), note)
+            continue
         bar = ProgressBar(total=max(size, 1), completed=cached if size else 1, width=max(10, min(40, width - 50)))
-        share = _percent(cached, size) if known else ""
-        table.add_row(
-            name, bar if known else "", share, f"{human(cached)} of {human(size)}" if known else human(size), note
-        )
+        table.add_row(name, bar, _percent(cached, size), f"{human(cached)} of {human(size)}", note)
     return table
 
 

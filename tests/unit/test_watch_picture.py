@@ -88,5 +88,13 @@ def test_many_mounts_get_a_line_each_and_dead_ones_too() -> None:
     assert len(lines) == 7 and lines[5].startswith("/mnt/x  dead") and "no mounts" in shown()
 
 
+def test_a_layer_store_has_images_and_no_end() -> None:
+    store = facts(images=[{"reference": "host/base:1", "image_bytes": 600}], view="layers")
+    del store["cached_bytes"]
+    text = shown(store)
+    assert "host/base:1" in text and "600 B" in text and "a layer store" in text
+    assert "1 images, 1000 B" in line_of(store, Speeds())
+
+
 def test_more_reads_than_there_is_room_for() -> None:
     assert "and 12 more" in shown(facts(reading=[{**READ, "wait_ms": 1.0}] * 20))
