@@ -2,6 +2,8 @@
 
 import errno
 import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,30 @@ def test_short_writes_are_continued(tmp_path: Path) -> None:
     write_all(ops, file.fd, [b"0123456789", b"", bytearray(b"abc"), memoryview(b"defghijkl")], 3)
     assert read_all(ops, file.fd, 0, 100) == b"\0\0\x000123456789abcdefghijkl"
     assert read_all(ops, file.fd, 5, 4) == b"2345"
+
+
+def test_a_write_of_nothing_is_a_full_disk(tmp_path: Path) -> None:
+    class Stuck(DiskOps):
+        @staticmethod
+        def pwritev(fd: int, buffers: list[memoryview], offset: int) -> int:  # type: ignore[override]
+            return 0
+
+    file = Handle(Stuck(), str(tmp_path / "f"), os.O_RDWR | os.O_CREAT)
+    with pytest.raises(OSError, match="No space"):
+        write_all(Stuck(), file.fd, [b"0123456789"], 0)
+
+
+def test_two_that_write_again_at_the_same_time_tell_it_once(caplog: pytest.LogCaptureFixture) -> None:
+    gate = WriteGate("x", FakeClock())
+    gate.failed(OSError(errno.EIO, "x"))
+    with gate._lock:
+        threads = [threading.Thread(target=gate.succeeded) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.05)
+    for thread in threads:
+        thread.join()
+    assert caplog.text.count("writing to it again") == 1 and not gate.shut
 
 
 def test_many_buffers_are_one_write_after_another(tmp_path: Path) -> None:
