@@ -71,7 +71,7 @@ def words(name: str, reference: str, folder: Path) -> list[str]:
         elif parameter.name == "file":
             made.append(str(folder / "profile"))
         elif isinstance(parameter.type, click.Path):
-            made.append(str(folder / ("page.html" if parameter.name == "page" else name.split()[0])))
+            made.append(str(folder / ("page.html" if parameter.name == "out" else name.split()[0])))
         elif isinstance(parameter.type, click.Choice):
             made.append(parameter.type.choices[0])
         else:
