@@ -70,10 +70,10 @@ class ResidencyMeter:
         has = image.fetcher.has
         sizes: Counter[tuple[int, str]] = Counter()  # by layer and role
         here: Counter[tuple[int, str]] = Counter()
-        for chunk, role in _chunks(image):
-            sizes[chunk.layer, role] += chunk.size
+        for key, chunk in _chunks(image):
+            sizes[key] += chunk.size
             if has(chunk):
-                here[chunk.layer, role] += chunk.size
+                here[key] += chunk.size
         layers = []
         for number, (descriptor, layer) in image.layers.items():
             total = sum(size for key, size in sizes.items() if key[0] == number)
@@ -91,8 +91,8 @@ def _share(size: int, cached: int, total: int) -> int:
     return size if cached == total else min(size * cached // total, size - 1)
 
 
-def _chunks(image: OpenImage) -> Iterator[tuple[Chunk, str]]:
-    """Every chunk once, with its role."""
+def _chunks(image: OpenImage) -> Iterator[tuple[tuple[int, str], Chunk]]:
+    """Every chunk once, with its layer and role."""
     seen: set[bytes] = set()
     files = _files(image.tree.root)
     for role in ROLES:
@@ -101,7 +101,7 @@ def _chunks(image: OpenImage) -> Iterator[tuple[Chunk, str]]:
                 chunk = extent.chunk
                 if chunk.key not in seen:
                     seen.add(chunk.key)
-                    yield chunk, role
+                    yield (chunk.layer, role), chunk
 
 
 def _files(root: Node) -> dict[str, list[Inode]]:

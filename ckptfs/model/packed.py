@@ -98,5 +98,8 @@ class OnlyExtent(MadeExtents):
     def index_at(self, offset: int) -> int:
         return 0 if offset >= 0 else -1
 
+    def __iter__(self) -> Iterator[Extent]:
+        return iter((self._columns.at(self._at),))
+
     def at(self, index: int) -> Extent:
         return self._columns.at(self._at)
