@@ -285,7 +285,8 @@ class Tree:
         elif rank >= node.claim:
             if self._open and node.inode is not None and node.rank != rank:
                 self._losers[node.rank, path] = node.inode
-            self._hide_below(node, rank, own=True)
+            if node.inode is not None or node.children:  # else it is new: nothing is below, and the parent stays known
+                self._hide_below(node, rank, own=True)
             self._show(node, inode, rank)
         else:  # a higher rank has a directory here; it keeps only what is not below this file
             self._losers[rank, path] = inode
