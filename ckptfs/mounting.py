@@ -70,6 +70,7 @@ class StoreRequest:
     background: bool = True
     allow_other: bool = False
     plain_http: bool = False
+    metrics: tuple[str, int] | None = None
     ready_fd: int | None = None
     settings: Settings = field(default_factory=Settings)
     started: float = field(default_factory=lambda: command_start())  # monotonic seconds

@@ -13,8 +13,11 @@ import trio
 
 from ckptfs import __version__
 from ckptfs.control.client import MountFiles, write_state
+from ckptfs.control.exposition import exposition
+from ckptfs.control.metrics import open_port
 from ckptfs.control.ready import notify, tell
 from ckptfs.control.server import ControlServer
+from ckptfs.engine.activity import reads_now
 from ckptfs.engine.cache import ChunkCache
 from ckptfs.engine.memory import MemoryCache
 from ckptfs.errors import only_error
@@ -22,7 +25,9 @@ from ckptfs.fuse.mount import MountSession, mount_options
 from ckptfs.fuse.store_operations import StoreOperations
 from ckptfs.hardening import release_memory, settle_garbage_collector
 from ckptfs.image import ImageOptions
-from ckptfs.image.layer_store import LayerStore
+from ckptfs.image.layer_store import LayerStore, StoredImage
+from ckptfs.image.residency import ResidencyMeter
+from ckptfs.model.names import InodeNames
 from ckptfs.model.oci import Reference
 from ckptfs.mounting import StoreRequest
 from ckptfs.redaction import redact
@@ -71,15 +76,17 @@ async def _serve(
         settings=settings,
         memory=memory,
     )
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {"mountpoint": mountpoint, "metrics": None}
     async with trio.open_nursery() as nursery:
         store = LayerStore(
             mountpoint, reach, cache, options, counters, nursery, background=request.background and not request.offline
         )
-        session = MountSession(StoreOperations(store, time.time_ns()), mountpoint, settings)
+        operations = StoreOperations(store, time.time_ns())
+        session = MountSession(operations, mountpoint, settings)
+        measured = StoreStatus(store, operations, counters, request)
 
-        def status(_: dict[str, Any]) -> dict[str, Any]:
-            return {**store_status(store, counters, mountpoint, request), **facts}
+        def status(question: dict[str, Any]) -> dict[str, Any]:
+            return {**measured.now(detail=bool(question.get("detail"))), **facts}
 
         def ready() -> None:
             facts["ready_ms"] = round((time.monotonic() - request.started) * 1000, 1)
@@ -98,6 +105,10 @@ async def _serve(
             session.stop()
             return {"pid": os.getpid()}
 
+        if request.metrics is not None:
+            port = await open_port(request.metrics, lambda: exposition([status({})]))
+            facts["metrics"] = port.address
+            nursery.start_soon(port.run)
         nursery.start_soon(store.keep_house)
         nursery.start_soon(_keep_cache, cache, memory, store)
         nursery.start_soon(ControlServer(files, {"status": status, "stop": stop}).run)
@@ -121,57 +132,90 @@ async def _keep_cache(cache: ChunkCache, memory: MemoryCache, store: LayerStore)
             release_memory()
 
 
-def store_status(
-    store: LayerStore, counters: NetworkCounters, mountpoint: str, request: StoreRequest
-) -> dict[str, Any]:
+class StoreStatus:
     """What the product documentation names for a mount, where it makes sense, and the open images."""
-    reads = store.reads
-    images: list[dict[str, Any]] = [
-        {
-            "reference": str(stored.reference),
-            "digest": str(stored.image.resolved.manifest.digest),
-            "layers": len(stored.image.resolved.manifest.layers),
-            "image_bytes": sum(layer.size for layer in stored.image.resolved.manifest.layers),
-            "users": store.users(stored.reference),
-            "verify": stored.image.verification,
-            "errors": [redact(error) for error in stored.image.errors[-5:]],
+
+    def __init__(
+        self, store: LayerStore, operations: StoreOperations, counters: NetworkCounters, request: StoreRequest
+    ) -> None:
+        self._store = store
+        self._operations = operations
+        self._counters = counters
+        self._request = request
+        self._meters: dict[StoredImage, tuple[ResidencyMeter, InodeNames]] = {}
+
+    def now(self, *, detail: bool) -> dict[str, Any]:
+        """`detail`: with what is being read."""
+        network, reads, images = self._counters, self._store.reads, self._store.images()
+        self._meters = {
+            stored: self._meters.get(stored) or (ResidencyMeter(stored.image), InodeNames(stored.image.tree))
+            for stored in images
         }
-        for stored in store.images()
-    ]
-    return {
-        "version": __version__,
-        "mountpoint": mountpoint,
-        "reference": NAME,
-        "pid": os.getpid(),
-        "seconds": round(time.monotonic() - request.started, 3),
-        "background": request.background,
-        "view": "layers",
-        "digest": "",  # each image has its own
-        "verify": "chunk" if all(stored.image.verification == "chunk" for stored in store.images()) else "transport",
-        "images": images,
-        "image_bytes": sum(image["image_bytes"] for image in images),
-        "network": {
-            "requests": counters.requests,
-            "bytes": counters.bytes,
-            "retries": counters.retries,
-            "errors": counters.errors,
-            "in_flight": counters.in_flight,
-        },
-        "reads": {
-            "count": reads.count,
-            "bytes": reads.bytes,
-            "memory_hits": reads.memory_hits,
-            "disk_hits": reads.disk_hits,
-            "misses": reads.misses,
-            "waiting": reads.waiting,
-            "waits": reads.waits,
-            "waited_ms": round(reads.waited_ms, 3),
-            "wait_ms_p50": reads.wait_ms(0.5),
-            "wait_ms_p99": reads.wait_ms(0.99),
-        },
-        "prefetch": {
-            "bytes": sum(stored.image.fetcher.prefetched_bytes for stored in store.images()),
-            "used_bytes": sum(stored.image.fetcher.prefetched_used for stored in store.images()),
-        },
-        "errors": [redact(error) for error in store.errors[-20:]],
-    }
+        shown = [self._image(stored) for stored in images]
+        errors = [*self._store.errors, *(error for image in shown for error in image["errors"])]
+        size, cached = (sum(image[key] for image in shown) for key in ("image_bytes", "cached_bytes"))
+        found = {
+            "version": __version__,
+            "reference": NAME,
+            "digest": "",  # each image has its own
+            "view": "layers",
+            "pid": os.getpid(),
+            "seconds": round(time.monotonic() - self._request.started, 3),
+            "background": self._request.background,
+            "images": shown,
+            "image_bytes": size,
+            "cached_bytes": cached,
+            "complete": size == cached,
+            "network": {
+                "requests": network.requests,
+                "bytes": network.bytes,
+                "retries": network.retries,
+                "errors": network.errors,
+                "in_flight": network.in_flight,
+            },
+            "reads": {
+                "count": reads.count,
+                "bytes": reads.bytes,
+                "memory_hits": reads.memory_hits,
+                "disk_hits": reads.disk_hits,
+                "misses": reads.misses,
+                "waiting": reads.waiting,
+                "waits": reads.waits,
+                "waited_ms": round(reads.waited_ms, 3),
+                "wait_ms_p50": reads.wait_ms(0.5),
+                "wait_ms_p99": reads.wait_ms(0.99),
+            },
+            "prefetch": {
+                "bytes": sum(stored.image.fetcher.prefetched_bytes for stored in images),
+                "used_bytes": sum(stored.image.fetcher.prefetched_used for stored in images),
+            },
+            "verify": "chunk" if all(image["verify"] == "chunk" for image in shown) else "transport",
+            "errors": [redact(error) for error in errors[-20:]],
+        }
+        if detail:
+            found |= {
+                "layers": [],
+                "roles": {},
+                "reading": [read for stored in images for read in self._reading(stored)],
+            }
+        return found
+
+    def _image(self, stored: StoredImage) -> dict[str, Any]:
+        image, manifest = stored.image, stored.image.resolved.manifest
+        size = sum(layer.size for layer in manifest.layers)
+        # What layers that still arrive have of their bytes is not known; a blob that is read counts as a layer.
+        cached = self._meters[stored][0].measure().cached_bytes if image.known else 0
+        return {
+            "reference": str(stored.reference),
+            "digest": str(manifest.digest),
+            "layers": len(manifest.layers),
+            "image_bytes": size,
+            "cached_bytes": min(cached, size),
+            "users": self._store.users(stored.reference),
+            "verify": image.verification,
+            "errors": [redact(error) for error in image.errors[-5:]],
+        }
+
+    def _reading(self, stored: StoredImage) -> list[dict[str, Any]]:
+        handles = self._operations.handles(stored)
+        return reads_now(stored.image.reader.waits, handles, self._meters[stored][1], time.monotonic())

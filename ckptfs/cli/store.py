@@ -6,7 +6,14 @@ from pathlib import Path
 
 import click
 
-from ckptfs.cli.options import configure_logging, deadline, make_settings, read_cache_key, registry_options
+from ckptfs.cli.options import (
+    Address,
+    configure_logging,
+    deadline,
+    make_settings,
+    read_cache_key,
+    registry_options,
+)
 from ckptfs.settings import default_cache_dir
 
 
@@ -26,6 +33,12 @@ from ckptfs.settings import default_cache_dir
     default=True,
     help="Fetch the rest of an image once a file of it has been read. [default: on]",
 )
+@click.option(
+    "--metrics",
+    type=Address(),
+    metavar="[IP:]PORT",
+    help="Serve /metrics for Prometheus there, on loopback without IP; 0: any port, see `ckptfs status`.",
+)
 @click.option("--ready-fd", type=click.IntRange(0), help="Write a line to this descriptor once the store works.")
 @click.option("--read-deadline", default="60", show_default=True, help="Seconds until a read gets EIO, or `hard`.")
 @click.option(
@@ -41,6 +54,7 @@ def store(
     offline: bool,
     verify: str,
     background_fetch: bool,
+    metrics: tuple[str, int] | None,
     ready_fd: int | None,
     read_deadline: str,
     allow_other: bool,
@@ -75,6 +89,7 @@ def store(
         background=background_fetch,
         allow_other=allow_other,
         plain_http=plain_http,
+        metrics=metrics,
         ready_fd=ready_fd,
         settings=make_settings(cache_size, memory, deadline(read_deadline)),
     )

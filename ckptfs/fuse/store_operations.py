@@ -11,12 +11,13 @@ and both want ENOENT for an answer.
 import errno
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
 import pyfuse3
 
+from ckptfs.engine.reader import Handle
 from ckptfs.fuse.answers import Answering, answers
 from ckptfs.fuse.operations import Operations
 from ckptfs.image.layer_directories import DIFF, ROOT_MODE
@@ -58,6 +59,11 @@ class StoreOperations(Answering):
     async def drained(self) -> None:
         for stored in self._store.images():
             await stored.image.reader.drained()
+
+    def handles(self, stored: StoredImage) -> Collection[Handle]:
+        """The files of the image that are open."""
+        operations = self._images.get(stored.slot)
+        return operations.handles if operations is not None else ()
 
     # -- names ---------------------------------------------------------------------------------------------------------
 

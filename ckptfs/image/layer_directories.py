@@ -182,10 +182,13 @@ def _tar_size(tree: Tree, top: bytes) -> int:
     """What the entries under `top` take in a tar without extended headers."""
     total, seen = 2 * _TAR_BLOCK, set[int]()
     for node in tree.walk(top):
+        inode = node.inode
+        if inode is None or (node.path == top and inode.mode == ROOT_MODE and not inode.mtime_ns):
+            continue  # most layers say nothing of their root
         total += _TAR_BLOCK
-        if node.inode is not None and node.inode.is_file and node.inode.ino not in seen:
-            seen.add(node.inode.ino)
-            total += -(-node.inode.size // _TAR_BLOCK) * _TAR_BLOCK
+        if inode.is_file and inode.ino not in seen:
+            seen.add(inode.ino)
+            total += -(-inode.size // _TAR_BLOCK) * _TAR_BLOCK
     return total
 
 

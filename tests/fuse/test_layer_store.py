@@ -8,6 +8,8 @@ import os
 import signal
 import stat
 import subprocess
+import sys
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -407,11 +409,21 @@ def test_the_rest_is_fetched_once_something_is_read(tmp_path: Path) -> None:
 
 
 def test_status_and_metrics(tmp_path: Path) -> None:
-    with FakeRegistry() as registry, store_on(tmp_path) as store:
+    with FakeRegistry() as registry, store_on(tmp_path, "--metrics", "0") as store:
         (digest,) = add(registry, "1", (TAR, PLAIN, {}))
         reference = registry.reference("repo:1")
         use(place(store, reference, digest))
+        assert (place(store, reference, digest) / "diff/plain").read_text() == "plain\n"
         told: Any = store.status()
+        assert told["complete"] and told["images"][0]["cached_bytes"] == len(PLAIN)
+        with urllib.request.urlopen(f"http://{told['metrics']}/metrics", timeout=10) as answer:
+            assert "ckptfs_image_bytes{" in answer.read().decode()
+        watch = [sys.executable, "-m", "ckptfs", "status", store.path, "--watch", "--interval", "0.1"]
+        with subprocess.Popen(watch, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as watching:
+            assert watching.stdout is not None and watching.stderr is not None
+            line = watching.stdout.readline()
+            watching.send_signal(signal.SIGINT)
+            assert b"2.0 KiB of 2.0 KiB" in line and watching.stderr.read() == b""
         assert told["reference"] == "layer-store" and told["images"][0]["reference"] == reference
         assert f"image    {reference} (1 layers, 2.0 KiB, 1 users)" in ckptfs("status", store.path).out
         assert "ckptfs_network_requests_total{" in ckptfs("status", "--prometheus").out

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from tests.support.docker_registry import DockerRegistry
 from tests.support.golden import directory_listing
 from tests.support.images import ImageBuilder
 from tests.support.isolation import Isolation
-from tests.support.layer_store import Store, layer_store, storage
+from tests.support.layer_store import Store, commit, layer_store, storage
 from tests.support.podman import BASE, Podman, PodmanCheckpoint
 from tests.support.tools import wait_for
 from tests.support.workload import compile_program
@@ -24,21 +24,6 @@ pytestmark = [pytest.mark.restore, pytest.mark.registry, pytest.mark.fuse]
 FORMATS = ("gzip", "zstd", "zstd:chunked", "uncompressed")
 LARGE = 16 << 20
 LIMITS = ("--ulimit=nofile=1024", "--ulimit=nproc=1024")
-
-
-def buildah(isolation: Isolation, *words: str) -> str:
-    return isolation.run("buildah", "--storage-driver=vfs", *words).stdout.strip()
-
-
-def commit(isolation: Isolation, base: str, name: str, change: Callable[[Path], None]) -> None:
-    """Image `name`: one more layer, with what `change` makes of the root of `base`."""
-    container = buildah(isolation, "from", base)
-    try:
-        change(isolation.path(buildah(isolation, "mount", container)))
-        buildah(isolation, "umount", container)
-        buildah(isolation, "commit", "--quiet", container, name)
-    finally:
-        buildah(isolation, "rm", container)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import base64
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,21 @@ class Configured:
 
     def run(self, *command: str | Path, **options: Any) -> Any:
         return self._isolation.run(*command, **{"env": {**os.environ, **self._environment}, **options})
+
+
+def buildah(isolation: Isolation, *words: str) -> str:
+    return isolation.run("buildah", "--storage-driver=vfs", *words).stdout.strip()
+
+
+def commit(isolation: Isolation, base: str, name: str, change: Callable[[Path], None]) -> None:
+    """Image `name`: one more layer, with what `change` makes of the root of `base`."""
+    container = buildah(isolation, "from", base)
+    try:
+        change(isolation.path(buildah(isolation, "mount", container)))
+        buildah(isolation, "umount", container)
+        buildah(isolation, "commit", "--quiet", container, name)
+    finally:
+        buildah(isolation, "rm", container)
 
 
 def storage(isolation: Isolation, folder: Path, name: str, *stores: Path, run: str = "") -> Podman:
