@@ -41,6 +41,7 @@ class Limits:
     criu_record_bytes: int = 16 * MiB  # mm of a process with 65530 mappings (vm.max_map_count) is 4 MB
     criu_records: int = 4_000_000
     increments: int = 8  # checkpoints that one restore reads: `push --parent` writes a whole one after so many
+    increment_bytes: int = 256 * MiB  # all pagemaps of a checkpoint and of those that it stands on
     process_depth: int = 256  # generations in a process tree
     dump_bytes: int = 16 * MiB  # config.dump, spec.dump and their like
     argument_bytes: int = 256 * KiB  # of a process's command line or environment; more is shown cut

@@ -89,7 +89,8 @@ def push(
 
     def amounts() -> Mapping[str, tuple[int, int]]:
         now = latest[0]
-        return {"packed": (now.read, now.total), "sent": (now.sent, now.to_send)}
+        compared = {"compared": (now.compared, now.to_compare)} if now.to_compare else {}
+        return {**compared, "packed": (now.read, now.total), "sent": (now.sent, now.to_send)}
 
     def report(now: Progress) -> None:
         latest[0] = now

@@ -92,7 +92,7 @@ def _levels(directory: Node, most: int) -> list[Node]:
 
 async def _pagemaps(image: OpenImage, levels: list[Node]) -> list[dict[bytes, bytes]]:
     """The pagemaps of each level by name. Mostly they came with the index; those that did not, all at once."""
-    limit = image.options.settings.limits.criu_image_bytes
+    limit = image.options.settings.limits.increment_bytes
     raw: list[dict[bytes, bytes]] = [{} for _ in levels]
     wanted: list[tuple[dict[bytes, bytes], Node, Inode]] = []
     for level, found in zip(levels, raw, strict=True):
@@ -100,9 +100,10 @@ async def _pagemaps(image: OpenImage, levels: list[Node]) -> list[dict[bytes, by
             kind = parse_name(node.name.decode("utf-8", "replace"))
             if kind is None or kind.kind not in ("pagemap", "pagemap-shmem") or node.inode is None:
                 continue
-            if node.inode.size > limit:
-                raise LimitExceeded(f"{node.path.decode('utf-8', 'replace')} has {node.inode.size} bytes")
             wanted.append((found, node, node.inode))
+    total = sum(inode.size for _, _, inode in wanted)
+    if total > limit:
+        raise LimitExceeded(f"the pagemaps have {total} bytes, more than {limit}")
 
     async def read(into: dict[bytes, bytes], node: Node, inode: Inode) -> None:
         into[node.name] = await image.read(inode, 0, inode.size)

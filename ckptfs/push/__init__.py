@@ -156,13 +156,25 @@ def push(
     limits = options.settings.limits
     facts = read_facts(checkpoint, options.name, limits)
     pages = find_pages(checkpoint.files, limits)
-    increment = make_increment(checkpoint, pages, parent, limits) if parent is not None else None
+    begun = Progress()
+    increment = None
+    if parent is not None:
+        begun = replace(begun, to_compare=sum(described.file.inode.size for described in pages.values()))
+
+        def compared(count: int) -> None:
+            nonlocal begun
+            begun = replace(begun, compared=begun.compared + count)
+            if progress is not None:
+                progress(begun)
+
+        increment = make_increment(checkpoint, pages, parent, limits, compared)
+        begun = replace(begun, compared=begun.to_compare)
     if increment is not None and increment.layers:
         checkpoint = increment.checkpoint
         pages = find_pages(checkpoint.files, limits)
     reused = increment.layers if increment is not None else ()
     total = sum(file.inode.size for file in checkpoint.files if file.is_regular)
-    with ExitStack() as stack, Publisher(target, total, progress) as publisher:
+    with ExitStack() as stack, Publisher(target, replace(begun, total=total), progress) as publisher:
         work = Work(options.work, stack)
         if increment is not None:
             source = increment.parent.source

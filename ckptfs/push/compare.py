@@ -7,7 +7,7 @@ and compared page by page. So it takes as much of the earlier image as changed, 
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from ckptfs.criu.memory import Memory
@@ -52,8 +52,8 @@ class Comparison:
         if self._memory.page_size != page_size:
             raise FormatError("the checkpoint before has pages of another size")
 
-    def shared(self, pagemap: Pagemap, file: CheckpointFile) -> bytearray:
-        """One byte for each page in `file`: 1 when the earlier checkpoint has it."""
+    def shared(self, pagemap: Pagemap, file: CheckpointFile, progress: Callable[[int], None]) -> bytearray:
+        """One byte for each page in `file`: 1 when the earlier checkpoint has it. `progress` is told of bytes."""
         marks = bytearray(file.inode.size // self._page)
         if file.open is None or not marks:
             return marks
@@ -64,6 +64,7 @@ class Comparison:
                 start, end = items[0].at, items[-1].at + items[-1].length
                 _skip(payload, start - position)
                 self._compare(items, start, _read(payload, end - start), marks)
+                progress(end - position)
                 position = end
         finally:
             payload.close()

@@ -11,7 +11,7 @@ pages files have numbers that no earlier one has. Decides and describes; nothing
 """
 
 import stat
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from io import BytesIO
@@ -77,12 +77,17 @@ class _Memory(NamedTuple):
 
 
 def make_increment(
-    checkpoint: Checkpoint, pages: Mapping[bytes, PagesFile], parent: ParentImage, limits: Limits
+    checkpoint: Checkpoint,
+    pages: Mapping[bytes, PagesFile],
+    parent: ParentImage,
+    limits: Limits,
+    compared: Callable[[int], None],
 ) -> Increment:
-    """`pages`: the checkpoint's own, as `find_pages` has them."""
+    """`pages`: the checkpoint's own, as `find_pages` has them. `compared` is told of bytes of them."""
     if reason := _unfit(checkpoint, pages, parent, limits):
         return Increment(checkpoint, parent, reason=reason)
-    found = [memory for described in pages.values() if (memory := _compared(checkpoint, described, parent, limits))]
+    one = partial(_compared, checkpoint, parent, limits, compared)
+    found = [memory for described in pages.values() if (memory := one(described))]
     if not found:
         return Increment(checkpoint, parent, reason="the processes have no memory in common with it, or too little")
     return _Builder(checkpoint, pages, parent, found, limits).build()
@@ -106,7 +111,9 @@ def _unfit(checkpoint: Checkpoint, pages: Container[bytes], parent: ParentImage,
     return ""
 
 
-def _compared(checkpoint: Checkpoint, described: PagesFile, parent: ParentImage, limits: Limits) -> _Memory | None:
+def _compared(
+    checkpoint: Checkpoint, parent: ParentImage, limits: Limits, progress: Callable[[int], None], described: PagesFile
+) -> _Memory | None:
     """None where the memory is to be stored whole: it is not in the parent, or too little of it is."""
     name, directory = described.pagemap.name.decode("utf-8", "replace"), described.file.directory
     chain = _chain(parent, directory, described.pagemap.name)
@@ -124,7 +131,8 @@ def _compared(checkpoint: Checkpoint, described: PagesFile, parent: ParentImage,
         sizes[level.file] = file.entry.inode.size
     try:
         page_size = pagemap.page_size(size)
-        marks = Comparison(parent, directory, levels, sizes, page_size).shared(pagemap, described.file)
+        comparison = Comparison(parent, directory, levels, sizes, page_size)
+        marks = comparison.shared(pagemap, described.file, progress)
     except FormatError:  # of another page size, or compressed by CRIU: stored as it is
         return None
     for start, end in _never_shared(checkpoint, directory, name, limits):

@@ -22,20 +22,25 @@ _UPLOADS = 4  # one at a time leaves a link with delay idle between two blobs; a
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Bytes. `read` of `total` of the checkpoint are packed; `sent` of `to_send`, `present` were there already."""
+    """Bytes. `read` of `total` of the checkpoint are packed; `sent` of `to_send`, `present` were there already.
+
+    Before that, `compared` of `to_compare` bytes of memory with a parent's.
+    """
 
     read: int = 0
     total: int = 0
     sent: int = 0
     to_send: int = 0
     present: int = 0
+    compared: int = 0
+    to_compare: int = 0
 
 
 class Publisher:
     """A context manager: leaving it with an error stops the uploads and publishes nothing."""
 
-    def __init__(self, target: Target, total: int, report: Callable[[Progress], None] | None = None) -> None:
-        """`total`: payload bytes of the checkpoint. `report` is called often, from several threads, one at a time."""
+    def __init__(self, target: Target, begun: Progress, report: Callable[[Progress], None] | None = None) -> None:
+        """`begun`: what is known so far. `report` is called often, from several threads, one at a time."""
         self._target = target
         self._report = report or (lambda _: None)
         self._lock = threading.Lock()
@@ -43,7 +48,7 @@ class Publisher:
         self._uploads: list[Future[None]] = []
         self._seen: set[Digest] = set()
         self._stopped = False
-        self.progress = Progress(total=total)
+        self.progress = begun
 
     def __enter__(self) -> Self:
         return self

@@ -43,6 +43,17 @@ def test_it_prints_the_reference_with_its_digest(images: Path, registry: DockerR
     assert (again.code, again.out.strip(), again.err) == (0, pinned, "")
 
 
+def test_on_top_of_another(images: Path, registry: DockerRegistry) -> None:
+    first, second = registry.reference("command/parent:1"), registry.reference("command/parent:2")
+    missing = ckptfs("push", images, second, "--parent", first)
+    assert missing.code == 3 and "command/parent" in missing.err and missing.err.count("\n") == 1
+    assert ckptfs("push", images, first).code == 0
+    pushed = ckptfs("push", images, second, "--parent", first)
+    assert pushed.code == 0 and f"of memory are in {first}, 0 B have changed" in pushed.err
+    third = ckptfs("push", images, registry.reference("command/parent:3"), "--parent", second, "--json").json
+    assert third["parent"]["changed"] == 0 and [layer["reused"] for layer in third["layers"]].count(True) >= 1
+
+
 def test_facts_as_json(images: Path, registry: DockerRegistry) -> None:
     reference = registry.reference("command/facts:1")
     command = ("push", images, reference, "--json", "--name", "web", "--annotation", "team=a=b")

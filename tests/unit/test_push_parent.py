@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from ckptfs.criu.increments import encode_pagemap, left_to_parent, renumbered, stretches
 from ckptfs.criu.pagemap import LAZY, PARENT, PRESENT, Run, parse_pagemap
+from ckptfs.image import View
 from ckptfs.layers import zstd_chunked_writer
 from ckptfs.model.annotations import PARENT as PARENT_ANNOTATION
 from ckptfs.model.oci import Reference
@@ -94,10 +95,12 @@ class Shelf:
     def layout(self) -> Path:
         return self.top / "layout"
 
-    def unpack(self, tag: str, *, raw: bool = False) -> Path:
-        target = self.top / f"{tag}-{'raw' if raw else 'view'}"
+    def unpack(self, tag: str, *, raw: bool = False, limits: Limits | None = None) -> Path:
+        target = self.top / f"{tag}-{'raw' if raw else 'view'}{hash(limits) if limits else ''}"
         source = LayoutSource(Reference.parse(f"oci:{self.layout}:{tag}"))
-        pull(source, target, LayoutSource, NetworkCounters(), view="raw" if raw else "checkpoint")
+        how: View = "raw" if raw else "checkpoint"
+        settings = Settings(limits=limits or Limits())
+        pull(source, target, LayoutSource, NetworkCounters(), view=how, settings=settings)
         return target / "checkpoint"
 
 
@@ -290,6 +293,17 @@ def test_a_broken_increment_is_shown_as_it_is(damage: str, shelf: Shelf) -> None
     shown = target / "checkpoint"
     assert (shown / "pagemap-7.img").read_bytes() == (raw / "pagemap-7.img").read_bytes()
     assert (shown / "parent").is_dir()
+
+
+def test_pagemaps_at_the_limit_and_past_it(shelf: Shelf) -> None:
+    memory = process(1)
+    shelf.push(write(shelf.top / "1", pagemap_7=memory), "1")
+    shelf.push(write(shelf.top / "2", pagemap_7=later(memory, 1)), "2", "1")
+    size = sum(path.stat().st_size for path in shelf.unpack("2", raw=True).rglob("pagemap-*"))
+    assert not (shelf.unpack("2", limits=Limits(increment_bytes=size)) / "parent").exists()
+    assert (shelf.unpack("2", limits=Limits(increment_bytes=size - 1)) / "parent").is_dir()
+    assert not (shelf.unpack("2", limits=Limits(increments=2)) / "parent").exists()
+    assert (shelf.unpack("2", limits=Limits(increments=1, increment_bytes=size)) / "parent").is_dir()
 
 
 @given(st.lists(st.booleans(), max_size=60))
