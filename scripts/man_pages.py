@@ -1,4 +1,4 @@
-"""Man pages out of the commands' own help: `python scripts/man_pages.py DIR` writes ckptfs.1, ckptfs-mount.1, ...
+"""Man pages out of the commands' own help: `python scripts/man_pages.py DIR` writes DIR/man1/ckptfs.1, ..., DIR/man8.
 
 So that the pages say what `--help` says. For packagers and for docs; nothing else calls it.
 """
@@ -11,6 +11,7 @@ import click
 
 from ckptfs import __version__
 from ckptfs.cli import PROGRAM, main
+from ckptfs.cli.mount_helper import is_mount_option
 
 
 def page(context: click.Context, command: click.Command, others: list[str]) -> str:
@@ -54,7 +55,42 @@ def pages() -> dict[str, str]:
         for word, sub in _commands(context, command):
             found.append((click.Context(sub, info_name=word, parent=context), sub))
     names = sorted(context.command_path.replace(" ", "-") for context, _ in found)
-    return {f"{c.command_path.replace(' ', '-')}.1": page(c, command, names) for c, command in found}
+    made = {f"{c.command_path.replace(' ', '-')}.1": page(c, command, names) for c, command in found}
+    return made | {"mount.ckptfs.8": helper_page()}
+
+
+def helper_page() -> str:
+    """mount.ckptfs(8): what mount(8) and fstab(5) understand, out of the options of `ckptfs mount`."""
+    command = main.get_command(click.Context(main), "mount")
+    assert command is not None
+    context = click.Context(command, info_name="mount")
+    lines = [
+        f'.TH MOUNT.CKPTFS 8 "" "{PROGRAM} {__version__}" "System Administration"',
+        ".SH NAME",
+        "mount.ckptfs \\- mount a checkpoint image with mount(8) or out of fstab(5)",
+        ".SH SYNOPSIS",
+        ".nf",
+        "\\fBmount \\-t ckptfs\\fR [\\fB\\-o\\fR OPTIONS] REF DIR",
+        "REF DIR \\fBckptfs\\fR OPTIONS 0 0    (a line of /etc/fstab)",
+        ".fi",
+        ".SH DESCRIPTION",
+        "mount(8) looks for its helpers in /sbin, so it has to be there:",
+        ".PP",
+        ".nf",
+        _escape('ln -s "$(command -v mount.ckptfs)" /sbin/mount.ckptfs'),
+        ".fi",
+        ".PP",
+        "What every file system understands (ro, noauto, nofail, _netdev, x\\-systemd.*) is taken and changes nothing.",
+        ".SH OPTIONS",
+    ]
+    for parameter in command.get_params(context):
+        if isinstance(parameter, click.Option) and (record := parameter.get_help_record(context)) is not None:
+            for name in (*parameter.opts, *parameter.secondary_opts):
+                if is_mount_option(name):
+                    word = name.removeprefix("--").replace("-", "_") + ("" if parameter.is_flag else "=VALUE")
+                    lines += [".TP", f"\\fB{_escape(word)}\\fR", _escape(record[1])]
+    see = ".SH SEE ALSO\n\\fBckptfs-mount\\fR(1), \\fBmount\\fR(8), \\fBfstab\\fR(5)"
+    return "\n".join([*lines, ".SH EXIT STATUS", "That of mount(8): 0 ok, 1 usage, 32 the mount failed.", see]) + "\n"
 
 
 def _commands(context: click.Context, command: click.Command) -> list[tuple[str, click.Command]]:
@@ -81,7 +117,7 @@ def _escape(text: str) -> str:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python scripts/man_pages.py DIR")
-    target = Path(sys.argv[1])
-    target.mkdir(parents=True, exist_ok=True)
     for name, text in pages().items():
-        (target / name).write_text(text)
+        target = Path(sys.argv[1]) / f"man{name[-1]}" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)

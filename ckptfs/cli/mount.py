@@ -8,11 +8,11 @@ from typing import Literal
 import click
 
 from ckptfs.cli.options import (
-    Address,
     RegistryReference,
     configure_logging,
     deadline,
     make_settings,
+    metrics_option,
     read_cache_key,
     reference_argument,
     registry_options,
@@ -61,12 +61,7 @@ from ckptfs.settings import default_cache_dir
 @click.option(
     "--stats", type=click.Path(path_type=Path, dir_okay=False), help="Write the last status to FILE at the end."
 )
-@click.option(
-    "--metrics",
-    type=Address(),
-    metavar="[IP:]PORT",
-    help="Serve /metrics for Prometheus there, on loopback without IP; 0: any port, see `ckptfs status`.",
-)
+@metrics_option
 @click.option("--ready-fd", type=click.IntRange(0), help="Write a line to this descriptor once a read works.")
 @click.option("--read-deadline", default="60", show_default=True, help="Seconds until a read gets EIO, or `hard`.")
 @click.option("--allow-other", is_flag=True, help="Let other users in; modes and owners are those of the image.")

@@ -76,6 +76,11 @@ def mount_for_mount8(arguments: list[str]) -> int:
     return 0 if code == 0 else _USAGE if code == UsageError.exit_code else _FAILED
 
 
+def is_mount_option(name: str) -> bool:
+    """Whether mount(8) may give this option of `ckptfs mount`, without its dashes."""
+    return name.startswith("--") and name not in ("--json", "--foreground", "--ready-fd", "--help")
+
+
 def translate(text: str) -> list[str]:
     """`view=raw,allow_other,_netdev` as options of `ckptfs mount`. UsageError for what means nothing."""
     known = {
@@ -83,7 +88,7 @@ def translate(text: str) -> list[str]:
         for option in mount.params
         if isinstance(option, click.Option)
         for name in (*option.opts, *option.secondary_opts)
-        if name.startswith("--") and name not in ("--json", "--foreground", "--ready-fd", "--help")
+        if is_mount_option(name)
     }
     found = []
     for part in filter(None, (part.strip() for part in text.split(","))):

@@ -134,6 +134,15 @@ def transfer_options(function: F) -> F:
     return verbosity_options(config_option(plain_http_option(ignored(function))))
 
 
+def metrics_option(function: F) -> F:
+    return click.option(
+        "--metrics",
+        type=Address(),
+        metavar="[IP:]PORT",
+        help="Serve /metrics for Prometheus there, on loopback without IP; 0: any port, see `ckptfs status`.",
+    )(function)
+
+
 def registry_options(function: F) -> F:
     """What every command that touches a registry or the cache takes."""
     for option in (

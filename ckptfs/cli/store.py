@@ -7,10 +7,10 @@ from pathlib import Path
 import click
 
 from ckptfs.cli.options import (
-    Address,
     configure_logging,
     deadline,
     make_settings,
+    metrics_option,
     read_cache_key,
     registry_options,
 )
@@ -33,12 +33,7 @@ from ckptfs.settings import default_cache_dir
     default=True,
     help="Fetch the rest of an image once a file of it has been read. [default: on]",
 )
-@click.option(
-    "--metrics",
-    type=Address(),
-    metavar="[IP:]PORT",
-    help="Serve /metrics for Prometheus there, on loopback without IP; 0: any port, see `ckptfs status`.",
-)
+@metrics_option
 @click.option("--ready-fd", type=click.IntRange(0), help="Write a line to this descriptor once the store works.")
 @click.option("--read-deadline", default="60", show_default=True, help="Seconds until a read gets EIO, or `hard`.")
 @click.option(

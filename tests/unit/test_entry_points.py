@@ -65,13 +65,15 @@ def test_man_pages(tmp_path: Path) -> None:
     script = [sys.executable, ROOT / "scripts" / "man_pages.py", tmp_path]
     subprocess.run(script, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert {"ckptfs.1", "ckptfs-mount.1", "ckptfs-cache-verify.1", "ckptfs-inspect.1"} <= {
-        p.name for p in tmp_path.iterdir()
+        p.name for p in (tmp_path / "man1").iterdir()
     }
-    page = (tmp_path / "ckptfs-inspect.1").read_text()
+    page = (tmp_path / "man1" / "ckptfs-inspect.1").read_text()
     assert ".SH SYNOPSIS" in page and r"ckptfs inspect localhost:5000/counter:1 \-\-ps\-tree\-cmd" in page
+    helper = (tmp_path / "man8" / "mount.ckptfs.8").read_text()
+    assert r"\fBcache_size=VALUE\fR" in helper and r"\fBno_background_fetch\fR" in helper and "ready_fd" not in helper
     groff = shutil.which("groff")
     if groff:
-        for file in tmp_path.iterdir():
+        for file in tmp_path.glob("man*/*"):
             done = subprocess.run([groff, "-man", "-Tutf8", "-ww", file], capture_output=True, text=True, check=False)
             assert done.returncode == 0 and done.stderr == "" and "OPTIONS" in done.stdout
 
