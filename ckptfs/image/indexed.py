@@ -50,7 +50,7 @@ class ChunkTables:
         self._derived: dict[Inode, tuple[Sequence[Inode], Callable[[], Sequence[Extent]]]] = {}
         self._made: list[tuple[Inode, Sequence[Inode], Callable[[], Sequence[Extent]]]] = []
         self._locks: dict[Inode, trio.Lock] = {}  # one each: tables of several files are fetched at the same time
-        self.parts = TableParts(documents, limits)
+        self.parts = TableParts(documents, limits, lambda inode: self._pending.pop(inode, None))
         self.earlier: EarlierImages | None = None
         self.with_cells: list[tuple[IndexedFile, Blob, int]] = []
 
@@ -96,7 +96,8 @@ class ChunkTables:
             if inode in self._pending:
                 file, blob, layer = self._pending[inode]
                 await trio.to_thread.run_sync(self._load, file, blob, layer, abandon_on_cancel=True)
-                del self._pending[inode], self._locks[inode]
+                self._pending.pop(inode, None)
+                del self._locks[inode]
             elif inode in self._derived:
                 sources, extents = self._derived[inode]
                 for source in sources:

@@ -5,7 +5,7 @@ A file whose table has parts can be read at once: each part is fetched when a by
 then this is over for that file. Owned by indexed.py; the reader calls `learn`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import trio
@@ -26,9 +26,11 @@ _Place = tuple[Inode, int]
 class TableParts:
     """Of all files of an image. Runs in the event loop, reads in threads."""
 
-    def __init__(self, documents: DocumentStore, limits: Limits) -> None:
+    def __init__(self, documents: DocumentStore, limits: Limits, whole: Callable[[Inode], object]) -> None:
+        """`whole` is told of files of which all parts are known."""
         self._documents = documents
         self._limits = limits
+        self._whole = whole
         self._files: dict[Inode, tuple[PartedExtents, Table, Blob]] = {}
         self._places: dict[bytes, _Place] = {}
         self._locks: dict[bytes, trio.Lock] = {}
@@ -60,6 +62,8 @@ class TableParts:
                     fetch = partial(self._fetch, table, number, blob)
                     data = await trio.to_thread.run_sync(fetch, abandon_on_cancel=True)
                     extents.learn(number, data, blob.size, self._limits)
+                    if extents.whole:
+                        self._whole(inode)
 
     async def learn_for(self, chunks: Iterable[Chunk]) -> bool:
         """Read the first few parts that are lacking in a plan; whether there were any."""

@@ -149,6 +149,11 @@ class PartedExtents(MadeExtents):
     def known(self, number: int) -> bool:
         return self._known[number] is not None
 
+    @property
+    def whole(self) -> bool:
+        """Whether all parts are known: then these are the file's extents like others."""
+        return None not in self._known
+
     def learn(self, number: int, data: bytes, end: int, limits: Limits) -> None:
         """Take in what the bytes of part `number` say. IntegrityError, FormatError."""
         part, position = self._table.parts[number], self._positions[number]

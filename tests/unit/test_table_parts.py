@@ -137,6 +137,7 @@ def test_the_whole_file_through_parts_and_through_the_table(pushed: tuple[Path, 
         for offset in reversed(range(0, len(data), 100_000)):
             assert await image.reader.serve(handle, offset, 100_000) == data[offset : offset + 100_000]
         assert all(parts_of(inode))
+        assert not image.tables  # nothing is left to be learnt
 
     async def by_table(image: OpenImage, inode: Inode) -> None:
         await image.open(inode)
