@@ -121,7 +121,7 @@ class Settings:
 
 def default_cache_dir() -> Path:
     """The node's cache: /var/cache/ckptfs for root, $XDG_CACHE_HOME/ckptfs for others."""
-    if os.geteuid() == 0:
+    if _is_root():
         return Path("/var/cache/ckptfs")
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base) / "ckptfs"
@@ -129,10 +129,19 @@ def default_cache_dir() -> Path:
 
 def runtime_dir() -> Path:
     """Where mounts keep their control sockets and state: /run/ckptfs, or $XDG_RUNTIME_DIR/ckptfs."""
-    if os.geteuid() == 0:
+    if _is_root():
         return Path("/run/ckptfs")
     base = os.environ.get("XDG_RUNTIME_DIR")
     return Path(base) / "ckptfs" if base else Path(f"/tmp/ckptfs-{os.geteuid()}")
+
+
+def _is_root() -> bool:
+    """Whether the system's directories are ours: not those of a user who is root in a namespace (`podman unshare`)."""
+    if os.geteuid() != 0 or "XDG_RUNTIME_DIR" not in os.environ:
+        return os.geteuid() == 0
+    with open("/proc/self/uid_map", encoding="ascii") as lines:
+        inside, outside, _ = lines.readline().split()  # user_namespaces(7)
+    return inside != "0" or outside == "0"
 
 
 def state_dir() -> Path:

@@ -17,8 +17,11 @@ from tests.support.tools import ROOT
 NOBODY = 65534
 
 
-def as_nobody(*command: str, fuse: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run `command`; with `fuse` in a namespace of its own, with `ckptfs` on its PATH and a home that goes away."""
+def as_nobody(*command: str, fuse: bool = False, subordinate: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run `command`; with `fuse` in a namespace of its own, with `ckptfs` on its PATH and a home that goes away.
+
+    `subordinate`: with user IDs for a user namespace (subuid(5)), and `fuse`.
+    """
     drop = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"]
     if not fuse:
         return subprocess.run([*drop, *command], capture_output=True, text=True, check=False, timeout=60)
@@ -38,7 +41,9 @@ def as_nobody(*command: str, fuse: bool = False) -> subprocess.CompletedProcess[
             "PYTHONPATH": str(ROOT),
             "PYTHONDONTWRITEBYTECODE": "1",
         }
-        script = "\n".join(["set -e", *_open_doors(home), f"exec {shlex.join([*drop, *command])}"])
+        ids = [f"mount --bind {home}/ids {file}" for file in ("/etc/subuid", "/etc/subgid") if subordinate]
+        (home / "ids").write_text("nobody:100000:65536\n")
+        script = "\n".join(["set -e", *_open_doors(home), *ids, f"exec {shlex.join([*drop, *command])}"])
         return subprocess.run(
             ["unshare", "--mount", "--propagation", "private", "sh", "-c", script],
             capture_output=True,
