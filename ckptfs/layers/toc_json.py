@@ -37,6 +37,7 @@ _TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9})\d*)?(Z|[+-]\
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MAX_INT = (1 << 63) - 1
 _SLACK = 132 * KiB  # a zstd block, which is decoded as a whole, holds at most 128 KiB (RFC 8878, 3.1.1.2.4)
+_UNUSUAL = frozenset(("chunkOffset", "chunkType", "innerOffset"))  # a file that is one chunk has none of these
 _PACK = 64  # files of more chunks than this keep them as columns: 16 times less memory
 
 # offset, inner, start in the file, length, digest; chunks of zeros are rows of length 0 that only end the one before
@@ -134,7 +135,20 @@ class _Parser:
         self._last = _integer(item, "endOffset", self._end) if "endOffset" in item else 0
         length = (_integer(item, "chunkSize") if "chunkSize" in item else 0) or size
         digest = item.get("chunkDigest") or (item.get("digest") if length == size else None)
-        self._add(item, length, digest)
+        if length == size and not item.keys() & _UNUSUAL and length <= self._limits.chunk_bytes:
+            self._file = None
+            self._only(inode, size, _integer(item, "offset", self._end), _digest(digest))
+        else:
+            self._add(item, length, digest)
+
+    def _only(self, inode: Inode, length: int, offset: int, digest: bytes) -> None:
+        """The file is one chunk, as most are: it needs a row and no object for it."""
+        size = 0
+        if self._last:
+            size = _size((offset, 0, 0, length, digest), self._last)
+        else:
+            self._open_small.append(len(self._small))
+        inode.extents = OnlyExtent(self._small, length, offset, size, digest)
 
     def _chunk(self, item: Mapping[str, Any]) -> None:
         inode = self._file
@@ -170,12 +184,7 @@ class _Parser:
             raise FormatError(f"the chunks of {self._name!r:.80} are {self._position} bytes, the file {inode.size}")
         rows = self._rows
         if not self._last:
-            if len(rows) == 1 and not rows[0][1]:
-                offset, _, _, length, digest = rows[0]
-                self._open_small.append(len(self._small))
-                inode.extents = OnlyExtent(self._small, length, offset, 0, digest)
-            else:
-                self._open.append((inode, rows))
+            self._open.append((inode, rows))
         else:
             self._place(inode, rows, [*[row[0] for row in rows[1:]], self._last])
 
@@ -198,15 +207,6 @@ class _Parser:
 
     def _place(self, inode: Inode, rows: list[_Row], ends: list[int]) -> None:
         """Extents from rows and from where their encoded bytes end."""
-        if len(rows) == 1 and rows[0][3]:
-            offset, inner, _, length, digest = rows[0]
-            size = _size(rows[0], ends[0])
-            if inner:
-                chunk = Chunk(digest, self._layer, offset, size, length, digest, inner)
-                inode.extents = (Extent(0, length, chunk),)
-            else:
-                inode.extents = OnlyExtent(self._small, length, offset, size, digest)
-            return
         extents = [self._extent(row, end) for row, end in zip(rows, ends, strict=True) if row[3]]
         if len(extents) <= _PACK or any(row[1] for row in rows):
             inode.extents = tuple(extents)

@@ -196,6 +196,23 @@ def test_zeros_are_holes_and_frames_may_be_several() -> None:
     assert scanned.read(inode) == first + bytes(100_000) + last
 
 
+@pytest.mark.parametrize("end", [True, False])
+def test_zeros_before_the_only_chunk_stay_before_it(end: bool) -> None:
+    last = b"b" * 500
+    payload = frame(last)
+    rows: list[dict[str, object]] = [
+        {"type": "reg", "name": "f", "size": 1500, "chunkSize": 1000, "chunkType": "zeros"}
+        | {"chunkDigest": sha256(bytes(1000))},
+        {"type": "chunk", "name": "f", "chunkOffset": 1000, "offset": 0, "chunkDigest": sha256(last)},
+    ]
+    if end:
+        rows[0]["endOffset"] = len(payload)
+    scanned = ScannedLayer.of(zstd_chunked(table(rows), payload))
+    inode = scanned.entries[0].inode
+    assert inode is not None and [extent.start for extent in inode.extents] == [1000]
+    assert scanned.read(inode) == bytes(1000) + last
+
+
 def test_json_is_read_as_written_by_go() -> None:
     """`encoding/json` with indent, absent and null fields, and times with fractions and zones."""
     rows = [
