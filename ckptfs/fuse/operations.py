@@ -25,6 +25,7 @@ from ckptfs.settings import MiB
 
 _FOREVER = 3600.0 * 24 * 365  # seconds; as nydus does: nothing ever changes under a pinned digest
 _BLOCK = 512
+DOTS = (b".", b"..")
 _LARGE = 1 * MiB  # smaller files are hardly worth a look at who opens them
 
 
@@ -49,7 +50,7 @@ class Operations(Answering):
         self._tree = image.tree
         self.names = InodeNames(image.tree)
         self._handles: dict[int, Handle] = {}
-        self._listings: dict[int, list[Node]] = {}
+        self._listings: dict[int, list[tuple[bytes, Node]]] = {}
         self._next_handle = base + 1
         self._base = base
         self.references = 0  # how often the kernel has been told of an inode and has not forgotten it
@@ -126,19 +127,20 @@ class Operations(Answering):
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
         directory = self._directory(inode)
         number = self._number()
-        self._listings[number] = await self.image.listing(directory)
+        listing = [(node.name, node) for node in await self.image.listing(directory)]
+        self._listings[number] = [(b".", directory), (b"..", directory.parent or directory), *listing]
         return number
 
     @answers
     async def readdir(self, handle: int, start: int, token: Any) -> None:
         listing = self._listings[handle]
         for position in range(start, len(listing)):
-            node = listing[position]
+            name, node = listing[position]
             if node.inode is None:
                 continue
-            if not pyfuse3.readdir_reply(token, node.name, self.attributes(node.inode), position + 1):
+            if not pyfuse3.readdir_reply(token, name, self.attributes(node.inode), position + 1):
                 return
-            self.references += 1
+            self.references += name not in DOTS  # the kernel knows these two
 
     @answers
     async def releasedir(self, handle: int) -> None:

@@ -19,7 +19,7 @@ import pyfuse3
 
 from ckptfs.engine.reader import Handle
 from ckptfs.fuse.answers import Answering, answers
-from ckptfs.fuse.operations import Operations
+from ckptfs.fuse.operations import DOTS, Operations
 from ckptfs.image.layer_directories import DIFF, ROOT_MODE
 from ckptfs.image.layer_store import LayerStore, StoredImage, digest_of, name_of, reference_of
 from ckptfs.model.oci import Reference
@@ -117,6 +117,8 @@ class StoreOperations(Answering):
             name, attributes = listing[position]
             if not pyfuse3.readdir_reply(token, name, attributes, position + 1):
                 return
+            if name in DOTS:
+                continue
             if attributes.st_ino >> _SLOT:
                 self._owner(attributes.st_ino).references += 1
             else:
@@ -228,16 +230,16 @@ class StoreOperations(Answering):
 
     def _listing(self, inode: int) -> list[tuple[bytes, pyfuse3.EntryAttributes]]:
         """What is open: of the store its images, of an image its layers."""
+        listing = {b".": self._directory(inode), b"..": self._directory(ROOT_INO)}
         if inode == ROOT_INO:
             found = {name_of(stored.reference): stored.reference for stored in self._store.images()}
-            return [(name, self._directory(self._reference(name, found[name]))) for name in sorted(found)]
-        listing: dict[bytes, pyfuse3.EntryAttributes] = {}
-        for stored in self._store.images(self._references[inode][1]):
+            listing |= {name: self._directory(self._reference(name, found[name])) for name in found}
+        for stored in self._store.images(self._references[inode][1]) if inode != ROOT_INO else ():
             for node in stored.image.tree.root.visible_children():
                 if node.inode is not None:
                     listing[node.name] = self._operations(stored).attributes(node.inode)
                     listing[node.name].entry_timeout = _SECOND
-        return sorted(listing.items())
+        return sorted(listing.items(), key=lambda entry: entry[0])
 
     def _operations(self, stored: StoredImage) -> Operations:
         operations = self._images.get(stored.slot)

@@ -131,6 +131,9 @@ def test_what_a_layer_shows(tmp_path: Path) -> None:
         assert sorted(os.listdir(place(store, reference))) == sorted(map(str, (plain, gz, zst)))
         assert os.listdir(store.path) == [place(store, reference).name]
         assert sorted(os.listdir(place(store, reference, gz))) == ["blob", "diff", "info"]
+        for folder in (store.path, place(store, reference), place(store, reference, gz), layer, layer / "anew"):
+            listed = subprocess.run(["ls", "-a", folder], capture_output=True, text=True, check=True).stdout.split()
+            assert {".", ".."} <= set(listed) and len(listed) == len(os.listdir(folder)) + 2
 
 
 def test_newer_engines_ask_by_table_of_contents(tmp_path: Path) -> None:
