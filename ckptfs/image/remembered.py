@@ -26,6 +26,7 @@ from ckptfs.settings import Settings
 log = logging.getLogger(__name__)
 
 _MANY = 10_000  # entries: 5 MB and more have been needed to read and to write them
+_LATER = 1.0  # seconds for which so many are left alone: the mount is about to be ready, and Python has one lock
 
 
 class RemovableStore(DocumentStore, Protocol):
@@ -81,10 +82,14 @@ class LayerMemory:
         Empties the list: the tree has all that it said.
         """
         many = len(entries) >= _MANY
-        if self._learning:
-            with trio.CancelScope(shield=True):
-                # 0.3 s for 100 000 files: not in the event loop
-                await trio.to_thread.run_sync(self._keep, entries, layer, descriptor)
+        try:
+            if many:
+                await trio.sleep(_LATER)
+        finally:
+            if self._learning:
+                with trio.CancelScope(shield=True):
+                    # 0.3 s for 100 000 files: not in the event loop
+                    await trio.to_thread.run_sync(self._keep, entries, layer, descriptor)
         entries.clear()
         if many:
             await trio.to_thread.run_sync(release_memory)
