@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ckptfs.errors import CkptfsError, RestoreError, UsageError
@@ -61,11 +61,23 @@ def finish(flow: Flow) -> None:
             said = runtimes.criu_complaint(work / "restore.log") or error.message
             hint = f"the logs are in {work} (stay with --keep)"
             raise RestoreError(f"containerd could not restore: {said}", hint=hint) from None
-        flow.place.record(pid=pid, lazy_pid=lazy.pid if lazy is not None else None)
+        lazy_pid = lazy.pid if lazy is not None else None
+        flow.place.record(pid=pid, lazy_pid=lazy_pid, name=flow.name, containerd=engine.place)
         watch = Watch(pid, stop_signal(bundle), flow.settings.timeouts.stop, relays)
         running = {"runtime": _RUNTIME, "engine": "containerd", "rootfs": origin}
         watch.run(lazy, lambda: flow.running(pid, **running), flow.resident)
         flow.tell("ended", exit_code=engine.wait(flow.name), ended_ms=flow.now())
+
+
+def bury(place: Sequence[str], name: str) -> None:
+    """A container that has ended after its restore was killed; `place` is where containerd was."""
+    with contextlib.suppress(CkptfsError, ImportError):
+        engine = Containerd(place)
+        try:
+            engine.delete_task(name)
+        finally:
+            engine.delete_container(name)
+            engine.close()
 
 
 def _forget(engine: Containerd, name: str, place: Path) -> None:

@@ -7,7 +7,7 @@ containerd), encoded by hand: they are a dozen fields. `ctr` cannot say where th
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +38,18 @@ def findings() -> Iterator[Finding]:
 
 
 class Containerd:
-    """A connection. Every call raises RestoreError with containerd's words when it says no."""
+    """A connection. Every call raises RestoreError with containerd's words when it says no.
 
-    def __init__(self) -> None:
+    `place` is (socket, namespace); without one, those that `ctr` takes.
+    """
+
+    def __init__(self, place: Sequence[str] | None = None) -> None:
         import grpc
 
         self._grpc = grpc
-        self._channel = grpc.insecure_channel(f"unix://{os.path.abspath(address())}")
-        # What ctr takes for a namespace when it is told none.
-        self._metadata = (("containerd-namespace", os.environ.get("CONTAINERD_NAMESPACE", "default")),)
+        self.place = place or (os.path.abspath(address()), os.environ.get("CONTAINERD_NAMESPACE", "default"))
+        self._channel = grpc.insecure_channel(f"unix://{self.place[0]}")
+        self._metadata = (("containerd-namespace", self.place[1]),)
 
     def close(self) -> None:
         self._channel.close()
@@ -93,7 +96,7 @@ class Containerd:
     def _translated(self, error: Any) -> CkptfsError:
         said, code = " ".join(str(error.details()).split()), error.code()
         if code in (self._grpc.StatusCode.UNAVAILABLE, self._grpc.StatusCode.DEADLINE_EXCEEDED):
-            return UnavailableError(f"containerd does not answer: {said}", hint=f"is it running at {address()}?")
+            return UnavailableError(f"containerd does not answer: {said}", hint=f"is it running at {self.place[0]}?")
         if code == self._grpc.StatusCode.ALREADY_EXISTS:
             return RestoreError(f"containerd has it already: {said}", hint="give another --name")
         return RestoreError(f"containerd says: {said}")

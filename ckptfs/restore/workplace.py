@@ -138,6 +138,11 @@ def _bury(path: Path) -> None:
         os.kill(state["lazy_pid"], signal.SIGKILL)
     if state.get("runtime"):
         delete(state["runtime"], state["name"])
+    if state.get("containerd"):
+        from ckptfs.restore.containerd import bury
+
+        bury(state["containerd"], state["name"])
+    if state.get("name"):
         remove_cgroups(state["name"])
     clear(path)
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from tests.support.docker_registry import DockerRegistry
 from tests.support.pages import blocks
 from tests.support.podman import BASE, Podman
 from tests.support.restored import assert_nothing_left, restored, start
-from tests.support.tools import ROOT, run, wait_for
+from tests.support.tools import ROOT, wait_for
 
 pytestmark = [pytest.mark.restore, pytest.mark.registry, pytest.mark.fuse]
 
@@ -49,9 +50,8 @@ def containerd(podman: Podman, scratch_folder: Path) -> Iterator[Containerd]:
 def pushed(podman: Podman, containerd: Containerd, registry: DockerRegistry, scratch_folder: Path) -> Pushed:
     """A container of 64 MB, checkpointed with its task and its changes, exported and pushed."""
     containerd.run_ticker("ticking", 64)
-    last = containerd.checkpoint("ticking", scratch_folder / "containerd.tar")
-    (scratch_folder / "containerd-oci").mkdir()
-    run("tar", "-xf", scratch_folder / "containerd.tar", "-C", scratch_folder / "containerd-oci")
+    last = containerd.ticks("ticking")[-1].number + 100  # it goes on for as long as the checkpoint takes
+    containerd.checkpoint("ticking", scratch_folder / "containerd-oci")
     reference = registry.reference("containerd/ticking:1")
     assert ckptfs("push", f"oci:{scratch_folder}/containerd-oci", reference).code == 0
     return Pushed(reference, last, podman.push(BASE, registry.reference("containerd/base:1")))
@@ -86,6 +86,30 @@ def test_by_our_own_runc(pushed: Pushed, tmp_path: Path) -> None:
     with restored(tmp_path, pushed.reference, "--base", pushed.base) as container:
         container.assert_continues(pushed.last_tick)
         container.assert_delta()
+
+
+def test_what_it_says_is_heard(
+    pushed: Pushed, containerd: Containerd, registry: DockerRegistry, scratch_folder: Path, tmp_path: Path
+) -> None:
+    """Standard output goes through containerd and the command; the signals of the command end the container."""
+    containerd.run_talker("talking", scratch_folder / "talking.log")
+    containerd.checkpoint("talking", scratch_folder / "talking-oci")
+    reference = registry.reference("containerd/talking:1")
+    assert ckptfs("push", f"oci:{scratch_folder}/talking-oci", reference).code == 0
+    words = ["restore", reference, *ENGINE, "--base", pushed.base, "--dir", tmp_path / "place"]
+    command = [*containerd.isolation.enter, sys.executable, "-m", "ckptfs", *words, "--cache-dir", tmp_path / "cache"]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(list(map(str, command)), stdout=pipe, stderr=pipe, text=True)
+    assert process.stdout is not None
+    first = process.stdout.readline()
+    process.send_signal(signal.SIGTERM)  # the ticker does not listen
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "runs as process" in err
+    numbers = [int(line.split()[2]) for line in [first, *out.splitlines()] if line.startswith("ticker tick")]
+    assert numbers[0] > 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    assert_nothing_left(tmp_path)
 
 
 def test_the_name_is_taken(pushed: Pushed, containerd: Containerd, tmp_path: Path) -> None:
@@ -124,6 +148,23 @@ def test_detached(pushed: Pushed, containerd: Containerd, tmp_path: Path) -> Non
     assert_nothing_left(tmp_path)
 
 
+def test_a_killed_restore_is_swept_by_the_next(pushed: Pushed, containerd: Containerd, tmp_path: Path) -> None:
+    process = start(tmp_path, pushed.reference, *ENGINE, "--base", pushed.base, prefix=containerd.isolation.enter)
+    assert process.stdout is not None
+    pid = json.loads(process.stdout.readline())["pid"]
+    process.kill()
+    process.communicate()
+    os.kill(pid, signal.SIGKILL)
+    wait_for("the end of the task", lambda: "STOPPED" in containerd("tasks", "list"))
+    assert (tmp_path / "place").exists()
+    words = (pushed.reference, *ENGINE, "--dir", tmp_path / "other", "--cache-dir", tmp_path / "cache")
+    command = [*containerd.isolation.enter, sys.executable, "-m", "ckptfs", "restore", *words]
+    failed = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert failed.returncode == 3, failed.stderr  # no base image
+    assert containerd("containers", "list", "-q") == ""
+    assert_nothing_left(tmp_path)
+
+
 def test_as_the_page_says(pushed: Pushed, containerd: Containerd, tmp_path: Path) -> None:
     """docs/restore.md: its block on containerd."""
     (block,) = (text for text in blocks(ROOT / "docs" / "restore.md") if "--engine containerd" in text)
@@ -143,8 +184,12 @@ def test_as_the_page_says(pushed: Pushed, containerd: Containerd, tmp_path: Path
 def test_what_cannot_be(pushed: Pushed, tmp_path: Path) -> None:
     common = ["--base", pushed.base, "--cache-dir", tmp_path / "cache"]
     nowhere = {"CONTAINERD_ADDRESS": str(tmp_path / "nothing.sock")}
+    deaf = {"CONTAINERD_ADDRESS": str(tmp_path / "deaf.sock")}
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(deaf["CONTAINERD_ADDRESS"])
     cases: list[tuple[list[str], dict[str, str], int, str]] = [
         ([], nowhere, 8, "containerd does not listen at"),
+        ([], deaf, 5, "containerd does not answer"),
         (["--runtime", "crun"], {}, 2, "containerd restores with runc"),
         (["--", "shell-job"], {}, 2, "options of criu"),
     ]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from tests.support.podman import BASE, OUTPUT, Podman, change_root
-from tests.support.tools import end, require, start, wait_for
+from tests.support.tools import end, require, run, start, wait_for
 from tests.support.workload import Line, Output
 
 
@@ -58,16 +58,24 @@ class Containerd:
         wait_for("the container to tick", lambda: self.ticks(name))
         change_root(self.root(name))
 
-    def checkpoint(self, name: str, archive: Path) -> int:
-        """Everything of the container in an archive of containerd's; it is gone. Returns its last tick, at least."""
-        last = self.ticks(name)[-1].number
+    def run_talker(self, name: str, log: Path) -> None:
+        """The same, but it ticks on its standard output, which goes into `log`."""
+        self("run", "--detach", "--log-uri", f"file://{log}", BASE, name, "/ticker", "/proc/self/fd/1", "4")
+        wait_for("the container to tick", lambda: log.exists() and "tick 1 " in log.read_text())
+
+    def checkpoint(self, name: str, layout: Path) -> None:
+        """Everything of the container as containerd exports it, unpacked in the new folder `layout`; it is gone."""
         self("containers", "checkpoint", "--rw", "--task", name, f"localhost/{name}:checkpoint")
-        last = max(last, self.ticks(name)[-1].number)
+        archive = layout.with_suffix(".tar")
         self("images", "export", "--skip-manifest-json", archive, f"localhost/{name}:checkpoint")
+        layout.mkdir()
+        run("tar", "-xf", archive, "-C", layout)
+        archive.unlink()
         self.remove(name)
-        return last
 
     def remove(self, name: str) -> None:
+        if "PAUSED" in self("tasks", "list"):  # a checkpoint that failed
+            self("tasks", "resume", name)
         if "RUNNING" in self("tasks", "list"):
             self("tasks", "kill", "--signal", "KILL", name)
         wait_for("the end of the task", lambda: "RUNNING" not in self("tasks", "list"))
