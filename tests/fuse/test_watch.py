@@ -1,12 +1,11 @@
 """`ckptfs status --watch` on a real terminal and off it, while a real mount waits for a registry that is slow."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 
 from tests.support.command import Mounted, ckptfs, mounted
 from tests.support.fake_registry import FakeRegistry, Silent
-from tests.support.terminal import ENTER_SCREEN, on_terminal
+from tests.support.terminal import CKPTFS, ENTER_SCREEN, on_terminal
 from tests.support.tools import require, wait_for
 
 pytestmark = pytest.mark.fuse
@@ -107,37 +106,48 @@ def test_a_narrow_terminal_and_a_dumb_one(mount: Mounted) -> None:
         terminal.press(b"q")
         assert terminal.end() == 0
     assert ENTER_SCREEN in terminal.raw
-    command = [sys.executable, "-m", "ckptfs", "status", str(mount.path), *QUICK]
-    lines = output(command, env={**os.environ, "TERM": "dumb"})
-    assert all("\x1b" not in line for line in lines)
+    with on_terminal("status", mount.path, *QUICK, program=["env", "TERM=dumb", *CKPTFS]) as terminal:
+        terminal.wait_for(lambda text: text.count("on demand") > 1)
+        terminal.press(b"\x03")
+        assert terminal.end() == 0 and ENTER_SCREEN not in terminal.raw
 
 
-def output(command: list[str], seconds: float = 1.5, **options: object) -> list[str]:
-    """What a command prints until Ctrl-C, which must end it well."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:  # type: ignore[call-overload]
-        time.sleep(seconds)
+@contextlib.contextmanager
+def printing(*arguments: object, **environment: str) -> Iterator[tuple["subprocess.Popen[str]", list[str]]]:
+    """`ckptfs status` with these arguments into a pipe, and the first two lines that it printed."""
+    command = [sys.executable, "-m", "ckptfs", "status", *map(str, arguments), *QUICK]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+    ) as process:
+        try:
+            assert process.stdout is not None
+            yield process, [process.stdout.readline().rstrip("\n") for _ in range(2)]
+        finally:
+            process.kill()
+
+
+def output(*arguments: object, **environment: str) -> list[str]:
+    """What it prints until Ctrl-C, which must end it well; two lines at least."""
+    with printing(*arguments, **environment) as (process, lines):
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=10)
+        rest, err = process.communicate(timeout=10)
         assert (process.returncode, err) == (0, "")
-    return str(out).splitlines()
+        return lines + rest.splitlines()
 
 
 def test_lines_where_there_is_no_terminal(mount: Mounted) -> None:
-    lines = output([sys.executable, "-m", "ckptfs", "status", str(mount.path), *QUICK])
-    assert len(lines) >= 2
-    for line in lines:
+    for line in output(mount.path):
         clock, path, *rest = line.split("  ")
         assert len(clock) == 8 and path == str(mount.path) and rest[0].endswith(" %") and rest[-1] == "on demand"
 
 
 def test_json_lines(mount: Mounted) -> None:
-    command = [sys.executable, "-m", "ckptfs", "status", str(mount.path), "--json", *QUICK]
-    documents = [json.loads(line) for line in output(command)]
-    assert len(documents) >= 2 and documents[0]["seconds"] < documents[-1]["seconds"]
+    documents = [json.loads(line) for line in output(mount.path, "--json")]
+    assert documents[0]["seconds"] < documents[-1]["seconds"]
     assert set(mount.status()) | {"layers", "roles", "reading"} == set(documents[0])
     assert documents[0]["layers"][0]["name"].startswith("zstd:chunked sha256:")
     assert set(documents[0]["roles"]) <= {"metadata", "memory", "files"}
-    everything = [json.loads(line) for line in output([word for word in command if word != str(mount.path)])]
+    everything = [json.loads(line) for line in output("--json")]
     assert any(one["mountpoint"] == str(mount.path) for one in everything[0])
 
 
@@ -146,11 +156,10 @@ def test_a_pipe_that_closes_and_a_mount_that_ends(tmp_path: Path) -> None:
         program = f"{sys.executable} -m ckptfs status {mount.path} --watch --interval 0.2"
         done = subprocess.run(["sh", "-c", f"{program} | head -1"], capture_output=True, timeout=20)
         assert done.stderr == b"" and done.stdout.count(b"\n") == 1
-        timer = threading.Timer(1.5, lambda: ckptfs("umount", mount.path))
-        timer.start()
-        ended = ckptfs("status", mount.path, *QUICK, timeout=20)
-        timer.join()
-        assert ended.code == 0 and ended.err == "" and len(ended.out.splitlines()) >= 2
+        with printing(mount.path) as (process, lines):
+            assert ckptfs("umount", mount.path).code == 0
+            _, err = process.communicate(timeout=20)
+            assert (process.returncode, err, len(lines)) == (0, "", 2)
 
 
 def test_what_cannot_be_watched(tmp_path: Path) -> None:

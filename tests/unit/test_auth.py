@@ -275,7 +275,7 @@ def test_a_bearer_token_from_the_file_is_sent_as_it_is() -> None:
 
 @pytest.mark.parametrize("kind", ["basic", "bearer"])
 def test_refused_credentials_say_how_to_log_in(kind: str) -> None:
-    wrong = Credentials("user", "canary-password", origin="/home/x/auth.json")
+    wrong = Credentials("user", "canary-password-of-old", origin="/home/x/auth.json")
     with FakeRegistry(auth=kind) as registry, client(registry) as c:  # type: ignore[arg-type]
         image(registry)
         with pytest.raises(AuthError, match=f"podman login {registry.host}") as caught:
@@ -297,7 +297,7 @@ def test_a_user_without_credentials_is_told_so(monkeypatch: pytest.MonkeyPatch, 
 def test_the_users_own_files_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with FakeRegistry(auth="basic") as registry, client(registry) as c:
         image(registry)
-        path = Home(tmp_path).write("auth.json", {"auths": {f"{registry.host}/repo": auth("user")}})
+        path = Home(tmp_path).write("auth.json", {"auths": {f"{registry.host}/repo": auth("user", "canary-password")}})
         monkeypatch.setenv("REGISTRY_AUTH_FILE", str(path))
         c.source().resolve()
 
