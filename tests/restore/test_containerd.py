@@ -181,6 +181,13 @@ def test_as_the_page_says(pushed: Pushed, containerd: Containerd, tmp_path: Path
     wait_for("the end", lambda: not containerd("containers", "list", "-q"))
 
 
+def test_check_says_yes(pushed: Pushed, tmp_path: Path) -> None:
+    common = ("--base", pushed.base, "--cache-dir", tmp_path / "cache")
+    done = ckptfs("check", pushed.reference, *common, *ENGINE, "--json")
+    assert done.code == 0, done.out
+    assert {"grpcio", "containerd", "lazy pages", "base image"} <= {one["subject"] for one in done.json["findings"]}
+
+
 def test_what_cannot_be(pushed: Pushed, tmp_path: Path) -> None:
     common = ["--base", pushed.base, "--cache-dir", tmp_path / "cache"]
     nowhere = {"CONTAINERD_ADDRESS": str(tmp_path / "nothing.sock")}
