@@ -88,14 +88,14 @@ class Joined:
     through all runs, 300 000 in a second: where nobody should wait, make it in a thread.
 
     size   bytes of the joined pages file.
-    runs   what the joined pagemap lists: all of it present.
     """
 
     def __init__(self, levels: Sequence[Pagemap], sizes: Mapping[str, int]) -> None:
         memory = Memory(levels, sizes)
         page_size = memory.page_size
         self.size = 0
-        self.runs: list[Run] = []
+        self._runs: list[Run] = []
+        self._page_size = page_size
         self._levels = array("B")
         self._offsets = array("Q")
         self._lengths = array("Q")
@@ -119,17 +119,31 @@ class Joined:
         """(level, offset, length): where the pages lie, in the order of the joined file."""
         return zip(self._levels, self._offsets, self._lengths, strict=True)
 
+    def check(self, whole: Pagemap) -> None:
+        """FormatError unless `whole` is the pagemap of the joined file: the same pages, as lazy as they are here."""
+        runs: list[Run] = []
+        for run in whole.runs:
+            if run.flags & PRESENT:
+                _append(runs, run, self._page_size)
+        if runs != self._runs:
+            raise FormatError(f"{whole.name} lists other pages than its increments", hint="the image is damaged")
+
     def _add(self, place: Place, page_size: int) -> None:
         self.size += place.length
         self._levels.append(place.level)
         self._offsets.append(place.offset)
         self._lengths.append(place.length)
         flags = PRESENT | LAZY if place.lazy else PRESENT
-        pages, last = place.length // page_size, self.runs[-1] if self.runs else None
-        if last is not None and last.flags == flags and last.vaddr + last.pages * page_size == place.vaddr:
-            self.runs[-1] = Run(last.vaddr, last.pages + pages, flags)
-        else:
-            self.runs.append(Run(place.vaddr, pages, flags))
+        _append(self._runs, Run(place.vaddr, place.length // page_size, flags), page_size)
+
+
+def _append(runs: list[Run], run: Run, page_size: int) -> None:
+    """Add a run behind the last one, or to it."""
+    last = runs[-1] if runs else None
+    if last is not None and last.flags == run.flags and last.vaddr + last.pages * page_size == run.vaddr:
+        runs[-1] = Run(last.vaddr, last.pages + run.pages, run.flags)
+    else:
+        runs.append(run)
 
 
 def _record(out: bytearray, message: bytes) -> None:

@@ -1,8 +1,8 @@
 """An increment that `ckptfs push --parent` made, shown as the whole checkpoint that it stands for.
 
 criu reads an increment's pages at once, lazy pages or not (criu/increments.py), and from several files. In the view
-checkpoint/ therefore has pagemaps without a parent, and pages files whose bytes are windows into the chunks of all the
-layers: nothing is copied, and a restore is what it is from any other image. `--view raw` shows what the layers hold.
+checkpoint/ therefore has the pagemaps as they were dumped, and pages files whose bytes are windows into the chunks of
+all the layers: nothing is copied, and a restore is what it is from any other image. `--view raw` shows the layers.
 """
 
 import logging
@@ -15,7 +15,7 @@ from itertools import takewhile
 import trio
 
 from ckptfs.criu.images import parse_name
-from ckptfs.criu.increments import Joined, encode_pagemap
+from ckptfs.criu.increments import Joined
 from ckptfs.criu.pagemap import PARENT, Pagemap, parse_pagemap
 from ckptfs.errors import FormatError, LimitExceeded
 from ckptfs.image.opened import OpenImage
@@ -38,8 +38,8 @@ async def join(image: OpenImage) -> None:
         await image.progress.wait()
     for container in containers(image.tree):
         directory = container.children.get(b"checkpoint")
-        parent = directory.children.get(b"parent") if directory is not None else None
-        if directory is None or parent is None or parent.inode is None or not parent.inode.is_dir:
+        whole = directory.children.get(b"whole") if directory is not None else None
+        if directory is None or whole is None or whole.inode is None or not whole.inode.is_dir:
             continue
         try:
             await _join(image, directory)
@@ -49,32 +49,26 @@ async def join(image: OpenImage) -> None:
 
 async def _join(image: OpenImage, directory: Node) -> None:
     levels = _levels(directory, image.options.settings.limits.increments)
-    raw = await _pagemaps(image, levels)
+    originals, *raw = await _pagemaps(image, [directory.children[b"whole"], *levels])
     limits, in_thread = image.options.settings.limits, trio.to_thread.run_sync
     entries: list[Entry] = []
-    used: set[Inode] = set()
-    for name in raw[0]:
+    for name, data in originals.items():
         chain = await in_thread(partial(_parsed, raw, name, limits))
         files = [_pages_file(image, node, pagemap) for node, pagemap in zip(levels, chain, strict=False)]
         found = [inode for inode in files if inode is not None]
-        if not any(run.flags & PARENT for run in chain[0].runs):
-            used.update(found[:1] if files[0] is not None else ())
-            continue
-        if len(found) != len(chain):
-            raise FormatError(f"{name.decode()} lacks a pages file of a parent")
-        sizes = {level.file: inode.size for level, inode in zip(chain, found, strict=True)}
-        memory = await in_thread(partial(Joined, chain, sizes))
-        own = found[0]
-        whole = encode_pagemap(raw[0][name], name.decode(), chain[0].pages_id, memory.runs)
-        like = directory.children[name].inode or own
-        described = Inode(like.mode, like.uid, like.gid, len(whole), like.mtime_ns)
-        entries.append(Entry(directory.path + b"/" + name, image.fetcher.keep_file(whole, described)))
-        pages = Inode(own.mode, own.uid, own.gid, memory.size, own.mtime_ns)
-        image.tables.derive(pages, found, partial(_windows, memory, found), quick=len(memory) < _FEW)
-        entries.append(Entry(directory.path + b"/" + chain[0].file.encode(), pages))
-        used.add(own)
+        if not chain or len(found) != len(chain):
+            raise FormatError(f"{name.decode()} lacks the pages of an increment")
+        whole, pages = parse_pagemap(data, name.decode(), limits), found[0]
+        if any(run.flags & PARENT for run in chain[0].runs):
+            sizes = {level.file: inode.size for level, inode in zip(chain, found, strict=True)}
+            memory = await in_thread(partial(Joined, chain, sizes))
+            await in_thread(memory.check, whole)
+            pages = Inode(pages.mode, pages.uid, pages.gid, memory.size, pages.mtime_ns)
+            image.tables.derive(pages, found, partial(_windows, memory, found), quick=len(memory) < _FEW)
+        entries.append(Entry(directory.path + b"/" + name, directory.children[b"whole"].children[name].inode))
+        entries.append(Entry(directory.path + b"/" + whole.file.encode(), pages))
     rank = image.next_rank
-    image.tree.add([Entry(path, Inode(stat.S_IFREG)) for path in _obsolete(directory, used)], rank)
+    image.tree.add([Entry(path, Inode(stat.S_IFREG)) for path in _obsolete(directory)], rank)
     image.tree.add(entries, rank)
 
 
@@ -132,10 +126,11 @@ def _windows(memory: Joined, files: list[Inode]) -> WindowExtents:
     return WindowExtents([file.extents for file in files], memory.places())
 
 
-def _obsolete(directory: Node, used: set[Inode]) -> Iterator[bytes]:
-    """Whiteouts for the parents, and for the pages files that only they name."""
+def _obsolete(directory: Node) -> Iterator[bytes]:
+    """Whiteouts for all that increments are made of."""
     yield directory.path + b"/" + WHITEOUT + b"parent"
+    yield directory.path + b"/" + WHITEOUT + b"whole"
     for node in list(directory.visible_children()):
         kind = parse_name(node.name.decode("utf-8", "replace"))
-        if kind is not None and kind.kind == "pages" and node.inode not in used:
+        if kind is not None and kind.kind == "pages":
             yield directory.path + b"/" + WHITEOUT + node.name

@@ -4,6 +4,7 @@
     checkpoint/parent/pagemap-7.img               the earlier pagemap, as it was
     checkpoint/parent/pages-1.img -> ../pages-1.img
     checkpoint/pages-1.img                        from the earlier image's layer, which is used again
+    checkpoint/whole/pagemap-7.img                as it was dumped: for who joins them again (criu/increments.py)
 
 `parent` is a directory inside checkpoint/, because engines copy that and nothing else (podman, CRI-O), and its pages
 files are links, because a layer puts its files where it did before (criu opens both through links: criu/image.c). New
@@ -98,10 +99,12 @@ def _unfit(checkpoint: Checkpoint, pages: Container[bytes], parent: ParentImage,
         return "it has no index, so ckptfs did not push it, or the index did not fit"
     if any(file.link in pages for file in checkpoint.files):
         return "the checkpoint has hard links to its pages files"
+    if odd := [file.path for file in checkpoint.files if _is_pages(file) and file.path not in pages]:
+        return f"{odd[0].decode('utf-8', 'replace')} has no pagemap, or several"
     known = {file.path for file in checkpoint.files}
     tops = [file.directory for file in checkpoint.files if file.name == b"inventory.img"]
     for top in tops:
-        if top + b"/parent" in known:
+        if top + b"/parent" in known or top + b"/whole" in known:
             return "the checkpoint is an increment already"
         depth = parent.depth(top)
         if depth >= limits.increments:
@@ -200,12 +203,6 @@ class _Builder:
                 shared += count * memory.page_size
                 self._bring(memory)
             changed += described.file.inode.size
-        reused = {
-            file.entry.path for n in self._layers for file in self._parent.layers[n].files if _is_file(file.entry.inode)
-        }
-        if clash := sorted(reused & set(self._files)):
-            reason = f"{clash[0].decode('utf-8', 'replace')} has no pagemap and the name of one of its files"
-            return Increment(self._checkpoint, self._parent, reason=reason)
         if len(self._layers) > _MOST_LAYERS:
             reason = f"{len(self._layers)} of its layers would have to be used again"
             return Increment(self._checkpoint, self._parent, reason=reason)
@@ -220,6 +217,9 @@ class _Builder:
         file, pagemap = described.file, described.pagemap
         number = self._number(file.directory) + int(file.name[len(b"pages-") : -len(b".img")])
         raw = pagemap.read(self._limits.criu_image_bytes)
+        whole = file.directory + b"/whole"
+        self._files.setdefault(whole, replace(self._files[file.directory], path=whole))
+        self._add(whole + b"/" + pagemap.name, pagemap.inode, raw)
         if memory is None:
             self._add(pagemap.path, pagemap.inode, renumbered(raw, pagemap.name.decode(), number))
             new = replace(file, path=_sibling(file, number))
@@ -278,8 +278,9 @@ def _sibling(file: CheckpointFile, number: int) -> bytes:
     return file.directory + b"/" + name if file.directory else name
 
 
-def _is_file(inode: Inode | None) -> bool:
-    return inode is not None and inode.is_file
+def _is_pages(file: CheckpointFile) -> bool:
+    name = parse_name(file.name.decode("utf-8", "replace"))
+    return file.is_regular and name is not None and name.kind == "pages"
 
 
 def _changed(memory: _Memory) -> Payload:

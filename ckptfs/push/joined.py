@@ -10,10 +10,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from io import BytesIO
 
 from ckptfs.criu.images import parse_name
-from ckptfs.criu.increments import Joined, encode_pagemap
+from ckptfs.criu.increments import Joined
 from ckptfs.criu.pagemap import PARENT, Pagemap, parse_pagemap
 from ckptfs.errors import FormatError
 from ckptfs.layers.zstd_chunked_writer import Payload
@@ -35,41 +34,40 @@ def joined(checkpoint: Checkpoint, limits: Limits) -> Checkpoint:
 
 
 def _has_parent(files: Mapping[bytes, CheckpointFile], top: bytes) -> bool:
-    parent = files.get(top + b"/parent")
-    return parent is not None and parent.inode.is_dir
+    whole = files.get(top + b"/whole")
+    return whole is not None and whole.inode.is_dir
 
 
 def _join(files: dict[bytes, CheckpointFile], top: bytes, limits: Limits) -> None:
-    used: dict[bytes, CheckpointFile] = {}
-    for path in [path for path in files if path.rpartition(b"/")[0] == top]:
-        kind = parse_name(path.rpartition(b"/")[2].decode("utf-8", "replace"))
-        if kind is None or kind.kind not in ("pagemap", "pagemap-shmem"):
+    dumped: dict[bytes, CheckpointFile] = {}
+    for path in [path for path in files if path.rpartition(b"/")[0] == top + b"/whole"]:
+        name = path.rpartition(b"/")[2]
+        whole = parse_pagemap(files[path].read(limits.criu_image_bytes), name.decode(), limits)
+        levels = list(_levels(files, top + b"/" + name, limits))
+        sources = [_pages_of(files, top + b"/parent" * n, level) for n, level in enumerate(levels)]
+        found = [file for file in sources if file is not None]
+        if not levels or len(found) != len(levels):
+            raise FormatError(f"{name.decode('utf-8', 'replace')} lacks the pages of an increment")
+        pages = top + b"/" + whole.file.encode()
+        dumped[top + b"/" + name] = replace(files[path], path=top + b"/" + name)
+        if not any(run.flags & PARENT for run in levels[0].runs):
+            dumped[pages] = replace(found[0], path=pages)
             continue
-        levels = list(_levels(files, path, limits))
-        own = _pages_of(files, top, levels[0])
-        if own is not None:
-            used[own.path] = own
-        if len(levels) == 1 or not any(run.flags & PARENT for run in levels[0].runs):
-            continue
-        places = [_pages_of(files, top + b"/parent" * n, level) for n, level in enumerate(levels)]
-        sources = [file for file in places if file is not None]
-        if own is None or len(sources) != len(levels):
-            raise FormatError(f"{path.decode('utf-8', 'replace')} lacks a pages file of a parent")
-        memory = Joined(levels, {level.file: file.inode.size for level, file in zip(levels, sources, strict=True)})
-        raw = files[path].read(limits.criu_image_bytes)
-        data = encode_pagemap(raw, levels[0].name, levels[0].pages_id, memory.runs)
-        inode = replace(files[path].inode, size=len(data), extents=())
-        files[path] = CheckpointFile(path, inode, None, partial(BytesIO, data))
-        whole = replace(own.inode, size=memory.size, extents=())
-        used[own.path] = CheckpointFile(own.path, whole, None, partial(_payload, memory, sources))
-    gone = {path for path in files if path.startswith(top + b"/parent/") or path == top + b"/parent"}
-    for path in list(gone):
-        target = _target(files[path])
-        if target is not None and target not in used:
-            gone.add(target)
-    for path in gone:
-        files.pop(path, None)
-    files.update(used)
+        memory = Joined(levels, {level.file: file.inode.size for level, file in zip(levels, found, strict=True)})
+        memory.check(whole)
+        inode = replace(found[0].inode, size=memory.size, extents=())
+        dumped[pages] = CheckpointFile(pages, inode, None, partial(_payload, memory, found))
+    for path in [path for path in files if _is_of_increments(path, top)]:
+        del files[path]
+    files.update(dumped)
+
+
+def _is_of_increments(path: bytes, top: bytes) -> bool:
+    directory, _, name = path.rpartition(b"/")
+    if directory == top:
+        kind = parse_name(name.decode("utf-8", "replace"))
+        return name in (b"parent", b"whole") or (kind is not None and kind.kind == "pages")
+    return path.startswith((top + b"/parent/", top + b"/whole/"))
 
 
 def _levels(files: Mapping[bytes, CheckpointFile], path: bytes, limits: Limits) -> Iterator[Pagemap]:
