@@ -248,15 +248,39 @@ def test_podman_restores_out_of_a_lazily_mounted_checkpoint(
             lazy("rmi", "--all", "--force")
 
 
-def test_buildah_works_on_lazy_layers(layered: dict[str, str], lazy: Podman, registry: DockerRegistry) -> None:
+def test_the_next_checkpoint_is_whole(
+    podman_checkpoint: PodmanCheckpoint, registry: DockerRegistry, eager: Podman, lazy: Podman, store: Store
+) -> None:
+    """Its layers share chunks with those of the one before, or stand on them (--parent): each file is as it was."""
+    first, second, third = (registry.reference(f"layer-store/next:{number}") for number in (1, 2, 3))
+    for name, reference, options in (("none", first, ()), ("gzip", second, ()), ("zstd", third, ("--parent", first))):
+        pushed = ckptfs("push", podman_checkpoint.archives[name], reference, *options)
+        assert pushed.code == 0, pushed.err
+    try:
+        for reference in (first, second, third):
+            pull(lazy, reference)
+            pull(eager, reference)
+            assert directory_listing(mounted(lazy, reference)) == directory_listing(mounted(eager, reference))
+            lazy("image", "umount", reference)
+    finally:
+        eager("image", "umount", "--all")
+        eager("rmi", "--all", "--force")
+    assert [image["errors"] for image in store.status()["images"]] == [[], [], []]
+
+
+def test_buildah_works_on_lazy_layers(
+    layered: dict[str, str], lazy: Podman, store: Store, registry: DockerRegistry
+) -> None:
     """FROM a lazy image, a change, and a push of the result, whose lower layers come out of `blob`."""
-    tls, target = "--tls-verify=false", registry.reference("layers:built")
+    tls, target = "--tls-verify=false", registry.reference("layers-built:1")
     container = lazy.isolation.run("buildah", "from", tls, "--quiet", layered["gzip"]).stdout.strip()
     root = lazy.isolation.path(lazy.isolation.run("buildah", "mount", container).stdout.strip())
     (root / "etc/fourth").write_text("fourth\n")
     lazy.isolation.run("buildah", "commit", "--quiet", container, "built")
     lazy.isolation.run("buildah", "rm", container)
+    lazy.isolation.forget_blobs()
     lazy.isolation.run("buildah", "push", "--quiet", tls, "built", f"docker://{target}")
+    assert store.fetched > LARGE
     lazy("rmi", "--all", "--force")
     pull(lazy, target)
     found = mounted(lazy, target)
