@@ -51,9 +51,9 @@ def pushed(podman: Podman, containerd: Containerd, registry: DockerRegistry, scr
     """A container of 64 MB, checkpointed with its task and its changes, exported and pushed."""
     containerd.run_ticker("ticking", 64)
     last = containerd.ticks("ticking")[-1].number + 100  # it goes on for as long as the checkpoint takes
-    containerd.checkpoint("ticking", scratch_folder / "containerd-oci")
+    containerd.checkpoint("ticking", scratch_folder / "containerd.tar")
     reference = registry.reference("containerd/ticking:1")
-    assert ckptfs("push", f"oci:{scratch_folder}/containerd-oci", reference).code == 0
+    assert ckptfs("push", scratch_folder / "containerd.tar", reference).code == 0
     return Pushed(reference, last, podman.push(BASE, registry.reference("containerd/base:1")))
 
 
@@ -93,21 +93,21 @@ def test_what_it_says_is_heard(
 ) -> None:
     """Standard output goes through containerd and the command; the signals of the command end the container."""
     containerd.run_talker("talking", scratch_folder / "talking.log")
-    containerd.checkpoint("talking", scratch_folder / "talking-oci")
+    containerd.checkpoint("talking", scratch_folder / "talking.tar")
     reference = registry.reference("containerd/talking:1")
-    assert ckptfs("push", f"oci:{scratch_folder}/talking-oci", reference).code == 0
+    assert ckptfs("push", scratch_folder / "talking.tar", reference).code == 0
     words = ["restore", reference, *ENGINE, "--base", pushed.base, "--dir", tmp_path / "place"]
     command = [*containerd.isolation.enter, sys.executable, "-m", "ckptfs", *words, "--cache-dir", tmp_path / "cache"]
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(list(map(str, command)), stdout=pipe, stderr=pipe, text=True)
-    assert process.stdout is not None
-    first = process.stdout.readline()
+    heard = tmp_path / "heard"
+    with heard.open("w") as file:
+        process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=subprocess.PIPE, text=True)
+    wait_for("a tick", lambda: "tick" in heard.read_text(), patience=60)
     process.send_signal(signal.SIGTERM)  # the ticker does not listen
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "runs as process" in err
-    numbers = [int(line.split()[2]) for line in [first, *out.splitlines()] if line.startswith("ticker tick")]
+    numbers = [int(line.split()[2]) for line in heard.read_text().splitlines() if line.startswith("ticker tick")]
     assert numbers[0] > 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
     assert_nothing_left(tmp_path)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from tests.support.podman import BASE, OUTPUT, Podman, change_root
-from tests.support.tools import end, require, run, start, wait_for
+from tests.support.tools import end, require, start, wait_for
 from tests.support.workload import Line, Output
 
 
@@ -63,14 +63,10 @@ class Containerd:
         self("run", "--detach", "--log-uri", f"file://{log}", BASE, name, "/ticker", "/proc/self/fd/1", "4")
         wait_for("the container to tick", lambda: log.exists() and "tick 1 " in log.read_text())
 
-    def checkpoint(self, name: str, layout: Path) -> None:
-        """Everything of the container as containerd exports it, unpacked in the new folder `layout`; it is gone."""
+    def checkpoint(self, name: str, archive: Path) -> None:
+        """Everything of the container as containerd exports it; it is gone."""
         self("containers", "checkpoint", "--rw", "--task", name, f"localhost/{name}:checkpoint")
-        archive = layout.with_suffix(".tar")
         self("images", "export", "--skip-manifest-json", archive, f"localhost/{name}:checkpoint")
-        layout.mkdir()
-        run("tar", "-xf", archive, "-C", layout)
-        archive.unlink()
         self.remove(name)
 
     def remove(self, name: str) -> None:
