@@ -20,7 +20,7 @@ import pyfuse3
 from ckptfs.engine.reader import Handle
 from ckptfs.fuse.answers import Answering, answers
 from ckptfs.fuse.operations import DOTS, Operations
-from ckptfs.image.layer_directories import DIFF, ROOT_MODE
+from ckptfs.image.layer_directories import DIFF, INFO, ROOT_MODE
 from ckptfs.image.layer_store import LayerStore, StoredImage, digest_of, name_of, reference_of
 from ckptfs.model.oci import Reference
 from ckptfs.model.toc import Inode
@@ -102,6 +102,9 @@ class StoreOperations(Answering):
     @answers
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
         if inode != ROOT_INO and inode not in self._references:
+            if self._layer(inode) is not None:  # `info` is made when it is looked for
+                stored = self._stored(inode)
+                await stored.image.lookup(stored.image.tree.directories[inode - self._number(stored, 0)], INFO)
             return await self._owner(inode).opendir(inode, ctx)
         number, self._next = self._next, self._next + 1
         self._listings[number] = self._listing(inode)
