@@ -20,22 +20,25 @@ from tests.support.workload import tree
 
 
 def _measure(lab: Lab) -> None:
-    ratios = {}
+    ratios, bytes_fetched = {}, {}
     for megabytes in (lab.sizes[0], lab.sizes[-1]):
         image = lab.image(megabytes)
         with lab.room() as room, mounted(image.reference(lab.registry.host), room, "--no-background-fetch") as mount:
             by_restore = reading_of(mount.path, lazy=True).start_bytes
             by_start = _bytes_to_start(mount.path / "checkpoint", room)
-        runs = [_run(lab, image, by_restore - by_start, number) for number in range(max(lab.few, 3))]
+        runs = [_run(lab, image, by_restore - by_start, number) for number in range(lab.runs)]
         found = [fetched / asked for fetched, asked in runs]
         ratios[megabytes] = statistics.median(found)
         name = f"bytes fetched before the first tick ÷ bytes criu read, {megabytes} MB"
         fetched, asked = (statistics.median(one) for one in zip(*runs, strict=True))
+        bytes_fetched[megabytes] = fetched
         note = f"fetched {fetched / 1e6:.2f} MB, criu read {asked / 1e6:.2f} MB"
         lab.figure("P5", name, found, "×", limit=1.2, note=note, peer="eager", peer_value=image.compressed / asked)
     small, large = ratios.values()
     name = "the larger image's ratio ÷ the smaller's"
     lab.figure("P5", name, [max(large / small, small / large)], "×", limit=1.2)
+    small, large = bytes_fetched.values()
+    lab.figure("P5", "bytes fetched for the larger image ÷ for the smaller", [large / small], "×", limit=1.2)
 
 
 def _run(lab: Lab, image: Image, other_reads: int, number: int) -> tuple[int, int]:
