@@ -179,7 +179,8 @@ def test_without_network(name: str, unconnected: dict[str, "Future[Result]"]) ->
 def test_interrupted(name: str, folder: Path) -> None:
     """Ctrl-C: no traceback, no empty line, what a shell expects as exit code."""
     with FakeRegistry({(MANIFESTS, None): Silent()}) as registry:
-        command = [sys.executable, "-m", "ckptfs", *words(name, registry.reference("repo:latest"), folder)]
+        command = ["env", "--default-signal=INT"]  # a job in the background is started with the signal ignored
+        command += [sys.executable, "-m", "ckptfs", *words(name, registry.reference("repo:latest"), folder)]
         pipe = subprocess.PIPE
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
         deadline = time.monotonic() + 20
