@@ -140,7 +140,7 @@ def _compared(
         return None
     for start, end in _never_shared(checkpoint, directory, name, limits):
         _clear(marks, pagemap, page_size, start, end)
-    if sum(marks) * page_size * _WORTH < sum(sizes.values()):
+    if not any(marks) or sum(marks) * page_size * _WORTH < sum(sizes.values()):
         return None
     return _Memory(described, pagemap, page_size, marks, chain)
 
@@ -218,7 +218,8 @@ class _Builder:
         number = self._number(file.directory) + int(file.name[len(b"pages-") : -len(b".img")])
         raw = pagemap.read(self._limits.criu_image_bytes)
         whole = file.directory + b"/whole"
-        self._files.setdefault(whole, replace(self._files[file.directory], path=whole))
+        directory = self._files.get(file.directory)
+        self._directory(whole, directory.inode if directory is not None else None, pagemap.inode)
         self._add(whole + b"/" + pagemap.name, pagemap.inode, raw)
         if memory is None:
             self._add(pagemap.path, pagemap.inode, renumbered(raw, pagemap.name.decode(), number))
@@ -244,7 +245,10 @@ class _Builder:
         top, name = memory.pages.file.directory, memory.pages.pagemap.name
         old, new = top, top + b"/parent"
         for depth, raw in enumerate(memory.chain, start=1):
-            self._directory(old, new)
+            directory, described = self._parent.find(old), self._parent.find(old + b"/" + name)
+            if described is None or described.entry.inode is None:
+                raise FormatError(f"the parent has no {name.decode()}")
+            self._directory(new, directory.entry.inode if directory is not None else None, described.entry.inode)
             number = parse_pagemap(raw, name.decode(), self._limits).pages_id
             pages = b"pages-%d.img" % number
             self._copy(old + b"/" + name, new + b"/" + name)
@@ -258,10 +262,11 @@ class _Builder:
             self._files[new + b"/" + pages] = CheckpointFile(new + b"/" + pages, link)
             old, new = old + b"/parent", new + b"/parent"
 
-    def _directory(self, old: bytes, new: bytes) -> None:
-        found = self._parent.find(old)
-        if found is not None and found.entry.inode is not None:
-            self._files[new] = CheckpointFile(new, replace(found.entry.inode, size=0))
+    def _directory(self, path: bytes, like: Inode | None, file: Inode) -> None:
+        """A directory as `like`; archives that list no directories have none, then one as private as CRIU's."""
+        if like is None:
+            like = Inode(stat.S_IFDIR | 0o700, file.uid, file.gid, mtime_ns=file.mtime_ns)
+        self._files.setdefault(path, CheckpointFile(path, replace(like, size=0, ino=0)))
 
     def _copy(self, old: bytes, new: bytes) -> None:
         found, data = self._parent.find(old), self._parent.read(old)

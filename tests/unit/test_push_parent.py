@@ -197,6 +197,35 @@ def test_a_process_that_is_new_or_different_is_stored_whole(shelf: Shelf) -> Non
         assert read(raw, name) == read(shelf.unpack("2") if name == "pagemap_7" else raw, name) == memory
 
 
+def test_archives_that_list_no_directories(shelf: Shelf) -> None:
+    memory = process(1)
+    tasks = [memory, later(memory, 1)]
+    for number, one in enumerate(tasks):
+        images = write(shelf.top / f"images-{number}", pagemap_7=one)
+        with tarfile.open(shelf.top / f"{number}.tar", "w") as archive:
+            for path in sorted(images.iterdir()):
+                archive.add(path, f"checkpoint/{path.name}")
+        shelf.push(shelf.top / f"{number}.tar", str(number), str(number - 1) if number else "")
+    assert read(shelf.unpack("1", raw=True), "pagemap_7") == read(shelf.unpack("1"), "pagemap_7") == tasks[1]
+    again = shelf.push(Path(f"oci:{shelf.layout}:1"), "again")
+    assert again.manifest == shelf.push(shelf.top / "1.tar", "whole").manifest
+
+
+def test_a_pod_of_two_containers(shelf: Shelf) -> None:
+    memories = {name: process(seed) for seed, name in enumerate(("web", "db"), start=1)}
+    for number in (0, 1):
+        for name, memory in memories.items():
+            (shelf.top / str(number) / name).mkdir(parents=True)
+            write(shelf.top / str(number) / name / "checkpoint", pagemap_1=later(memory, 1) if number else memory)
+        pushed = shelf.push(shelf.top / str(number), str(number), "0" if number else "")
+    assert pushed.increment is not None and not pushed.increment.reason and len(pushed.increment.layers) == 1
+    raw, view = shelf.unpack("1", raw=True).parent, shelf.unpack("1").parent
+    for name, memory in memories.items():
+        assert read(raw / name / "checkpoint", "pagemap_1") == later(memory, 1)
+        assert read(view / name / "checkpoint", "pagemap_1") == later(memory, 1)
+        assert sorted(os.listdir(view / name / "checkpoint")) == ["inventory.img", "pagemap-1.img", "pages-1.img"]
+
+
 def test_without_anything_changed(shelf: Shelf) -> None:
     images = write(shelf.top / "1", pagemap_7=process(1))
     shelf.push(images, "1")
