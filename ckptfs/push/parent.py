@@ -101,13 +101,10 @@ class ParentImage:
         out: list[bytes] = []
         together: list[Extent] = []
         for extent in extents:
-            chunk, first, last = (
-                extent.chunk,
-                together[0].chunk if together else None,
-                together[-1] if together else None,
-            )
-            if first is not None and last is not None:
-                end = last.chunk.offset + last.chunk.size
+            chunk = extent.chunk
+            if together:
+                first, last = together[0].chunk, together[-1].chunk
+                end = last.offset + last.size
                 if not end <= chunk.offset <= end + _GAP or chunk.offset + chunk.size - first.offset > _REQUEST:
                     out += self._range(layer, together)
                     together = []
