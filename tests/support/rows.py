@@ -46,7 +46,7 @@ _ROWS = pytest.StashKey[dict[str, Row]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rows", action="store_true", help="print the table of reliability rows at the end")
-    parser.addoption("--rows-to", type=Path, help="write what was measured into the table of this document")
+    parser.addoption("--rows-to", type=Path, action="append", default=[], help="write what was measured into it")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -79,8 +79,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
                     terminalreporter.write_line(f"{'':13} {label}: {text}")
         passed = sum(row.outcome == "passed" for row in rows.values())
         terminalreporter.write_line(f"{passed} of {len(rows)} rows hold")
-    if (document := config.getoption("--rows-to")) is not None:
-        document.write_text(filled(document.read_text(), rows))
+    for document in config.getoption("--rows-to"):
+        document.write_text(filled(document.read_text(), rows, DOCUMENT))
 
 
 def promises(document: str) -> dict[str, tuple[str, str]]:
@@ -91,8 +91,12 @@ def promises(document: str) -> dict[str, tuple[str, str]]:
     }
 
 
-def filled(document: str, rows: dict[str, Row]) -> str:
-    """The document with what was measured in its table, and when and where."""
+def filled(document: str, rows: dict[str, Row], table: Path | None = None) -> str:
+    """The document with what was measured in its table, and when and where.
+
+    How many rows hold is counted in its own table, which keeps what a run of some tests has not measured again; in that
+    of the document `table` where it has none.
+    """
     lines = document.splitlines()
     for number, line in enumerate(lines):
         cells = _cells(line)
@@ -102,10 +106,15 @@ def filled(document: str, rows: dict[str, Row]) -> str:
             cells[4] = figure if len(figure) <= _FIGURE_WIDTH else figure[:_FIGURE_WIDTH].rpartition(";")[0] + "; …"
             cells[5] = {"passed": "holds", "failed": "**fails**"}.get(row.outcome, row.outcome)
             lines[number] = f"| {' | '.join(cells)} |"
-        if line == _STAMP:
-            held = sum(row.outcome == "passed" for row in rows.values())
-            lines[number + 1] = f"{held} of {len(rows)} rows hold. {_where()}."
+    if _STAMP in lines:
+        results = _results(lines) or (_results(table.read_text().splitlines()) if table is not None else [])
+        said = f"{results.count('holds')} of {len(results)} rows hold. {_where()}."
+        lines[lines.index(_STAMP) + 1] = said
     return "\n".join(lines) + "\n"
+
+
+def _results(lines: list[str]) -> list[str]:
+    return [cells[5] for cells in map(_cells, lines) if len(cells) == 6 and re.fullmatch(r"[A-Z]\d+", cells[0])]
 
 
 def _cells(line: str) -> list[str]:

@@ -37,3 +37,14 @@ def test_what_was_measured_goes_into_the_document() -> None:
         "| N2 | p | h | t | 1 cases | **fails** |",
     ]
     assert promises(document) == {"N1": ("p", "h"), "N2": ("p", "h")}
+
+
+def test_a_second_run_of_what_failed_keeps_the_rest(tmp_path: Path) -> None:
+    table, other = tmp_path / "table.md", "x\n<!-- measured -->\nNot yet.\n"
+    table.write_text("<!-- measured -->\n\n| N1 | p | h | t | 3 ms | holds |\n| N2 | p | h | t | | **fails** |\n")
+    table.write_text(filled(table.read_text(), {"N2": Row(["passed"], ["5 ms"])}))
+    assert table.read_text().splitlines()[2:] == [
+        "| N1 | p | h | t | 3 ms | holds |",
+        "| N2 | p | h | t | 5 ms | holds |",
+    ]
+    assert filled(other, {}, table).splitlines()[2].startswith("2 of 2 rows hold. ")
