@@ -113,7 +113,8 @@ def assert_nothing_left(folder: Path) -> None:
     assert list(Path("/sys/fs/cgroup").glob("*/ckptfs")) == []
     with contextlib.suppress(TimeoutError):
         wait_for("the end of all processes", lambda: not processes(folder), patience=30)
-    assert processes(folder) == []
+    left = processes(folder)
+    assert not left, left
 
 
 def processes(folder: Path) -> list[str]:
@@ -121,6 +122,6 @@ def processes(folder: Path) -> list[str]:
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            words = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            words = f"{path.parent.name}: " + path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
             found += [words] if str(folder) in words else []
     return found
