@@ -6,6 +6,7 @@ itself when every page has been handed out; after a failed restore it would wait
 
 import os
 import select
+import signal
 import subprocess
 from pathlib import Path
 from typing import Self
@@ -53,7 +54,7 @@ class LazyPages:
 
     def __exit__(self, *_: object) -> None:
         if self._process is not None and self._process.poll() is None:
-            self._process.kill()
+            os.killpg(self._process.pid, signal.SIGKILL)  # at its start criu has children that try out the kernel
             self._process.wait()
         os.close(self._ready)
 

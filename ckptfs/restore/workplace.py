@@ -135,7 +135,7 @@ def _bury(path: Path) -> None:
     """What a killed restore could not do for itself."""
     state = json.loads((path / _STATE).read_bytes() or b"{}")
     if _runs_criu(state.get("lazy_pid")):
-        os.kill(state["lazy_pid"], signal.SIGKILL)
+        os.killpg(state["lazy_pid"], signal.SIGKILL)
     if state.get("runtime"):
         delete(state["runtime"], state["name"])
     if state.get("containerd"):
