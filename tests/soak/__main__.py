@@ -147,13 +147,18 @@ def fuzz(run: Run) -> Result:
     command = [sys.executable, "-m", "tests.soak.fuzz"]
     targets = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     crashes, executed = [], 0
+    environment = {**os.environ, "TMPDIR": str(run.folder)}  # where the inputs lie, which atheris' end leaves behind
     for name in targets:
-        done = subprocess.run([*command, name, str(seconds)], cwd=ROOT, capture_output=True, text=True, check=False)
+        words = [*command, name, str(seconds)]
+        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         count = re.search(r"number_of_executed_units: (\d+)", done.stderr)
         executed += int(count[1]) if count else 0
         if done.returncode:
             crashes.append(name)
             print(done.stdout[-2000:], done.stderr[-3000:], file=sys.stderr)
+            for file in run.folder.glob("fuzz-*/crash-*"):
+                print(f"{name}: {file.read_bytes().hex()}", file=sys.stderr)
+                file.unlink()
     figure = f"{len(targets)} parsers, {seconds} s each: {executed} inputs, crashes: {', '.join(crashes) or 'none'}"
     return Result("fuzz", "M7", figure, not crashes)
 
