@@ -1,7 +1,7 @@
 """The pages of the documentation work as written, but for the registry's port and the places: command by command.
 
-restore.md and pushing.md have tests of their own, which do more than run them; the rest of the pages is here, found by
-itself, so that a new page is tested or fails.
+Some pages have tests of their own, which do more than run them, and what needs a base image or an engine is tested with
+these; the rest is here, found by itself, so that a new page is tested or fails.
 """
 
 import os
@@ -21,9 +21,18 @@ from tests.support.tools import ROOT, free_port, require, run
 
 pytestmark = [pytest.mark.registry, pytest.mark.fuse]
 
-ELSEWHERE = {"restore.md", "pushing.md"}  # tests/restore/test_restore_docs.py, tests/contracts/test_push_docs.py
-COMMANDS = [(page, command) for page in PAGES if page.name not in ELSEWHERE for block in blocks(page)
-            for command in commands(block)]  # fmt: skip
+# tests/restore/test_restore_docs.py, tests/contracts/test_push_docs.py, tests/restore/test_layer_store_docs.py
+ELSEWHERE = {"restore.md", "pushing.md", "layer-store.md"}
+# tests/restore/test_restore_command.py, tests/fuse/test_rootfs_view.py
+WITH_BASE = ("ckptfs restore ", "--view rootfs")
+COMMANDS = [
+    (page, command)
+    for page in PAGES
+    if page.name not in ELSEWHERE
+    for block in blocks(page)
+    for command in commands(block)
+    if not any(words in command for words in WITH_BASE)
+]
 
 
 class Desk:
