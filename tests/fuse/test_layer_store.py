@@ -23,6 +23,7 @@ from ckptfs.model.oci import Digest
 from tests.support.chunked import chunked_layer
 from tests.support.command import Mounted, ckptfs
 from tests.support.fake_registry import FakeRegistry, Flip, Status
+from tests.support.hanging import ended
 from tests.support.other_user import NOBODY
 from tests.support.stargz import estargz_of
 from tests.support.tars import member
@@ -321,7 +322,7 @@ def test_a_killed_store_is_mended_and_knows_its_users(tmp_path: Path) -> None:
         with store_on(tmp_path) as store:
             use(place(store, reference, digest))
             os.kill(store.pid, signal.SIGKILL)
-            wait_for("the end", lambda: not Path(f"/proc/{store.pid}").exists())
+            wait_for("the end", lambda: ended(store.pid))
             with fails(errno.ENOTCONN):
                 os.stat(place(store, reference, digest))
             add(registry, "1", (TAR, PLAIN, {}))  # the tag moves
