@@ -58,7 +58,7 @@ def _wait(channel: socket.socket) -> NoReturn:
     """The daemon until its request comes, and then as whatever the request makes of it."""
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; we shall see the end of the channel
-        import ckptfs.sources  # noqa: F401  # urllib3 …, before trio …: the first request runs while those are imported
+        import ckptfs.sources.registry  # noqa: F401  # urllib3, before trio: the first request runs while that is imported
         from ckptfs.mounting import serve_from_standby
 
         data, descriptors, _, _ = socket.recv_fds(channel, _MESSAGE, 2)

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import socket
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -91,9 +90,11 @@ def known_mounts() -> Iterator[tuple[MountFiles, dict[str, Any]]]:
 
 
 def write_state(files: MountFiles, state: dict[str, Any]) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=files.directory, prefix=f".{files.name}", delete=False) as file:
+    """Whole or not at all. The directory is ours alone, and so is the mount: nobody else writes this."""
+    new = files.directory / f".{files.name}.{os.getpid()}"
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as file:
         json.dump(state, file)
-    os.rename(file.name, files.state)
+    os.rename(new, files.state)
 
 
 def ask(files: MountFiles, command: str, *, timeout: float = 10.0, **arguments: Any) -> Any:

@@ -10,7 +10,6 @@ docs/adr/0002-cache-segments.md
 
 import errno
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -147,7 +146,7 @@ class ChunkCache:
         in memory. Size 0 keeps nothing at all.
         """
         if parent is None:
-            parent = Path("/var/tmp" if os.access("/var/tmp", os.W_OK) else tempfile.gettempdir())
+            parent = Path("/var/tmp" if os.access("/var/tmp", os.W_OK) else os.environ.get("TMPDIR", "/tmp"))
         ops = ops or DiskOps()
         return cls(
             "(ephemeral)",

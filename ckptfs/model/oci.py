@@ -5,7 +5,7 @@ Parses and checks; knows nothing of where the documents come from.
 
 import hashlib
 import json
-import platform as _platform
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -271,7 +271,7 @@ def string_map(value: object, what: str) -> dict[str, str]:
 
 def machine_architecture() -> str:
     """GOARCH of this machine."""
-    machine = _platform.machine()
+    machine = os.uname().machine
     return {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}.get(machine, machine)
 
 
