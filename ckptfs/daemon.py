@@ -11,31 +11,22 @@ from typing import Any
 import trio
 
 from ckptfs import __version__
-from ckptfs.control.client import MountFiles, write_state
-from ckptfs.control.exposition import exposition
-from ckptfs.control.metrics import open_port
-from ckptfs.control.ready import notify, tell
-from ckptfs.control.server import ControlServer
+from ckptfs.control.client import MountFiles
 from ckptfs.engine.activity import reads_now
 from ckptfs.engine.cache import ChunkCache
 from ckptfs.engine.recording import ReadRecorder
-from ckptfs.errors import only_error
 from ckptfs.fuse.mount import MountSession, mount_options
 from ckptfs.fuse.operations import Operations
-from ckptfs.hardening import release_memory, settle_garbage_collector
 from ckptfs.image import ImageOptions, OpenImage, open_image
 from ckptfs.image.residency import Residency, ResidencyMeter
 from ckptfs.model.oci import Reference
 from ckptfs.mounting import MountRequest
 from ckptfs.redaction import redact
+from ckptfs.resident import Resident, keep_house, run_with
 from ckptfs.sources import Source
 from ckptfs.telemetry import NetworkCounters
 
 log = logging.getLogger(__name__)
-
-_AT_REST = 15.0  # seconds without a read or a byte from the network after which the memory cache is given back
-_FRAGMENTED = 60.0  # seconds of reading without a pause: 50 of 110 MiB were holes in the heap after four minutes
-_REFRESH = 5.0  # seconds; looks at one directory and at the end of the files that others write: 0.1 ms
 
 
 def run(
@@ -56,13 +47,7 @@ def run(
         cache = ChunkCache.ephemeral(size=size)
     else:
         cache = ChunkCache.open(request.cache_dir, size=size, secret=request.cache_key)
-    try:
-        cache.require_key()
-        trio.run(_serve, request, source, reach, counters, cache, mountpoint, files, writer)
-    except BaseExceptionGroup as group:
-        raise only_error(group) from None
-    finally:
-        cache.close()
+    run_with(cache, _serve, request, source, reach, counters, cache, mountpoint, files, writer)
 
 
 async def _serve(
@@ -89,54 +74,36 @@ async def _serve(
         operations = Operations(image)
         session = MountSession(operations, mountpoint, request.settings)
         meter, names = ResidencyMeter(image), operations.names
-        facts: dict[str, Any] = {"metrics": None}
 
         def status(question: dict[str, Any]) -> dict[str, Any]:
             residency = meter.measure(exact=bool(question.get("exact")))
-            found = {**mount_status(image, residency, mountpoint, request), **facts}
+            found = {**mount_status(image, residency, mountpoint, request), **resident.facts}
             if question.get("detail"):
                 reading = reads_now(image.reader.waits, operations.handles, names, time.monotonic())
                 found |= {**_parts(residency), "reading": reading}
-            ready_at = found.pop("ready_at", time.monotonic())
             # Ready means that CRIU's metadata is here as well; eager pages, fetched right after it, do not count.
-            found["round_trips_to_ready"] = counters.round_trips(image.metadata_at or ready_at)
+            ready_at = image.metadata_at or resident.ready_at or time.monotonic()
+            found["round_trips_to_ready"] = counters.round_trips(ready_at)
             return found
 
+        def activity() -> tuple[int, int]:
+            return image.reader.counters.count, image.counters.bytes
+
         def ready() -> None:
-            now = time.monotonic()
-            facts["ready_ms"] = round((now - request.started) * 1000, 1)
-            facts["ready_at"] = now
-            write_state(
-                files, {"mountpoint": mountpoint, "reference": str(image.resolved.reference), "pid": os.getpid()}
-            )
-            log.info("%s is mounted on %s after %.0f ms", image.resolved.reference, mountpoint, facts["ready_ms"])
-            settle_garbage_collector()
             image.reader.observer = recorder
             image.reader.transfer_rate = request.transfer_rate
-            if request.ready_fd is not None:
-                tell(request.ready_fd)
-            if writer is None:
-                notify("READY=1")
-            else:
-                os.write(writer, json.dumps(status({})).encode() + b"\n")
-                os.close(writer)
+            reference = str(image.resolved.reference)
+            resident.ready(reference, reference)
 
-        def stop(_: dict[str, Any]) -> dict[str, int]:
-            session.stop()
-            return {"pid": os.getpid()}
-
+        resident = Resident(request, mountpoint, files, writer, status, session.stop)
         recorder = ReadRecorder(request.record, names, request.started) if request.record is not None else None
         async with trio.open_nursery() as nursery:
-            if request.metrics is not None:
-                port = await open_port(request.metrics, lambda: exposition([status({})]))
-                facts["metrics"] = port.address
-                nursery.start_soon(port.run)
-            nursery.start_soon(_keep_house, cache, image)
+            await resident.open(nursery)
+            nursery.start_soon(keep_house, cache, image.fetcher.memory, activity)
             if recorder is not None:
                 nursery.start_soon(recorder.run)
             if request.publish_index and not request.offline:
                 nursery.start_soon(_publish_index, image, request)
-            nursery.start_soon(ControlServer(files, {"status": status, "stop": stop}).run)
             try:
                 await session.run(mount_options(str(request.reference), allow_other=request.allow_other), ready)
             finally:
@@ -152,24 +119,6 @@ async def _publish_index(image: OpenImage, request: MountRequest) -> None:
 
     target = RegistryTarget(request.reference, request.settings, image.counters, plain_http=request.plain_http)
     await publish_when_streamed(image, target)
-
-
-async def _keep_house(cache: ChunkCache, image: OpenImage) -> None:
-    """Let go of what is not needed: files that other processes have evicted, and memory when nobody reads any more."""
-    seen, quiet, held = (0, 0), 0.0, 0.0
-    while True:
-        await trio.sleep(_REFRESH)
-        await trio.to_thread.run_sync(cache.refresh, abandon_on_cancel=True)
-        now = (image.reader.counters.count, image.counters.bytes)
-        quiet = quiet + _REFRESH if now == seen else 0.0
-        seen = now
-        held = held + _REFRESH if not quiet else 0.0
-        if _AT_REST <= quiet < _AT_REST + _REFRESH:
-            image.fetcher.memory.clear()
-            release_memory()
-        elif held >= _FRAGMENTED:
-            held = 0.0
-            await trio.to_thread.run_sync(release_memory, abandon_on_cancel=True)
 
 
 def mount_status(image: OpenImage, residency: Residency, mountpoint: str, request: MountRequest) -> dict[str, Any]:
@@ -188,25 +137,8 @@ def mount_status(image: OpenImage, residency: Residency, mountpoint: str, reques
         "image_bytes": image.image_bytes,
         "cached_bytes": cached,
         "complete": cached == image.image_bytes,
-        "network": {
-            "requests": network.requests,
-            "bytes": network.bytes,
-            "retries": network.retries,
-            "errors": network.errors,
-            "in_flight": network.in_flight,
-        },
-        "reads": {
-            "count": reads.count,
-            "bytes": reads.bytes,
-            "memory_hits": reads.memory_hits,
-            "disk_hits": reads.disk_hits,
-            "misses": reads.misses,
-            "waiting": reads.waiting,
-            "waits": reads.waits,
-            "waited_ms": round(reads.waited_ms, 3),
-            "wait_ms_p50": reads.wait_ms(0.5),
-            "wait_ms_p99": reads.wait_ms(0.99),
-        },
+        "network": network.figures(),
+        "reads": reads.figures(),
         "prefetch": {"bytes": fetcher.prefetched_bytes, "used_bytes": fetcher.prefetched_used},
         "profile": {"runs": len(profile.runs), "recordings": profile.recordings} if profile is not None else None,
         "verify": image.verification,

@@ -3,7 +3,6 @@
 What daemon.py is for the mount of one image. Started by mounting.py.
 """
 
-import json
 import logging
 import os
 import time
@@ -12,18 +11,12 @@ from typing import Any
 import trio
 
 from ckptfs import __version__
-from ckptfs.control.client import MountFiles, write_state
-from ckptfs.control.exposition import exposition
-from ckptfs.control.metrics import open_port
-from ckptfs.control.ready import notify, tell
-from ckptfs.control.server import ControlServer
+from ckptfs.control.client import MountFiles
 from ckptfs.engine.activity import reads_now
 from ckptfs.engine.cache import ChunkCache
 from ckptfs.engine.memory import MemoryCache
-from ckptfs.errors import only_error
 from ckptfs.fuse.mount import MountSession, mount_options
 from ckptfs.fuse.store_operations import StoreOperations
-from ckptfs.hardening import release_memory, settle_garbage_collector
 from ckptfs.image import ImageOptions
 from ckptfs.image.layer_store import LayerStore, StoredImage
 from ckptfs.image.residency import ResidencyMeter
@@ -31,6 +24,7 @@ from ckptfs.model.names import InodeNames
 from ckptfs.model.oci import Reference
 from ckptfs.mounting import StoreRequest
 from ckptfs.redaction import redact
+from ckptfs.resident import Resident, keep_house, run_with
 from ckptfs.sources import Source, open_source
 from ckptfs.telemetry import NetworkCounters
 
@@ -40,21 +34,13 @@ NAME = "layer-store"  # what the mount table and the status call it, in place of
 
 # A stream that nobody waits for rests in its thread; these are all that trio would have by default (40), and more.
 _THREADS = 4096
-_AT_REST = 15.0  # seconds without a read or a byte from the network after which the memory cache is given back
-_REFRESH = 5.0  # seconds, see daemon.py
 
 
 def run(request: StoreRequest, mountpoint: str, files: MountFiles, writer: int | None) -> None:
     """Serve until unmounted. The parent waits at the pipe `writer` for the first status; None in foreground."""
     size = request.settings.sizes.disk_cache
     cache = ChunkCache.open(request.cache_dir, size=size, secret=request.cache_key)
-    try:
-        cache.require_key()
-        trio.run(_serve, request, cache, mountpoint, files, writer)
-    except BaseExceptionGroup as group:
-        raise only_error(group) from None
-    finally:
-        cache.close()
+    run_with(cache, _serve, request, cache, mountpoint, files, writer)
 
 
 async def _serve(
@@ -76,7 +62,6 @@ async def _serve(
         settings=settings,
         memory=memory,
     )
-    facts: dict[str, Any] = {"mountpoint": mountpoint, "metrics": None}
     async with trio.open_nursery() as nursery:
         store = LayerStore(
             mountpoint, reach, cache, options, counters, nursery, background=request.background and not request.offline
@@ -86,50 +71,23 @@ async def _serve(
         measured = StoreStatus(store, operations, counters, request)
 
         def status(question: dict[str, Any]) -> dict[str, Any]:
-            return {**measured.now(detail=bool(question.get("detail"))), **facts}
+            now = measured.now(detail=bool(question.get("detail")))
+            return {**now, "mountpoint": mountpoint, **resident.facts}
 
         def ready() -> None:
-            facts["ready_ms"] = round((time.monotonic() - request.started) * 1000, 1)
-            write_state(files, {"mountpoint": mountpoint, "reference": NAME, "pid": os.getpid()})
-            log.info("the layer store is mounted on %s after %.0f ms", mountpoint, facts["ready_ms"])
-            settle_garbage_collector()
-            if request.ready_fd is not None:
-                tell(request.ready_fd)
-            if writer is None:
-                notify("READY=1")
-            else:
-                os.write(writer, json.dumps(status({})).encode() + b"\n")
-                os.close(writer)
+            resident.ready("the layer store", NAME)
 
-        def stop(_: dict[str, Any]) -> dict[str, int]:
-            session.stop()
-            return {"pid": os.getpid()}
+        def activity() -> tuple[int, int]:
+            return store.reads.count, store.reads.bytes
 
-        if request.metrics is not None:
-            port = await open_port(request.metrics, lambda: exposition([status({})]))
-            facts["metrics"] = port.address
-            nursery.start_soon(port.run)
+        resident = Resident(request, mountpoint, files, writer, status, session.stop)
+        await resident.open(nursery)
         nursery.start_soon(store.keep_house)
-        nursery.start_soon(_keep_cache, cache, memory, store)
-        nursery.start_soon(ControlServer(files, {"status": status, "stop": stop}).run)
+        nursery.start_soon(keep_house, cache, memory, activity)
         try:
             await session.run(mount_options(NAME, allow_other=request.allow_other, read_only=False), ready)
         finally:
             nursery.cancel_scope.cancel()
-
-
-async def _keep_cache(cache: ChunkCache, memory: MemoryCache, store: LayerStore) -> None:
-    """Let go of what is not needed, as daemon.py does for a mount."""
-    seen, quiet = (0, 0), 0.0
-    while True:
-        await trio.sleep(_REFRESH)
-        await trio.to_thread.run_sync(cache.refresh, abandon_on_cancel=True)
-        now = (store.reads.count, store.reads.bytes)
-        quiet = quiet + _REFRESH if now == seen else 0.0
-        seen = now
-        if _AT_REST <= quiet < _AT_REST + _REFRESH:
-            memory.clear()
-            release_memory()
 
 
 class StoreStatus:
@@ -166,25 +124,8 @@ class StoreStatus:
             "image_bytes": size,
             "cached_bytes": cached,
             "complete": size == cached,
-            "network": {
-                "requests": network.requests,
-                "bytes": network.bytes,
-                "retries": network.retries,
-                "errors": network.errors,
-                "in_flight": network.in_flight,
-            },
-            "reads": {
-                "count": reads.count,
-                "bytes": reads.bytes,
-                "memory_hits": reads.memory_hits,
-                "disk_hits": reads.disk_hits,
-                "misses": reads.misses,
-                "waiting": reads.waiting,
-                "waits": reads.waits,
-                "waited_ms": round(reads.waited_ms, 3),
-                "wait_ms_p50": reads.wait_ms(0.5),
-                "wait_ms_p99": reads.wait_ms(0.99),
-            },
+            "network": network.figures(),
+            "reads": reads.figures(),
             "prefetch": {
                 "bytes": sum(stored.image.fetcher.prefetched_bytes for stored in images),
                 "used_bytes": sum(stored.image.fetcher.prefetched_used for stored in images),

@@ -26,6 +26,10 @@ class NetworkCounters:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _aside: threading.local = field(default_factory=threading.local, repr=False)
 
+    def figures(self) -> dict[str, int]:
+        """As a status has them."""
+        return {name: getattr(self, name) for name in ("requests", "bytes", "retries", "errors", "in_flight")}
+
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Requests that this thread makes inside are counted, but nothing waits for them: they are no round trips."""

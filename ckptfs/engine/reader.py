@@ -44,6 +44,16 @@ class ReadCounters:
         self.waited_ms += seconds * 1000
         self.waits_ms.append(seconds * 1000)
 
+    def figures(self) -> dict[str, float]:
+        """As a status has them."""
+        names = ("count", "bytes", "memory_hits", "disk_hits", "misses", "waiting", "waits")
+        waits = {
+            "waited_ms": round(self.waited_ms, 3),
+            "wait_ms_p50": self.wait_ms(0.5),
+            "wait_ms_p99": self.wait_ms(0.99),
+        }
+        return {name: getattr(self, name) for name in names} | waits
+
     def wait_ms(self, quantile: float) -> float:
         waits = sorted(self.waits_ms)
         return round(waits[min(int(len(waits) * quantile), len(waits) - 1)], 3) if waits else 0.0

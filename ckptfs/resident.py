@@ -1,0 +1,118 @@
+"""What the daemons of mounts (daemon.py) and of layer stores (store_daemon.py) share: from the open cache to the end.
+
+Owns how a daemon tells that it is ready, how it can be asked and stopped, and what it lets go of when nobody reads.
+What it serves, and what its status says of that, is theirs.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import trio
+
+from ckptfs.control.client import MountFiles, write_state
+from ckptfs.control.exposition import exposition
+from ckptfs.control.metrics import open_port
+from ckptfs.control.ready import notify, tell
+from ckptfs.control.server import ControlServer
+from ckptfs.engine.cache import ChunkCache
+from ckptfs.engine.memory import MemoryCache
+from ckptfs.errors import only_error
+from ckptfs.hardening import release_memory, settle_garbage_collector
+from ckptfs.mounting import Request
+
+log = logging.getLogger(__name__)
+
+_AT_REST = 15.0  # seconds without a read or a byte from the network after which the memory cache is given back
+_FRAGMENTED = 60.0  # seconds of reading without a pause: 50 of 110 MiB were holes in the heap after four minutes
+_REFRESH = 5.0  # seconds; looks at one directory and at the end of the files that others write: 0.1 ms
+
+Status = Callable[[dict[str, Any]], dict[str, Any]]  # of a question: {} or {"detail": True} …
+
+
+def run_with(cache: ChunkCache, serve: Callable[..., Any], *arguments: Any) -> None:
+    """Run the event loop of a daemon over its cache, which is closed at the end."""
+    try:
+        cache.require_key()
+        trio.run(serve, *arguments)
+    except BaseExceptionGroup as group:
+        raise only_error(group) from None
+    finally:
+        cache.close()
+
+
+class Resident:
+    """A daemon on `mountpoint`. The parent waits at the pipe `writer` for the first status; None in foreground.
+
+    facts      fields of the status that are known here.
+    ready_at   monotonic; None before.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        mountpoint: str,
+        files: MountFiles,
+        writer: int | None,
+        status: Status,
+        stop: Callable[[], None],
+    ) -> None:
+        self.facts: dict[str, Any] = {"metrics": None}
+        self.ready_at: float | None = None
+        self._request = request
+        self._mountpoint = mountpoint
+        self._files = files
+        self._writer = writer
+        self._status = status
+        self._stop = stop
+
+    async def open(self, nursery: trio.Nursery) -> None:
+        """From now on there are answers: on the control socket, and on the metrics port if one was asked for."""
+        if self._request.metrics is not None:
+            port = await open_port(self._request.metrics, lambda: exposition([self._status({})]))
+            self.facts["metrics"] = port.address
+            nursery.start_soon(port.run)
+        nursery.start_soon(ControlServer(self._files, {"status": self._status, "stop": self._stopped}).run)
+
+    def ready(self, what: str, reference: str) -> None:
+        """A read works: tell everybody. `what` is for the log, `reference` for `ckptfs status` when we are dead."""
+        self.ready_at = time.monotonic()
+        self.facts["ready_ms"] = round((self.ready_at - self._request.started) * 1000, 1)
+        write_state(self._files, {"mountpoint": self._mountpoint, "reference": reference, "pid": os.getpid()})
+        log.info("%s is mounted on %s after %.0f ms", what, self._mountpoint, self.facts["ready_ms"])
+        settle_garbage_collector()
+        if self._request.ready_fd is not None:
+            tell(self._request.ready_fd)
+        if self._writer is None:
+            notify("READY=1")
+        else:
+            os.write(self._writer, json.dumps(self._status({})).encode() + b"\n")
+            os.close(self._writer)
+
+    def _stopped(self, _: dict[str, Any]) -> dict[str, int]:
+        self._stop()
+        return {"pid": os.getpid()}
+
+
+async def keep_house(cache: ChunkCache, memory: MemoryCache, activity: Callable[[], tuple[int, int]]) -> None:
+    """Let go of what is not needed: files that other processes have evicted, and memory when nobody reads any more.
+
+    `activity`: numbers that change with every read.
+    """
+    seen, quiet, held = (0, 0), 0.0, 0.0
+    while True:
+        await trio.sleep(_REFRESH)
+        await trio.to_thread.run_sync(cache.refresh, abandon_on_cancel=True)
+        now = activity()
+        quiet = quiet + _REFRESH if now == seen else 0.0
+        seen = now
+        held = held + _REFRESH if not quiet else 0.0
+        if _AT_REST <= quiet < _AT_REST + _REFRESH:
+            memory.clear()
+            release_memory()
+        elif held >= _FRAGMENTED:
+            held = 0.0
+            await trio.to_thread.run_sync(release_memory, abandon_on_cancel=True)
