@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ckptfs.criu.images import header
 from ckptfs.criu.memory import Memory, Place
 from ckptfs.criu.pagemap import LAZY, PARENT, PRESENT, Pagemap, Run
+from ckptfs.criu.wire import encoded
 from ckptfs.errors import FormatError
 
 _MANY = (1 << 32) - 1  # what compat_nr_pages, a uint32, can say
@@ -24,12 +25,12 @@ def encode_pagemap(like: bytes, name: str, pages_id: int, runs: Iterable[Run]) -
     """
     kind = "pagemap-shmem" if name.startswith("pagemap-shmem") else "pagemap"
     out = bytearray(like[: header(like, kind, name)])
-    _record(out, b"\x08" + _varint(pages_id))
+    _record(out, b"\x08" + encoded(pages_id))
     for vaddr, pages, flags in runs:
-        entry = b"\x08" + _varint(vaddr) + b"\x10" + _varint(min(pages, _MANY))
+        entry = b"\x08" + encoded(vaddr) + b"\x10" + encoded(min(pages, _MANY))
         if flags & PARENT:
             entry += b"\x18\x01"
-        _record(out, entry + b"\x20" + _varint(flags) + b"\x28" + _varint(pages))
+        _record(out, entry + b"\x20" + encoded(flags) + b"\x28" + encoded(pages))
     return bytes(out)
 
 
@@ -38,7 +39,7 @@ def renumbered(image: bytes, name: str, pages_id: int) -> bytes:
     kind = "pagemap-shmem" if name.startswith("pagemap-shmem") else "pagemap"
     start = header(image, kind, name)
     out = bytearray(image[:start])
-    _record(out, b"\x08" + _varint(pages_id))
+    _record(out, b"\x08" + encoded(pages_id))
     return bytes(out + image[start + 4 + int.from_bytes(image[start : start + 4], "little") :])
 
 
@@ -149,12 +150,3 @@ def _append(runs: list[Run], run: Run, page_size: int) -> None:
 def _record(out: bytearray, message: bytes) -> None:
     out += len(message).to_bytes(4, "little")
     out += message
-
-
-def _varint(number: int) -> bytes:
-    out = bytearray()
-    while number > 0x7F:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    out.append(number)
-    return bytes(out)

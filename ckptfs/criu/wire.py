@@ -1,7 +1,8 @@
 """One protobuf message (proto2 wire format), for the field numbers that the modules beside this one know.
 
 Owns varints, zigzag, packed lists and the words of the error messages. Never knows what a field means: the decoders of
-images ask for fields by number, as CRIU's .proto files number them. Called by the modules of this package only.
+images ask for fields by number, as CRIU's .proto files number them. Called by the modules of this package, and where
+containerd is spoken to (restore/containerd_api.py).
 """
 
 from collections.abc import Iterator
@@ -29,6 +30,16 @@ def varint(data: bytes, position: int) -> tuple[int, int]:
         shift += 7
         if shift > 63:
             raise ValueError("a number longer than 64 bits")
+
+
+def encoded(number: int) -> bytes:
+    """What `varint` reads."""
+    out = bytearray()
+    while number > 0x7F:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
 
 
 class Message:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ckptfs.criu.wire import Message
+from ckptfs.criu.wire import Message, encoded
 from ckptfs.errors import CkptfsError, RestoreError, UnavailableError
 from ckptfs.restore.checking import Finding
 
@@ -112,17 +112,8 @@ def _string(number: int, text: str) -> bytes:
 
 
 def _bytes(number: int, value: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(value)) + value
+    return encoded(number << 3 | 2) + encoded(len(value)) + value
 
 
 def _number(number: int, value: int) -> bytes:
-    return _varint(number << 3) + _varint(value) if value else b""
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
+    return encoded(number << 3) + encoded(value) if value else b""
