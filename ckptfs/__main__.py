@@ -4,7 +4,6 @@ checkpointctl runs `checkpointctl-NAME` for `checkpointctl NAME`, and asks each 
 every start: half a second is all it waits, so nothing is imported for that.
 """
 
-import gc
 import signal
 import sys
 from typing import NoReturn
@@ -20,12 +19,9 @@ def main() -> None:
 def _run(*program: str) -> NoReturn:
     try:
         if sys.argv[1:2] in (["mount"], ["restore"]) and _NO_DAEMON.isdisjoint(sys.argv):
-            gc.disable()  # imports make much that stays
-            from ckptfs import mounting, standby  # mounting: both need it, so it is imported once
+            from ckptfs import standby
 
-            assert mounting
             standby.fork()
-            gc.enable()
         from ckptfs.cli import run
 
         code = run(sys.argv[1:], *program)

@@ -37,13 +37,16 @@ _waiting: Standby | None = None
 def fork() -> None:
     """Begin a daemon that waits for `take`. To be called while there is one thread, and nothing to be printed yet."""
     global _waiting
+    gc.disable()  # imports make much that stays
+    import ckptfs.mounting  # noqa: F401  # both need it: once, before the fork
+
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
     if pid == 0:
         ours.close()
-        gc.disable()  # until start-up is over
         _wait(theirs)
     theirs.close()
+    gc.enable()  # but not in the daemon, before its start-up is over
     _waiting = Standby(pid, ours)
 
 

@@ -7,10 +7,7 @@ what is fetched. Called by fetch.py.
 import logging
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from typing import Protocol
-
-import trio
 
 from ckptfs.engine.disk import Buffer
 from ckptfs.engine.link import LinkEstimate
@@ -141,7 +138,7 @@ class Receiver:
                     batch += ready
                 if filled - told >= self._link.window // _SHARES:
                     told = filled
-                    self._tell()
+                    self._waiting.soon(self._arrived, once=True)
                 if pending >= _BATCH:
                     self._cache.put_many(batch)
                     batch, pending = [], 0
@@ -156,11 +153,6 @@ class Receiver:
                 again = Job(job.layer, chunk.offset, chunk.offset + chunk.size, [chunk], job.priority, attempt=1)
                 failures.update(self._receive(again, [chunk], blob, layer))
         return failures
-
-    def _tell(self) -> None:
-        if self._waiting.token is not None:
-            with suppress(trio.RunFinishedError):
-                self._waiting.token.run_sync_soon(self._arrived, idempotent=True)
 
 
 def where(chunk: Chunk, blob: Blob, layer: Layer) -> str:

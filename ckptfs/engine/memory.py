@@ -25,9 +25,7 @@ class MemoryCache:
 
     def put(self, key: bytes, data: Buffer) -> None:
         """Keep the chunk; one that is larger than the whole cache is left out. The caller must not change it again."""
-        with self._lock:
-            if len(data) <= self._chunks.maxsize:
-                self._chunks[key] = data
+        self.put_many([(key, data)])
 
     def put_many(self, chunks: Iterable[tuple[bytes, Buffer]]) -> None:
         """`put` each of these."""

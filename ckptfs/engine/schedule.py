@@ -93,11 +93,6 @@ class Scheduler:
         """How many chunks are queued at this priority (an upper bound: raised ones are counted twice)."""
         return sum(len(self._queues[inside, priority]) for inside in (False, True))
 
-    @property
-    def waiting(self) -> bool:
-        """Whether anything is queued."""
-        return bool(self._wanted)
-
     def next_job(self) -> Job | None:
         """The job to start now, None when nothing is queued or enough is under way; the caller adds it to `running`."""
         self.full = False

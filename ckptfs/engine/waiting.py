@@ -5,8 +5,9 @@ when a read can go on, for every wake-up of it costs as much as decoding a chunk
 """
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 
 import trio
 
@@ -68,7 +69,8 @@ class Waiting:
                 continue
             with self._lock:
                 done += [demand for demand in self._demands.pop(key, ()) if demand.take(key, data)]
-        self._wake(done)
+        if done:
+            self.soon(partial(_wake, done))
 
     def fail(self, key: bytes, error: CkptfsError) -> None:
         """Who waits for this chunk gets the error. In the event loop."""
@@ -80,13 +82,13 @@ class Waiting:
             demand.error = demand.error or error
             demand.done.set()
 
-    def _wake(self, done: list[Demand]) -> None:
-        if not done or self.token is None:
-            return
+    def soon(self, action: Callable[[], None], *, once: bool = False) -> None:
+        """Call `action` in the event loop, if there still is one; `once`: unless the same is about to be called."""
+        if self.token is not None:
+            with suppress(trio.RunFinishedError):
+                self.token.run_sync_soon(action, idempotent=once)
 
-        def wake() -> None:
-            for demand in done:
-                demand.done.set()
 
-        with suppress(trio.RunFinishedError):
-            self.token.run_sync_soon(wake)
+def _wake(demands: Iterable[Demand]) -> None:
+    for demand in demands:
+        demand.done.set()
