@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -19,6 +19,9 @@ from ckptfs.cli.options import (
 )
 from ckptfs.model.oci import Reference
 from ckptfs.settings import default_cache_dir
+
+if TYPE_CHECKING:
+    from ckptfs.mounting import Request
 
 
 @click.command()
@@ -127,6 +130,13 @@ def mount(
         ready_fd=ready_fd,
         settings=make_settings(cache_size, memory, deadline(read_deadline)),
     )
+    start(request, f"{reference} is mounted on", foreground=foreground, as_json=as_json, quiet=quiet)
+
+
+def start(request: "Request", done: str, *, foreground: bool, as_json: bool, quiet: bool) -> None:
+    """Stay, or leave a daemon behind and say so: `done`, where, and how long it took."""
+    from ckptfs import mounting
+
     if foreground:
         mounting.mount_foreground(request)
         return
@@ -134,4 +144,4 @@ def mount(
     if as_json:
         click.echo(json.dumps(status))
     elif not quiet and sys.stdout.isatty():
-        click.echo(f"{reference} is mounted on {status['mountpoint']} ({status['ready_ms']:.0f} ms)")
+        click.echo(f"{done} {status['mountpoint']} ({status['ready_ms']:.0f} ms)")

@@ -1,11 +1,10 @@
 """ckptfs store."""
 
-import json
-import sys
 from pathlib import Path
 
 import click
 
+from ckptfs.cli.mount import start
 from ckptfs.cli.options import (
     configure_logging,
     deadline,
@@ -88,11 +87,4 @@ def store(
         ready_fd=ready_fd,
         settings=make_settings(cache_size, memory, deadline(read_deadline)),
     )
-    if foreground:
-        mounting.mount_foreground(request)
-        return
-    status = mounting.mount(request)
-    if as_json:
-        click.echo(json.dumps(status))
-    elif not quiet and sys.stdout.isatty():
-        click.echo(f"layers are served on {status['mountpoint']} ({status['ready_ms']:.0f} ms)")
+    start(request, "layers are served on", foreground=foreground, as_json=as_json, quiet=quiet)
