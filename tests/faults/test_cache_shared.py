@@ -19,6 +19,7 @@ from ckptfs.engine.cache import ChunkCache
 from ckptfs.errors import CacheError
 from tests.support.cache_load import ROOT, chunk, item, key, right, start, used
 from tests.support.disk_faults import FakeClock
+from tests.support.tools import require
 
 KiB, MiB = 1024, 1024 * 1024
 SIZE = 16 * MiB
@@ -224,8 +225,7 @@ def _symlinked_inside(path: Path) -> None:
 
 
 def _another_owner(path: Path) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("giving files away needs root")
+    require(root=True)  # to give files away
     os.chown(path / "v1/segments", 65534, 65534)
 
 

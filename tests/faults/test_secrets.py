@@ -21,7 +21,7 @@ from ckptfs.control.client import MountFiles
 from tests.support.command import ckptfs, mounted
 from tests.support.fake_registry import FakeRegistry, Redirect, Reset, Silent, Status, Trickle, Truncate
 from tests.support.other_user import as_nobody
-from tests.support.tools import ROOT, require, wait_for
+from tests.support.tools import ROOT, require, unavailable, wait_for
 
 pytestmark = pytest.mark.fuse
 
@@ -226,7 +226,7 @@ def test_cores_are_dumped_here(tmp_path: Path, cores: None) -> None:
         _, status = os.waitpid(process.pid, 0)
         process.returncode = -signal.SIGABRT
     if resource.getrlimit(resource.RLIMIT_CORE)[0] == 0:
-        pytest.skip("no process may dump core here")
+        unavailable("no process may dump core here")
     assert os.WCOREDUMP(status)
 
 

@@ -338,8 +338,7 @@ def test_a_killed_store_is_mended_and_knows_its_users(tmp_path: Path) -> None:
 
 def test_a_store_below_an_overlay_stays(tmp_path: Path) -> None:
     """`ckptfs umount` says who is in the way; with --force the containers get errors, and nothing hangs."""
-    if os.geteuid() != 0:
-        pytest.skip("mounts an overlay")
+    require(root=True)  # mounts an overlay
     storage = tmp_path / "overlay"
     for name in ("l", "top/upper", "top/work", "top/merged", "lower"):
         (storage / name).mkdir(parents=True)
@@ -365,9 +364,7 @@ def test_a_store_below_an_overlay_stays(tmp_path: Path) -> None:
 
 def test_others_stay_outside(tmp_path: Path) -> None:
     """Without --allow-other: whoever can look up names uses the credentials of whoever runs the store."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root")
-    require("setpriv")
+    require("setpriv", root=True)
     for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
         folder.chmod(0o755)
     with FakeRegistry() as registry:

@@ -39,7 +39,6 @@ class Pushed:
 @pytest.fixture(scope="module")
 def containerd(podman: Podman, scratch_folder: Path) -> Iterator[Containerd]:
     require_containerd()
-    pytest.importorskip("grpc")
     folder = scratch_folder / "containerd"
     folder.mkdir()
     with Containerd(podman, folder) as containerd:

@@ -16,7 +16,7 @@ from tests.support.images import ImageBuilder
 from tests.support.isolation import Isolation
 from tests.support.layer_store import Store, commit, layer_store, storage
 from tests.support.podman import BASE, Podman, PodmanCheckpoint
-from tests.support.tools import wait_for
+from tests.support.tools import unavailable, wait_for
 from tests.support.workload import compile_program
 
 pytestmark = [pytest.mark.restore, pytest.mark.registry, pytest.mark.fuse]
@@ -210,7 +210,7 @@ def test_podman_4_asks_only_the_first_store(
     (tmp_path / "empty").mkdir()
     with storage(isolation, tmp_path, f"lazy-{tmp_path.name}", tmp_path / "empty", store.path) as podman:
         if not podman("version", "--format={{.Client.Version}}").startswith("4."):
-            pytest.skip("another podman")
+            unavailable("needs podman 4")
         pull(podman, layered["zstd:chunked"])
         assert store.status()["images"] == []
         podman("rmi", "--all", "--force")

@@ -31,17 +31,21 @@ def pull(podman: Podman, registry: DockerRegistry, layout: Path, tag: str) -> st
     return reference
 
 
+def assert_continues(podman: Podman, name: str, before: int) -> None:
+    """The container goes on behind tick `before`, and has what it had added to its image."""
+    ticks = wait_for("another tick", lambda: [t for t in podman.ticks(name) if t.number > before])
+    assert ticks[0].number == before + 1
+    root = podman.isolation.path(podman("mount", name))
+    assert (root / "data/added.txt").read_text() == "added\n"
+
+
 def test_podman_pulls_and_restores_it(
     podman: Podman, podman_checkpoint: PodmanCheckpoint, registry: DockerRegistry, layout: Path
 ) -> None:
     reference = pull(podman, registry, layout, "ck")
     podman.restore("pushed", reference)
     try:
-        before = podman_checkpoint.last_tick["zstd"]
-        ticks = wait_for("another tick", lambda: [t for t in podman.ticks("pushed") if t.number > before])
-        assert ticks[0].number == before + 1
-        root = podman.isolation.path(podman("mount", "pushed"))
-        assert (root / "data/added.txt").read_text() == "added\n"
+        assert_continues(podman, "pushed", podman_checkpoint.last_tick["zstd"])
     finally:
         podman("rm", "--force", "--time=0", "pushed")
         podman("rmi", "--force", reference)
@@ -59,11 +63,7 @@ def test_podman_restores_an_increment(
     podman("pull", "--quiet", "--tls-verify=false", references[1])
     podman.restore("increment", references[1])
     try:
-        before = podman_checkpoint.last_tick["zstd"]
-        ticks = wait_for("another tick", lambda: [t for t in podman.ticks("increment") if t.number > before])
-        assert ticks[0].number == before + 1
-        root = podman.isolation.path(podman("mount", "increment"))
-        assert (root / "data/added.txt").read_text() == "added\n"
+        assert_continues(podman, "increment", podman_checkpoint.last_tick["zstd"])
     finally:
         podman("rm", "--force", "--time=0", "increment")
         podman("rmi", "--force", references[1])

@@ -21,6 +21,15 @@ COUNT = 200
 DATA = content(COUNT * UNIT)
 
 
+def layer_in_layer(fetcher: Fetcher, reader: Reader) -> None:
+    """Layer 0 has a file with all of DATA, which is layer 1."""
+    outer = blob_of(DATA)
+    fetcher.add_layer(outer, TarFormat().open(outer, 0))
+    extents = Grid("outer", 0, UNIT, len(DATA)).extents(((0, len(DATA), 0),))
+    inner = InodeBlob(reader, Inode(0o100644, size=len(DATA), extents=extents), outer.descriptor.media_type)
+    fetcher.add_layer(inner, TarFormat().open(inner, 1), inside=True)
+
+
 def test_many_reads_inside_of_a_file_do_not_keep_its_own_bytes_away() -> None:
     settings = replace(Settings(), sizes=Sizes(grid=UNIT), timeouts=Timeouts(read_deadline=3.0))
 
@@ -28,11 +37,7 @@ def test_many_reads_inside_of_a_file_do_not_keep_its_own_bytes_away() -> None:
         cache = ChunkCache.ephemeral(size=0)
         fetcher = Fetcher(cache, MemoryCache(0), settings)
         reader = Reader(fetcher, 1000)
-        outer = blob_of(DATA)
-        fetcher.add_layer(outer, TarFormat().open(outer, 0))
-        extents = Grid("outer", 0, UNIT, len(DATA)).extents(((0, len(DATA), 0),))
-        inner = InodeBlob(reader, Inode(0o100644, size=len(DATA), extents=extents), outer.descriptor.media_type)
-        fetcher.add_layer(inner, TarFormat().open(inner, 1), inside=True)
+        layer_in_layer(fetcher, reader)
         chunks = [Grid("inner", 1, UNIT, len(DATA)).chunk(number) for number in range(0, COUNT, 3)]
 
         async def get(number: int) -> None:
@@ -59,11 +64,7 @@ def test_readers_of_a_layer_inside_do_not_keep_its_own_reads_away() -> None:
         cache = ChunkCache.ephemeral(size=0)
         fetcher = Fetcher(cache, MemoryCache(0), settings)
         reader = Reader(fetcher, 4)
-        outer = blob_of(DATA)
-        fetcher.add_layer(outer, TarFormat().open(outer, 0))
-        extents = Grid("outer", 0, UNIT, len(DATA)).extents(((0, len(DATA), 0),))
-        inner = InodeBlob(reader, Inode(0o100644, size=len(DATA), extents=extents), outer.descriptor.media_type)
-        fetcher.add_layer(inner, TarFormat().open(inner, 1), inside=True)
+        layer_in_layer(fetcher, reader)
         file = Inode(0o100644, size=len(DATA), extents=Grid("inner", 1, UNIT, len(DATA)).extents(((0, len(DATA), 0),)))
 
         async def read(number: int) -> None:

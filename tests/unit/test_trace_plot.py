@@ -7,8 +7,6 @@ from xml.etree import ElementTree
 
 import pytest
 
-pytest.importorskip("matplotlib")
-
 from ckptfs.bench.trace import read_trace, trace_page, trace_svg
 from ckptfs.errors import FormatError
 from tests.support.command import ckptfs
