@@ -286,7 +286,7 @@ class _Writer:
         try:
             for cuts in _batches(member.cuts() if member.cuts else (), member.inode.size):
                 batch = memoryview(bytearray(sum(map(sum, cuts))))
-                _read_exactly(source, batch, member.path)
+                read_exactly(source, batch, member.path)
                 flying.append(self._pool.submit(_encode, batch, cuts))
                 self._tar.update(batch)
                 whole.update(batch)
@@ -349,7 +349,8 @@ def _batches(cuts: Iterable[Sequence[int]], size: int) -> Iterator[list[Sequence
             return
 
 
-def _read_exactly(source: Payload, into: memoryview, path: bytes) -> None:
+def read_exactly(source: Payload, into: memoryview, path: bytes) -> None:
+    """Fill `into` with the next bytes of the file `path`; FormatError when there are not so many."""
     filled = 0
     while filled < len(into):
         count = source.readinto(into[filled:])

@@ -8,9 +8,9 @@ import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ckptfs.errors import FormatError, LimitExceeded
+from ckptfs.errors import LimitExceeded
 from ckptfs.image.views import gathering
-from ckptfs.layers.zstd_chunked_writer import Payload
+from ckptfs.layers.zstd_chunked_writer import Payload, read_exactly
 from ckptfs.model.toc import Inode
 
 
@@ -49,12 +49,7 @@ class CheckpointFile:
         data = bytearray(size)
         payload = self.open()
         try:
-            at = 0
-            while at < size:
-                count = payload.readinto(memoryview(data)[at:])
-                if not count:
-                    raise FormatError(f"{self.path.decode('utf-8', 'replace')!r} ends early")
-                at += count
+            read_exactly(payload, memoryview(data), self.path)
         finally:
             payload.close()
         return bytes(data)

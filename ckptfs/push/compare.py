@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ckptfs.criu.memory import Memory
 from ckptfs.criu.pagemap import Pagemap
 from ckptfs.errors import FormatError
-from ckptfs.layers.zstd_chunked_writer import Payload
+from ckptfs.layers.zstd_chunked_writer import Payload, read_exactly
 from ckptfs.model.toc import Extent, overlapping
 from ckptfs.push.checkpoint_files import CheckpointFile
 from ckptfs.push.parent import ParentImage
@@ -62,8 +62,8 @@ class Comparison:
             position = 0
             for items in _windows(self._items(pagemap)):
                 start, end = items[0].at, items[-1].at + items[-1].length
-                _skip(payload, start - position)
-                self._compare(items, start, _read(payload, end - start), marks)
+                _skip(payload, start - position, file.path)
+                self._compare(items, start, _read(payload, end - start, file.path), marks)
                 progress(end - position)
                 position = end
         finally:
@@ -172,22 +172,14 @@ def _parts(item: _Item) -> Iterator[_Item]:
         yield item._replace(at=item.at + done, length=length, skip=item.skip + done)
 
 
-def _read(payload: Payload, length: int) -> bytes:
+def _read(payload: Payload, length: int, path: bytes) -> bytes:
     data = bytearray(length)
-    view, done = memoryview(data), 0
-    while done < length:
-        count = payload.readinto(view[done:])
-        if not count:
-            raise FormatError(
-                f"a pages file ends {length - done} bytes early", hint="was it changed while it was read?"
-            )
-        done += count
-    view.release()
+    read_exactly(payload, memoryview(data), path)
     return bytes(data)
 
 
-def _skip(payload: Payload, length: int) -> None:
+def _skip(payload: Payload, length: int, path: bytes) -> None:
     while length > 0:
         step = min(length, _WINDOW)
-        _read(payload, step)
+        _read(payload, step, path)
         length -= step

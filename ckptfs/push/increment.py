@@ -23,7 +23,7 @@ from ckptfs.criu.increments import encode_pagemap, left_to_parent, renumbered, s
 from ckptfs.criu.mm import AIO_RING, MAP_HUGETLB, PLUGIN, parse_mm
 from ckptfs.criu.pagemap import Pagemap, parse_pagemap
 from ckptfs.errors import FormatError
-from ckptfs.layers.zstd_chunked_writer import Payload
+from ckptfs.layers.zstd_chunked_writer import Payload, read_exactly
 from ckptfs.model.index import IndexedLayer
 from ckptfs.model.oci import Descriptor, Digest
 from ckptfs.model.toc import Inode
@@ -302,9 +302,8 @@ def _unshared(memory: _Memory) -> Iterator[bytes]:
         for count, is_shared in stretches(memory.shared):
             left = count * memory.page_size
             while left:
-                step = source.readinto(memoryview(buffer)[: min(left, MiB)])
-                if not step:
-                    raise FormatError("a pages file ends early", hint="was it changed while it was read?")
+                step = min(left, MiB)
+                read_exactly(source, memoryview(buffer)[:step], memory.pages.file.path)
                 if not is_shared:
                     yield bytes(buffer[:step])
                 left -= step

@@ -15,7 +15,7 @@ from ckptfs.criu.images import parse_name
 from ckptfs.criu.increments import Joined
 from ckptfs.criu.pagemap import PARENT, Pagemap, parse_pagemap
 from ckptfs.errors import FormatError
-from ckptfs.layers.zstd_chunked_writer import Payload
+from ckptfs.layers.zstd_chunked_writer import Payload, read_exactly
 from ckptfs.push.checkpoint_files import Checkpoint, CheckpointFile
 from ckptfs.push.spool import PiecesPayload
 from ckptfs.settings import Limits, MiB
@@ -114,6 +114,7 @@ class _Forward:
     """A file that is read at ascending offsets."""
 
     def __init__(self, file: CheckpointFile) -> None:
+        self._path = file.path
         self._payload = file.open() if file.open is not None and file.inode.size else None
         self._at = 0
 
@@ -128,11 +129,9 @@ class _Forward:
 
     def _take(self, length: int) -> bytes:
         data = bytearray(length)
-        done = 0
-        while done < length:
-            count = self._payload.readinto(memoryview(data)[done:]) if self._payload is not None else 0
-            if not count:
-                raise FormatError("a pages file ends early", hint="was it changed while it was read?")
-            done += count
+        if self._payload is not None:
+            read_exactly(self._payload, memoryview(data), self._path)
+        elif length:
+            raise FormatError("a pages file without content is asked for pages")
         self._at += length
         return bytes(data)
