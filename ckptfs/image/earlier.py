@@ -14,14 +14,15 @@ import logging
 import posixpath
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from ckptfs.criu.chunking import placed_cells
 from ckptfs.criu.pagemap import Pagemap, parse_pagemap
 from ckptfs.engine.shared_cells import Place, SharedCells
 from ckptfs.errors import CkptfsError, FormatError
+from ckptfs.image.kept import table_bytes
+from ckptfs.image.resolve import DocumentStore
 from ckptfs.model.blob import Blob
-from ckptfs.model.index import ImageIndex, IndexedFile, Table, load_table, read_cells
+from ckptfs.model.index import ImageIndex, IndexedFile, load_table, read_cells
 from ckptfs.model.oci import Digest, Manifest, Reference, parse_document
 from ckptfs.model.packed import PackedExtents
 from ckptfs.model.toc import Extent, overlapping
@@ -31,11 +32,6 @@ from ckptfs.sources import Source
 log = logging.getLogger(__name__)
 
 _REMEMBERED = 3  # images of one repository: a rollback and a pair that alternates still find each other
-
-
-class Documents(Protocol):
-    def get_document(self, key: str) -> bytes | None: ...
-    def put_document(self, key: str, data: bytes) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +55,7 @@ class _Pages:
 
 
 class EarlierImages:
-    def __init__(self, source: Source, documents: Documents, cells: SharedCells, limits: Limits) -> None:
+    def __init__(self, source: Source, documents: DocumentStore, cells: SharedCells, limits: Limits) -> None:
         self._source = source
         self._documents = documents
         self._cells = cells
@@ -211,17 +207,6 @@ class EarlierImages:
             data = table_bytes(self._documents, table, earlier.blob)
             load_table(earlier.file, data, 0, earlier.blob.size, self._limits)
         return inode.extents if inode is not None else ()
-
-
-def table_bytes(documents: Documents, table: Table, blob: Blob) -> bytes:
-    """A table's bytes, which the node keeps: the next mount needs no network for them."""
-    key = f"table/{table.digest}"
-    data = documents.get_document(key)
-    if data is None:
-        data = blob.read_at(table.offset, table.size)
-        table.digest.check(data, "a table of chunks")
-        documents.put_document(key, data)
-    return data
 
 
 def _within(chunks: Sequence[Extent], cells: Sequence[Extent]) -> Iterator[tuple[Extent, list[Extent]]]:

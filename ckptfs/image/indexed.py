@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 import trio
 
 from ckptfs.errors import FormatError
-from ckptfs.image.earlier import Documents, EarlierImages, table_bytes
+from ckptfs.image.earlier import EarlierImages
+from ckptfs.image.kept import table_bytes
 from ckptfs.image.parts import TableParts
+from ckptfs.image.resolve import DocumentStore
 from ckptfs.model.blob import Blob
 from ckptfs.model.index import ANNOTATION_INDEX, ImageIndex, IndexedFile, decode_index, load_table, read_cells
 from ckptfs.model.oci import Manifest
@@ -43,7 +45,7 @@ def inline_index(manifest: Manifest, first_layer: int, limits: Limits) -> ImageI
 class ChunkTables:
     """Tables that have not been needed yet, by inode. `with_cells`: (file, its blob, number of the layer)."""
 
-    def __init__(self, documents: Documents, limits: Limits) -> None:
+    def __init__(self, documents: DocumentStore, limits: Limits) -> None:
         self._documents = documents
         self._limits = limits
         self._pending: dict[Inode, tuple[IndexedFile, Blob, int]] = {}

@@ -10,11 +10,11 @@ from functools import partial
 
 import trio
 
-from ckptfs.errors import IntegrityError
+from ckptfs.image.kept import kept_range, table_name
 from ckptfs.image.resolve import DocumentStore
 from ckptfs.model.blob import Blob
 from ckptfs.model.index import IndexedFile
-from ckptfs.model.index_table import Part, PartedExtents, Table
+from ckptfs.model.index_table import PartedExtents, Table
 from ckptfs.model.toc import UNKNOWN, Chunk, Inode
 from ckptfs.settings import Limits
 
@@ -73,21 +73,8 @@ class TableParts:
 
     def _fetch(self, table: Table, number: int, blob: Blob) -> bytes:
         part, skipped = table.parts[number], sum(part.size for part in table.parts[:number])
-        whole = self._documents.get_document(f"table/{table.digest}")
+        whole = self._documents.get_document(table_name(table))
         if whole is not None:
             return whole[skipped : skipped + part.size]
-        name = f"table/sha256:{part.digest.hex()}"
-        data = self._documents.get_document(name)
-        if data is None:
-            try:
-                data = _read(blob, table.offset + skipped, part, 0)
-            except IntegrityError:  # a flipped bit on the way: once more, elsewhere if there is another place
-                data = _read(blob, table.offset + skipped, part, 1)
-            self._documents.put_document(name, data)
-        return data
-
-
-def _read(blob: Blob, offset: int, part: Part, attempt: int) -> bytes:
-    data = bytes(blob.read_at(offset, part.size, attempt=attempt))
-    part.check(data)
-    return data
+        name, offset = f"table/sha256:{part.digest.hex()}", table.offset + skipped
+        return kept_range(self._documents, name, blob, offset, part.size, part.check)

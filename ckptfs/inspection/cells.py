@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import trio
 
 from ckptfs.engine.shared_cells import Place
-from ckptfs.image.earlier import table_bytes
+from ckptfs.image.kept import table_bytes
 from ckptfs.inspection.image_files import ImageFiles
 from ckptfs.model.index import read_cells
 from ckptfs.model.toc import Extent
