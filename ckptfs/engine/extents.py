@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from ckptfs.engine.cutting import Cutter
 from ckptfs.engine.disk import Buffer
 from ckptfs.engine.link import LinkEstimate
 from ckptfs.engine.memory import MemoryCache
@@ -104,8 +105,8 @@ class Receiver:
         """
         start = chunks[0].offset
         end = max(chunk.offset + chunk.size for chunk in chunks)
-        view = memoryview(bytearray(end - start))
-        filled, at, told = 0, 0, 0
+        cutter = Cutter(chunks, start)
+        filled, told = 0, 0
         bad: list[Chunk] = []
         failures: dict[bytes, CkptfsError] = {}
         batch: list[tuple[bytes, Buffer]] = []
@@ -116,17 +117,13 @@ class Receiver:
                 now = time.monotonic()
                 if not filled:
                     self._link.first_byte(now - began)
-                view[filled : filled + len(piece)] = piece
                 filled += len(piece)
                 job.received = filled
                 self._link.received(len(piece), now)
                 ready: list[tuple[bytes, Buffer]] = []
-                while at < len(chunks) and chunks[at].offset + chunks[at].size - start <= filled:
-                    chunk = chunks[at]
-                    at += 1
-                    lo = chunk.offset - start
+                for chunk, encoded in cutter.feed(piece):
                     try:
-                        data = layer.decode(chunk, view[lo : lo + chunk.size])
+                        data = layer.decode(chunk, encoded)
                     except (IntegrityError, FormatError) as error:
                         log.warning("%s: %s", where(chunk, blob, layer), error)
                         bad.append(chunk)
@@ -143,7 +140,7 @@ class Receiver:
                     self._cache.put_many(batch)
                     batch, pending = [], 0
         except CkptfsError as error:
-            failures.update((chunk.key, error) for chunk in chunks[at:])
+            failures.update((chunk.key, error) for chunk in cutter.missing)
         if batch:
             self._cache.put_many(batch)
         for chunk in bad:

@@ -12,6 +12,8 @@ from ckptfs.settings import KiB, Sizes
 _SAMPLE = 0.05  # seconds; shorter intervals measure bursts of the receive buffer, not the link
 _SAMPLE_BYTES = 512 * KiB
 _SLACK = 0.03  # seconds of data on top of a round trip, at least: covers the pauses between requests of one connection
+_ROOM = 0.06  # the same where the link is so fast that requests were small: each costs 1 ms of the processor
+_FAST = 200e6  # bytes per second from which on there is so much room; 4 MB for each request then
 _FLOOR = 512 * KiB  # two chunks of a pages file
 _GUESS = 25e6  # bytes per second until the first sample: 2 MB at no delay, 12 MB at 200 ms
 
@@ -67,5 +69,6 @@ class LinkEstimate:
             self._since, self._bytes = None, 0
 
     def _judge(self) -> None:
-        window = (self.rate or _GUESS) * (self.delay + max(self.delay, _SLACK))
+        slack = max(_SLACK, _ROOM * min(self.rate / _FAST, 1.0))
+        window = (self.rate or _GUESS) * (self.delay + max(self.delay, slack))
         self.window = int(min(max(window, _FLOOR), self._ceiling))

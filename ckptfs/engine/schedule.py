@@ -96,6 +96,8 @@ class Scheduler:
     def next_job(self) -> Job | None:
         """The job to start now, None when nothing is queued or enough is under way; the caller adds it to `running`."""
         self.full = False
+        if not self._wanted:
+            return None
         return self._next_job(inside=False) or self._next_job(inside=True)
 
     def _next_job(self, *, inside: bool) -> Job | None:
@@ -149,7 +151,7 @@ class Scheduler:
         """Most bytes of one request: no more than a share of the window, so that several are under way."""
         if priority == Priority.DEMAND:
             return self.sizes.sequential_extent
-        return max(min(self.sizes.sequential_extent, self.window // 2), self.sizes.grid)
+        return max(min(self.sizes.longest_extent, self.window // 2), self.sizes.grid)
 
     def _take(self, key: bytes) -> None:
         wanted = self._wanted.pop(key)

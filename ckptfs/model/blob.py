@@ -25,4 +25,4 @@ class Blob(Protocol):
         """The bytes [offset, offset + length)."""
 
     def stream(self, offset: int, length: int, *, attempt: int = 0) -> Iterator[bytes | memoryview]:
-        """The same bytes in pieces, each as soon as it has arrived; at most 1 MiB and valid until the next."""
+        """The same bytes in pieces, each as soon as it has arrived; at most 1 MiB, and they stay as they are."""

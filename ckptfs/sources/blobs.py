@@ -61,7 +61,7 @@ class RegistryBlob:
         return b"".join(self.stream(offset, length, attempt=attempt))
 
     def stream(self, offset: int, length: int, *, attempt: int = 0) -> Iterator[bytes]:
-        """Pieces of at most 512 KiB. UnavailableError after read_deadline without progress."""
+        """Pieces of at most 1 MiB. UnavailableError after read_deadline without progress."""
         position, end = offset, offset + length
         if offset < 0 or length < 0 or end > self.size:
             raise IntegrityError(f"blob {self._descriptor.digest} has {self.size} bytes, not {end}")

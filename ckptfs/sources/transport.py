@@ -89,7 +89,7 @@ class Reply:
         return int(value) if value.isascii() and value.isdigit() and len(value) < 19 and not chunked else None
 
     def pieces(self, length: int) -> Iterator[bytes]:
-        """Exactly `length` body bytes, in pieces of at most 512 KiB. NoAnswer where the body ends early or stalls."""
+        """Exactly `length` body bytes, in pieces of at most 1 MiB. NoAnswer where the body ends early or stalls."""
         left, most = length, PIECE
         while left:
             began = time.monotonic()
@@ -97,7 +97,7 @@ class Reply:
             if not piece:
                 raise NoAnswer(f"{self.where}: the body ended {left} bytes early")
             if time.monotonic() - began < _AT_ONCE:
-                most = min(2 * most, 4 * PIECE)
+                most = min(2 * most, 8 * PIECE)
             else:
                 most = PIECE
             left -= len(piece)

@@ -1,0 +1,50 @@
+"""How much may be on the way: bandwidth x delay and a little, from samples of the traffic that there is."""
+
+import pytest
+
+from ckptfs.engine.link import LinkEstimate
+from ckptfs.settings import KiB, MiB, Sizes
+
+SECOND = 0.1  # seconds that a sample takes
+
+
+def _measured(rate: float, delay: float, *, full: bool = True) -> LinkEstimate:
+    link = LinkEstimate(Sizes())
+    link.first_byte(delay)
+    link.busy()
+    link.received(1, 0.0)
+    link.received(int(rate * SECOND), SECOND)
+    link.sample(SECOND, full=full)
+    return link
+
+
+@pytest.mark.parametrize(
+    ("rate", "delay", "seconds"),
+    [
+        (25e6, 0.02, 0.02 + 0.03),  # 200 Mbit/s
+        (25e6, 0.2, 0.4),
+        (100e6, 0.001, 0.001 + 0.03),
+        (300e6, 0.0005, 0.0005 + 0.06),  # where requests are so many that they cost more than what they bring
+    ],
+)
+def test_the_window_is_what_the_link_holds_and_a_little(rate: float, delay: float, seconds: float) -> None:
+    assert _measured(rate, delay).window == pytest.approx(rate * seconds, rel=0.01)
+
+
+def test_the_window_is_never_more_than_memory_may_hold_nor_less_than_two_chunks() -> None:
+    assert _measured(5e9, 0.1).window == Sizes().in_flight
+    assert _measured(6e6, 0.0).window == 512 * KiB
+
+
+def test_traffic_that_did_not_fill_the_link_says_only_that_it_carries_so_much() -> None:
+    assert _measured(6e6, 0.02, full=False).rate == 0
+    assert _measured(200e6, 0.02, full=False).rate == pytest.approx(200e6)
+
+
+def test_two_chunks_in_one_burst_are_no_sample() -> None:
+    link = LinkEstimate(Sizes())
+    link.busy()
+    link.received(1, 0.0)
+    link.received(8 * MiB, 0.001)
+    link.sample(0.001, full=True)
+    assert link.rate == 0
