@@ -21,7 +21,7 @@ def _run(*program: str) -> NoReturn:
         if sys.argv[1:2] in (["mount"], ["restore"]) and _NO_DAEMON.isdisjoint(sys.argv):
             from ckptfs import standby
 
-            standby.fork()
+            standby.fork(sys.argv)
         from ckptfs.cli import run
 
         code = run(sys.argv[1:], *program)

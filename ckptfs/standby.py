@@ -1,9 +1,8 @@
 """The daemon of a mount, forked before the command line is read: two cores import at the same time.
 
 Reading a command line costs 50 ms of imports that the daemon does not need, and the daemon's own take 160 ms. So
-`mount` and `restore` fork it first thing. It imports what speaks to registries and waits for a request; if none comes
-(a usage error, a mount that is refused) it ends with its parent. Owns the hand-over; what is handed over is the matter
-of mounting.py.
+`mount` and `restore` fork it first thing. It begins to import and waits for a request; if none comes (a usage error, a
+mount that is refused) it ends with its parent. Owns the hand-over; what is handed over is the matter of mounting.py.
 """
 
 import gc
@@ -12,6 +11,7 @@ import pickle
 import signal
 import socket
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -34,8 +34,11 @@ class Standby:
 _waiting: Standby | None = None
 
 
-def fork() -> None:
-    """Begin a daemon that waits for `take`. To be called while there is one thread, and nothing to be printed yet."""
+def fork(arguments: Sequence[str]) -> None:
+    """Begin a daemon that waits for `take`. To be called while there is one thread, and nothing to be printed yet.
+
+    `arguments`: the command's, unread; they tell what is worth being imported before the request comes.
+    """
     global _waiting
     gc.disable()  # imports make much that stays
     import ckptfs.mounting  # noqa: F401  # both need it: once, before the fork
@@ -44,8 +47,9 @@ def fork() -> None:
     pid = os.fork()
     if pid == 0:
         ours.close()
-        _wait(theirs)
+        _wait(theirs, asks=_asks_a_registry(arguments))
     theirs.close()
+    gc.freeze()  # else the interpreter walks through all of it when we exit: 4 ms
     gc.enable()  # but not in the daemon, before its start-up is over
     _waiting = Standby(pid, ours)
 
@@ -57,11 +61,19 @@ def take() -> Standby | None:
     return found
 
 
-def _wait(channel: socket.socket) -> NoReturn:
+def _asks_a_registry(arguments: Sequence[str]) -> bool:
+    """Whether a tag has to be asked for. A guess: a wrong one costs some milliseconds, no more."""
+    return not any("@sha" in word or word.startswith(("oci:", "archive:")) or word == "--offline" for word in arguments)
+
+
+def _wait(channel: socket.socket, *, asks: bool) -> NoReturn:
     """The daemon until its request comes, and then as whatever the request makes of it."""
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; we shall see the end of the channel
-        import ckptfs.sources.registry  # noqa: F401  # urllib3, before trio: the first request runs while that is imported
+        if asks:
+            import ckptfs.sources.registry  # urllib3, before trio: the first request runs while that is imported
+        else:
+            import ckptfs.daemon  # noqa: F401  # what a mount out of the cache needs; a registry when something is missing
         from ckptfs.mounting import serve_from_standby
 
         data, descriptors, _, _ = socket.recv_fds(channel, _MESSAGE, 2)

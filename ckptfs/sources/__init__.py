@@ -12,6 +12,7 @@ from ckptfs.telemetry import NetworkCounters
 
 if TYPE_CHECKING:
     from ckptfs.sources.credentials import Credentials
+    from ckptfs.sources.registry import RegistrySource
 
 
 class Source(Protocol):
@@ -49,7 +50,7 @@ def open_source(
     plain_http: bool = False,
     credentials: "Credentials | None" = None,
 ) -> Source:
-    """The source of a reference; nothing is asked yet. Only what it needs is imported.
+    """The source of a reference; nothing is asked yet. Only what it needs is imported, when it is needed.
 
     plain_http    speak http to a registry that is not on this machine; loopback needs no permission.
     credentials   in place of what the user's auth files say.
@@ -62,6 +63,11 @@ def open_source(
         from ckptfs.sources.archive import ArchiveSource
 
         return ArchiveSource(reference)
-    from ckptfs.sources.registry import RegistrySource
+    from ckptfs.sources.deferred import DeferredSource
 
-    return RegistrySource(reference, settings, counters, plain_http=plain_http, credentials=credentials)
+    def open_registry() -> "RegistrySource":
+        from ckptfs.sources.registry import RegistrySource
+
+        return RegistrySource(reference, settings, counters, plain_http=plain_http, credentials=credentials)
+
+    return DeferredSource(reference, open_registry)

@@ -21,6 +21,7 @@ from ckptfs.model.oci import (
 )
 from ckptfs.settings import Limits, Registries, Settings
 from ckptfs.sources import Source, open_source
+from ckptfs.sources.deferred import DeferredSource
 from ckptfs.sources.layout import LayoutSource
 from ckptfs.telemetry import NetworkCounters
 from tests.support.docker_registry import DockerRegistry
@@ -119,7 +120,7 @@ class Case:
         return found
 
 
-@pytest.fixture(scope="module", params=["docker-registry", "redirecting", "fake", "mirrored", "layout"])
+@pytest.fixture(scope="module", params=["docker-registry", "redirecting", "fake", "deferred", "mirrored", "layout"])
 def case(request: pytest.FixtureRequest, layout: Layout) -> Iterator[Case]:
     if request.param == "layout":
         yield Case("layout", lambda tail: LayoutSource(Reference.parse(f"oci:{layout.top}{tail}")), layout)
@@ -143,7 +144,11 @@ def case(request: pytest.FixtureRequest, layout: Layout) -> Iterator[Case]:
                 assert len(home.log) < len(mirror.log), "it is asked for what the mirror does not have"
     else:
         with FakeRegistry() as fake, client(fake) as c:
-            yield Case("registry", published(layout, c, "sources"), layout)
+            open_ = published(layout, c, "sources")
+            if request.param == "deferred":
+                yield Case("registry", lambda tail: DeferredSource(open_(tail).reference, lambda: open_(tail)), layout)
+            else:
+                yield Case("registry", open_, layout)
 
 
 def test_the_image(case: Case) -> None:

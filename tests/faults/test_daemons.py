@@ -225,7 +225,7 @@ def test_a_daemon_that_died_while_it_waited_is_replaced(tmp_path: Path) -> None:
 import os, signal, sys
 from ckptfs import standby
 from ckptfs.cli import run
-standby.fork()
+standby.fork([])
 os.kill(standby._waiting.pid, signal.SIGKILL)
 os.waitpid(standby._waiting.pid, 0)
 sys.exit(run(["mount", {f"oci:{LAYOUT}"!r}, {str(tmp_path / "mnt")!r}, "--cache-dir", {str(tmp_path / "cache")!r}]))

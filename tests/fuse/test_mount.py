@@ -6,6 +6,7 @@ import os
 import signal
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import pytest
 
 from tests.support import golden
 from tests.support.command import ckptfs, mounted
-from tests.support.tools import require
+from tests.support.fake_registry import FakeRegistry
+from tests.support.tools import ROOT, require
 
 pytestmark = pytest.mark.fuse
 
@@ -133,6 +135,27 @@ def test_everything_cached_is_complete_and_mounts_offline(tmp_path: Path) -> Non
         _until(lambda: mount.status()["complete"])
     with mounted(f"oci:{LAYOUT}", tmp_path, "--offline") as mount:
         assert tree_of(mount.path) == listing
+
+
+def test_a_mount_out_of_the_cache_imports_nothing_that_speaks_to_registries(tmp_path: Path) -> None:
+    """That would be a quarter of its time. The registry is away, and urllib3 cannot be imported in any process."""
+    with FakeRegistry() as registry:
+        registry.add_layout(LAYOUT, "repo")
+        _, name = next(key for key in registry.manifests if ":" in key[1])
+        reference = registry.reference(f"repo@{name}")
+        with mounted(reference, tmp_path) as mount:
+            listing = tree_of(mount.path)
+            _until(lambda: mount.status()["complete"])
+    program = "import sys; sys.modules['urllib3'] = None; from ckptfs.__main__ import main; main()"
+    command = [sys.executable, "-c", program, "mount", reference, mount.path, "--cache-dir", mount.cache]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    try:
+        assert tree_of(mount.path) == listing
+        status = mount.status()
+        assert status["network"]["requests"] == 0 and status["complete"] and status["errors"] == []
+    finally:
+        assert ckptfs("umount", mount.path).code == 0
 
 
 def test_second_mount_of_a_busy_directory_is_refused(tmp_path: Path) -> None:
