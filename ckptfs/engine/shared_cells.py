@@ -5,20 +5,21 @@ on disk; a cell of the later one is a part of such a chunk, where `add` said so.
 it is handed out: the earlier image may come from somebody else. Called by fetch.py in place of the cache.
 """
 
-import hashlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from ckptfs.engine.cache import ChunkCache
 from ckptfs.engine.disk import Buffer
+from ckptfs.model.chunk_digest import ChunkDigest
 
 
 class Place(NamedTuple):
-    """Bytes [skip, skip + length) of the chunk `key`."""
+    """Bytes [skip, skip + length) of the chunk `key`, whose digest of that kind is the cell's key."""
 
     key: bytes
     skip: int
     length: int
+    digest: ChunkDigest
 
 
 class SharedCells:
@@ -38,7 +39,7 @@ class SharedCells:
         if place is None:
             return data
         cell = bytearray(place.length)
-        if self._cache.read_into(place.key, place.skip, memoryview(cell)) and hashlib.sha256(cell).digest() == key:
+        if self._cache.read_into(place.key, place.skip, memoryview(cell)) and place.digest.of(cell) == key:
             return bytes(cell)
         self._places.pop(key, None)
         return None

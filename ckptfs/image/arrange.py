@@ -121,7 +121,7 @@ def _lay_out(image: OpenImage) -> None:
 async def _find_earlier(image: OpenImage, index: ImageIndex) -> None:
     """What this node knows of earlier images of the repository; before the layers are added."""
     limits, resolved = image.options.settings.limits, image.resolved
-    earlier = EarlierImages(image.source, image.cache, image.cells, limits)
+    earlier = EarlierImages(image.source, image.cache, image.cells, limits, image.chunk_digests)
 
     def index_of(manifest: Manifest) -> ImageIndex | None:
         return inline_index(manifest, 0, limits)

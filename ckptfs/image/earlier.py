@@ -12,7 +12,7 @@ indexed.py.
 import json
 import logging
 import posixpath
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptfs.criu.chunking import placed_cells
@@ -22,6 +22,7 @@ from ckptfs.errors import CkptfsError, FormatError
 from ckptfs.image.kept import table_bytes
 from ckptfs.image.resolve import DocumentStore
 from ckptfs.model.blob import Blob
+from ckptfs.model.chunk_digest import ChunkDigest
 from ckptfs.model.index import ImageIndex, IndexedFile, load_table, read_cells
 from ckptfs.model.oci import Digest, Manifest, Reference, parse_document
 from ckptfs.model.packed import PackedExtents
@@ -55,11 +56,21 @@ class _Pages:
 
 
 class EarlierImages:
-    def __init__(self, source: Source, documents: DocumentStore, cells: SharedCells, limits: Limits) -> None:
+    """`chunk_digests`: of this image's layers, by number; its chunks are looked for by them."""
+
+    def __init__(
+        self,
+        source: Source,
+        documents: DocumentStore,
+        cells: SharedCells,
+        limits: Limits,
+        chunk_digests: Mapping[int, ChunkDigest],
+    ) -> None:
         self._source = source
         self._documents = documents
         self._cells = cells
         self._limits = limits
+        self._chunk_digests = chunk_digests
         self._pages: dict[bytes, list[_Pages]] = {}
         self._pagemaps: dict[bytes, _Pagemap] = {}  # of this image, by the path of the pages file
 
@@ -121,9 +132,10 @@ class EarlierImages:
         cells = self._table(file, blob, layer)
         missing = [cell for chunk, inside in _within(chunks, cells) if chunk.start in lacking for cell in inside]
         places: dict[bytes, Place] = {}
+        digest = self._chunk_digests[layer]
         for earlier in self._pages[file.entry.path]:
-            if not self._share_addresses(file, earlier, missing):
-                self._places(earlier, {cell.chunk.key for cell in missing}, places)
+            if not self._share_addresses(file, earlier, missing, digest):
+                self._places(earlier, {cell.chunk.key for cell in missing}, digest, places)
         self._cells.add(places)
         refined = PackedExtents(layer)
         for chunk, inside in _within(chunks, cells):
@@ -133,7 +145,9 @@ class EarlierImages:
                 refined.append(extent.start, extent.length, known.offset, known.size, known.key)
         inode.extents = refined
 
-    def _share_addresses(self, file: IndexedFile, earlier: _Pages, cells: Sequence[Extent]) -> bool:
+    def _share_addresses(
+        self, file: IndexedFile, earlier: _Pages, cells: Sequence[Extent], digest: ChunkDigest
+    ) -> bool:
         """Take cells from where the earlier file has the same memory; False when the memory's addresses are not known.
 
         That it has not changed is seen from its hash, which `SharedCells` checks before it hands anything out.
@@ -150,7 +164,7 @@ class EarlierImages:
                 continue
             for chunk in overlapping(extents, at, length):
                 if chunk.start <= at and at + length <= chunk.start + chunk.length:
-                    self._cells.add({key: Place(chunk.chunk.key, at - chunk.start, length)})
+                    self._cells.add({key: Place(chunk.chunk.key, at - chunk.start, length, digest)})
                     self._cells.get(key)  # forgets it where the memory has changed
         return True
 
@@ -178,7 +192,7 @@ class EarlierImages:
                 found[links.get(path, path)] = pagemap
         return found
 
-    def _places(self, earlier: _Pages, wanted: set[bytes], places: dict[bytes, Place]) -> None:
+    def _places(self, earlier: _Pages, wanted: set[bytes], digest: ChunkDigest, places: dict[bytes, Place]) -> None:
         """Add where the chunks of an earlier file, as far as they are here, have cells that are wanted."""
         extents = self._extents(earlier)
         here = [chunk for chunk in extents if self._cells.contains(chunk.chunk.key)]
@@ -187,7 +201,7 @@ class EarlierImages:
         for chunk, inside in _within(here, self._table(earlier.file, earlier.blob, 0)):
             for cell in inside:
                 if cell.chunk.key in wanted and cell.chunk.key != chunk.chunk.key:
-                    places[cell.chunk.key] = Place(chunk.chunk.key, cell.start - chunk.start, cell.length)
+                    places[cell.chunk.key] = Place(chunk.chunk.key, cell.start - chunk.start, cell.length, digest)
 
     def _manifest(self, digest: Digest) -> Manifest | None:
         raw = self._documents.get_document(f"earlier/{digest}")

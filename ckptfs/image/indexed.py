@@ -17,6 +17,7 @@ from ckptfs.image.earlier import EarlierImages
 from ckptfs.image.kept import table_bytes
 from ckptfs.image.parts import TableParts
 from ckptfs.image.resolve import DocumentStore
+from ckptfs.layers import may_be_indexed
 from ckptfs.model.blob import Blob
 from ckptfs.model.index import ANNOTATION_INDEX, ImageIndex, IndexedFile, decode_index, load_table, read_cells
 from ckptfs.model.oci import Manifest
@@ -38,6 +39,9 @@ def inline_index(manifest: Manifest, first_layer: int, limits: Limits) -> ImageI
         return None
     if [(layer.digest, layer.size) for layer in index.layers] != [(d.digest, d.size) for d in manifest.layers]:
         log.warning("the index in the manifest is not used: it describes other layers")
+        return None
+    if not all(map(may_be_indexed, manifest.layers)):
+        log.warning("the index in the manifest is not used: it tells chunks of layers that have none")
         return None
     return index
 

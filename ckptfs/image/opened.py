@@ -27,11 +27,12 @@ from ckptfs.image.inner import InodeBlob
 from ckptfs.image.remembered import LayerMemory
 from ckptfs.image.resolve import Resolved, resolve
 from ckptfs.image.whole import hash_layer
-from ckptfs.layers import Layer, select_format
+from ckptfs.layers import Layer, open_indexed, select_format
 from ckptfs.layers.grid import Grid
 from ckptfs.layers.protocols import SideDocument
 from ckptfs.layers.tar import TarFormat, TarLayer
 from ckptfs.model.blob import Blob
+from ckptfs.model.chunk_digest import ChunkDigest
 from ckptfs.model.index import IndexedLayer
 from ckptfs.model.oci import Descriptor, Digest, Manifest, Reference
 from ckptfs.model.profile import Profile
@@ -86,6 +87,7 @@ class OpenImage:
         self.cache = cache
         self.nursery = nursery
         self.cells = SharedCells(cache)
+        self.chunk_digests: dict[int, ChunkDigest] = {}  # of layers whose chunks the image's index tells, by number
         memory = options.memory or MemoryCache(sizes.memory_cache)
         self.fetcher = Fetcher(self.cells, memory, options.settings, counters)
         self.tables = ChunkTables(cache, options.settings.limits)
@@ -150,7 +152,8 @@ class OpenImage:
         layer: Layer
         known: Sequence[Entry] | None
         if indexed is not None:
-            layer, known = select_format(descriptor).open(blob, index), indexed.entries
+            layer, known = open_indexed(blob, index, indexed.chunk_digest), indexed.entries
+            self.chunk_digests[index] = indexed.chunk_digest
             for file in indexed.files:
                 self.tables.add(file, blob, index)
         elif (side := self.memory.index(descriptor) or side) is not None:

@@ -12,6 +12,7 @@ import trio
 from ckptfs.engine.shared_cells import Place
 from ckptfs.image.kept import table_bytes
 from ckptfs.inspection.image_files import ImageFiles
+from ckptfs.model.chunk_digest import ChunkDigest
 from ckptfs.model.index import read_cells
 from ckptfs.model.toc import Extent
 
@@ -28,12 +29,13 @@ def take_apart(files: ImageFiles) -> None:
         data = table_bytes(image.cache, file.cells, blob)
         cells = read_cells(file, data, layer, blob.size, image.options.settings.limits)
         here = [chunk for chunk in inode.extents if image.cells.contains(chunk.chunk.key)]
-        image.cells.add({cell.chunk.key: place for cell, place in _inside(here, cells)})
+        digest = image.chunk_digests[layer]
+        image.cells.add({cell.chunk.key: place for cell, place in _inside(here, cells, digest)})
         inode.extents = cells
     image.tables.derive_again()
 
 
-def _inside(chunks: Sequence[Extent], cells: Sequence[Extent]) -> Iterator[tuple[Extent, Place]]:
+def _inside(chunks: Sequence[Extent], cells: Sequence[Extent], digest: ChunkDigest) -> Iterator[tuple[Extent, Place]]:
     """The cells that lie in one of the chunks, with where they lie; both ascend."""
     pending = iter(chunks)
     chunk = next(pending, None)
@@ -41,4 +43,4 @@ def _inside(chunks: Sequence[Extent], cells: Sequence[Extent]) -> Iterator[tuple
         while chunk is not None and chunk.start + chunk.length <= cell.start:
             chunk = next(pending, None)
         if chunk is not None and chunk.start <= cell.start and cell.chunk.key != chunk.chunk.key:
-            yield cell, Place(chunk.chunk.key, cell.start - chunk.start, cell.length)
+            yield cell, Place(chunk.chunk.key, cell.start - chunk.start, cell.length, digest)

@@ -1,10 +1,11 @@
 """What two files have in common, as far as their chunks tell it: nothing is read.
 
 A chunk's key is the digest of its bytes wherever the layer's format tells digests, so the same key at the same place
-means the same bytes, and another one of a whole chunk means others. Called by image_diff.
+means the same bytes, and another one of a whole chunk means others, if both are digests of one kind. Called by
+image_diff.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from ckptfs.model.toc import Chunk, Inode, overlapping
@@ -20,11 +21,17 @@ class _Piece(NamedTuple):
 
 
 def unknown_parts(
-    first: Inode, offset: int, second: Inode, other_offset: int, length: int
+    first: Inode,
+    offset: int,
+    second: Inode,
+    other_offset: int,
+    length: int,
+    comparable: Callable[[Chunk, Chunk], bool],
 ) -> list[tuple[int, int]] | None:
     """The parts (start, length), from the offsets on, that have to be read to know whether both hold the same.
 
-    None where they are known to differ; [] where they are known to be equal.
+    None where they are known to differ; [] where they are known to be equal. `comparable`: whether the digests of two
+    chunks, of the first and of the second, are of one kind.
     """
     out: list[tuple[int, int]] = []
     for a, b in _paired(_pieces(first, offset, length), _pieces(second, other_offset, length)):
@@ -34,7 +41,8 @@ def unknown_parts(
         if a.chunk is not None and b.chunk is not None:
             if a.chunk.key == b.chunk.key and a.skip - a.start == b.skip - b.start:
                 continue
-            if (a.start, a.length) == (b.start, b.length) and _is_whole(a) and _is_whole(b):
+            aligned = (a.start, a.length) == (b.start, b.length) and _is_whole(a) and _is_whole(b)
+            if aligned and comparable(a.chunk, b.chunk):
                 return None
         if out and sum(out[-1]) == low:
             low = out.pop()[0]

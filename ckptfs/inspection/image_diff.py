@@ -7,7 +7,7 @@ the same in both; the rest is read from both images in step, until it is known. 
 import logging
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import trio
 
@@ -31,6 +31,7 @@ from ckptfs.inspection.image_files import ImageFiles, in_thread
 from ckptfs.inspection.overview import Overview, containers, inspect, open_images
 from ckptfs.inspection.parts import Part
 from ckptfs.inspection.source import Range, announced
+from ckptfs.model.chunk_digest import ChunkDigest
 from ckptfs.model.toc import Chunk, Inode
 from ckptfs.settings import MiB
 
@@ -82,12 +83,13 @@ def _memory(before: ImageFiles, after: ImageFiles, prefix: str, old: Overview, n
     """Of every process that both have."""
     limits = before.image.options.settings.limits
     a, b = open_images(before, prefix, limits), open_images(after, prefix, limits)
+    comparable = _comparable(before, after)
 
     def unknown(first: Place, second: Place) -> Iterable[tuple[int, int]]:
         one, other = before.inode(a.path(first.file)), after.inode(b.path(second.file))
         if one is None or other is None:
             return [(0, first.length)]
-        parts = unknown_parts(one, first.offset, other, second.offset, first.length)
+        parts = unknown_parts(one, first.offset, other, second.offset, first.length, comparable)
         return [(0, first.length)] if parts is None else parts
 
     pids = {process.pid for process in old.processes if process.memory}
@@ -101,10 +103,11 @@ def _memory(before: ImageFiles, after: ImageFiles, prefix: str, old: Overview, n
 def diff_trees(before: ImageFiles, after: ImageFiles) -> tuple[FileChange, ...]:
     """Every file of the images, and of the tars in them that are not the same in both."""
     tars, other_tars = before.tars(), after.tars()
+    comparable = _comparable(before, after)
 
     def enter(path: str) -> bool:
         a, b = tars.get(f"{path}.tar"), other_tars.get(f"{path}.tar")
-        return a is None or b is None or a.size != b.size or unknown_parts(a, 0, b, 0, a.size) != []
+        return a is None or b is None or a.size != b.size or unknown_parts(a, 0, b, 0, a.size, comparable) != []
 
     old, new = dict(before.walk(enter)), dict(after.walk(enter))
     different: set[str] = set()
@@ -112,7 +115,7 @@ def diff_trees(before: ImageFiles, after: ImageFiles) -> tuple[FileChange, ...]:
     for path in old.keys() & new.keys():
         a, b = old[path], new[path]
         if a.is_file and b.is_file and a.size == b.size:
-            parts = unknown_parts(a, 0, b, 0, a.size)
+            parts = unknown_parts(a, 0, b, 0, a.size, comparable)
             if parts is None:
                 different.add(path)
             elif parts:
@@ -122,6 +125,12 @@ def diff_trees(before: ImageFiles, after: ImageFiles) -> tuple[FileChange, ...]:
         {path: _facts(inode) for path, inode in old.items()},
         {path: _facts(inode, path in different) for path, inode in new.items()},
     )
+
+
+def _comparable(before: ImageFiles, after: ImageFiles) -> Callable[[Chunk, Chunk], bool]:
+    """Whether the digest of a chunk of one image says something about that of the other."""
+    old, new = before.image.chunk_digests, after.image.chunk_digests
+    return lambda a, b: old.get(a.layer, ChunkDigest.SHA256) is new.get(b.layer, ChunkDigest.SHA256)
 
 
 def _read_and_compare(

@@ -11,9 +11,11 @@ from ckptfs.layers.protocols import Emit, Layer, LayerFormat, Verification
 from ckptfs.layers.tar import TarFormat
 from ckptfs.layers.zstd import ZstdFormat
 from ckptfs.layers.zstd_chunked import ZstdChunkedFormat
+from ckptfs.model.blob import Blob
+from ckptfs.model.chunk_digest import ChunkDigest
 from ckptfs.model.oci import Descriptor
 
-__all__ = ["FORMATS", "Emit", "Layer", "LayerFormat", "Verification", "select_format"]
+__all__ = ["FORMATS", "Emit", "Layer", "LayerFormat", "Verification", "may_be_indexed", "open_indexed", "select_format"]
 
 # The first that matches reads the layer: those with a table of contents come before the streams that they also are.
 FORMATS: tuple[LayerFormat, ...] = (
@@ -39,3 +41,17 @@ def select_format(descriptor: Descriptor) -> LayerFormat:
         f"layer {descriptor.digest} has the media type {descriptor.media_type}, which is not a tar",
         hint="ckptfs reads OCI and Docker layers: tar, tar+gzip, tar+zstd, zstd:chunked and eStargz",
     )
+
+
+def may_be_indexed(descriptor: Descriptor) -> bool:
+    """Whether an image's index can tell the chunks of such a layer: what it says has to be checked chunk by chunk."""
+    return isinstance(select_format(descriptor), ZstdChunkedFormat)
+
+
+def open_indexed(blob: Blob, layer: int, chunk_digest: ChunkDigest) -> Layer:
+    """A layer whose chunks come from an image's index, with such digests. FormatError where there can be none."""
+    if not may_be_indexed(blob.descriptor):
+        raise FormatError(f"the index tells chunks of layer {blob.descriptor.digest}, which has none")
+    opened = ZstdChunkedFormat().open(blob, layer)
+    opened.chunk_digest = chunk_digest
+    return opened

@@ -3,7 +3,6 @@
 Subclasses (zstd_chunked.py, estargz.py) know where the table is and how a chunk is compressed.
 """
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
@@ -12,6 +11,7 @@ from ckptfs.layers.compression import Bytes
 from ckptfs.layers.protocols import Emit, Verification
 from ckptfs.layers.toc_json import parse_toc
 from ckptfs.model.blob import Blob
+from ckptfs.model.chunk_digest import ChunkDigest
 from ckptfs.model.toc import Chunk, Entry
 from ckptfs.settings import Settings
 
@@ -20,10 +20,14 @@ ANNOTATION_TOC_DIGEST = "containerd.io/snapshot/stargz/toc.digest"
 
 
 class TocLayer(ABC):
-    """Random access, every chunk with a digest."""
+    """Random access, every chunk with a digest.
+
+    chunk_digest  which one: another than the table's where the chunks are told by an image's index.
+    """
 
     format: str
     verification: Verification = "chunk"
+    chunk_digest = ChunkDigest.SHA256
     sequential = False
 
     def __init__(self, blob: Blob, layer: int, settings: Settings) -> None:
@@ -49,7 +53,7 @@ class TocLayer(ABC):
 
     def decode(self, chunk: Chunk, data: memoryview) -> Bytes:
         decoded = self._unpack(chunk, data)
-        if hashlib.sha256(decoded).digest() != chunk.digest:
+        if self.chunk_digest.of(decoded) != chunk.digest:
             raise IntegrityError(f"the chunk at byte {chunk.offset} of {self._blob.descriptor.digest} is damaged")
         return decoded
 

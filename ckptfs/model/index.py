@@ -2,10 +2,10 @@
 
     zstd( magic | u32 length of the JSON | JSON | columns of chunks | contents of small files )
 
-The JSON lists the files of every layer. A file whose content is in the document needs no digests. The columns of a very
-large file can be left to its layer, in a skippable frame that the document names by place and digest (`Table`), and of
-which parts can be read by themselves; so are always those of cells, the smaller pieces that two dumps of a process
-share: only who has an earlier dump needs them.
+The JSON lists the files of every layer, and says which digests its chunks have. A file whose content is in the
+document needs none. The columns of a very large file can be left to its layer, in a skippable frame that the document
+names by place and digest (`Table`), and of which parts can be read by themselves; so are always those of cells, the
+smaller pieces that two dumps of a process share: only who has an earlier dump needs them.
 
 Bytes in, values out; written by push/, read by image/. The document comes from whoever pushed the image: everything in
 it is bounded and checked here, once.
@@ -22,6 +22,7 @@ from typing import Any
 import zstandard
 
 from ckptfs.errors import FormatError, LimitExceeded
+from ckptfs.model.chunk_digest import ChunkDigest
 from ckptfs.model.index_columns import ColumnReader, ColumnWriter, Row
 from ckptfs.model.index_table import Table as Table
 from ckptfs.model.index_table import decompress
@@ -33,8 +34,8 @@ from ckptfs.settings import Limits, MiB
 ANNOTATION_INDEX = "dev.ckptfs.index"
 INLINE_BYTES = 1 * MiB  # of base64 in an annotation: registries take manifests of 4 MiB
 
-_MAGIC = b"CKPTIDX1"
-_MAGIC_PARTS = b"CKPTIDX2"  # tables have parts: readers of version 1 would take the first for all of it
+_MAGIC = b"CKPTIDX3"  # layers name the digest of their chunks: readers of before would take any for SHA-256
+_MAGICS = (b"CKPTIDX1", b"CKPTIDX2", _MAGIC)  # 2: tables have parts; otherwise each is read as the next one
 _LEVEL = 9
 _TYPES = frozenset((stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO))
 _HEAD = len(_MAGIC) + 4
@@ -62,11 +63,15 @@ class IndexedFile:
 
 @dataclass(frozen=True, slots=True)
 class IndexedLayer:
-    """Digest and size of the blob, as the manifest has them, and its files in archive order."""
+    """Digest and size of the blob, as the manifest has them, and its files in archive order.
+
+    chunk_digest  what the digests in rows and tables are.
+    """
 
     digest: Digest
     size: int
     files: Sequence[IndexedFile]
+    chunk_digest: ChunkDigest = ChunkDigest.SHA256
 
     @property
     def entries(self) -> list[Entry]:
@@ -86,21 +91,18 @@ def encode_index(layers: Iterable[IndexedLayer]) -> bytes:
     columns = ColumnWriter()
     contents: list[bytes] = []
     described = []
-    parts = False
     for layer in layers:
         files = []
         for file in layer.files:
             files.append(_describe(file))
-            parts = parts or (file.table is not None and bool(file.table.parts))
             if file.table is None:
                 columns.add(file.rows, digests=file.content is None)
             if file.content is not None:
                 contents.append(file.content)
-        described.append({"digest": str(layer.digest), "size": layer.size, "files": files})
+        told = {} if layer.chunk_digest is ChunkDigest.SHA256 else {"chunks": layer.chunk_digest.value}
+        described.append({"digest": str(layer.digest), "size": layer.size, **told, "files": files})
     text = json.dumps({"layers": described}, separators=(",", ":")).encode()
-    body = b"".join(
-        (_MAGIC_PARTS if parts else _MAGIC, struct.pack("<I", len(text)), text, columns.encode(), *contents)
-    )
+    body = b"".join((_MAGIC, struct.pack("<I", len(text)), text, columns.encode(), *contents))
     return zstandard.ZstdCompressor(level=_LEVEL).compress(body)
 
 
@@ -114,7 +116,7 @@ def decode_index(
     """
     limits = limits or Limits()
     body = decompress(data, limits.toc_bytes)
-    if body[: len(_MAGIC)] not in (_MAGIC, _MAGIC_PARTS) or len(body) < _HEAD:
+    if body[: len(_MAGIC)] not in _MAGICS or len(body) < _HEAD:
         raise FormatError("the index is of no known version", hint="install a newer ckptfs")
     (length,) = struct.unpack_from("<I", body, len(_MAGIC))
     document = parse_json(body[_HEAD : _HEAD + length], "index")
@@ -175,6 +177,16 @@ def _describe(file: IndexedFile) -> dict[str, Any]:
     return out
 
 
+@dataclass(frozen=True, slots=True)
+class _Described:
+    """A layer as the JSON has it, judged but for its files."""
+
+    digest: Digest
+    size: int
+    files: list[dict[str, Any]]
+    chunk_digest: ChunkDigest
+
+
 class _Reader:
     """Reads the files of one document; the JSON of its layers has been judged already."""
 
@@ -182,7 +194,7 @@ class _Reader:
         self,
         body: bytes,
         position: int,
-        layers: list[tuple[Digest, int, list[dict[str, Any]]]],
+        layers: list[_Described],
         limits: Limits,
         with_rows: bool,
     ) -> None:
@@ -191,8 +203,8 @@ class _Reader:
         self._limits = limits
         self._layers = layers
         rows = inline = without = 0
-        for _, _, files in layers:
-            for file in files:
+        for layer in layers:
+            for file in layer.files:
                 count = _integer(file, "rows", 0, limits.toc_entries)
                 rows += count
                 if file.get("content") is True:
@@ -207,16 +219,16 @@ class _Reader:
 
     def read(self, first_layer: int) -> ImageIndex:
         layers = [
-            IndexedLayer(digest, size, [self._file(value, first_layer + i, size) for value in files])
-            for i, (digest, size, files) in enumerate(self._layers)
+            IndexedLayer(it.digest, it.size, [self._file(value, number, it) for value in it.files], it.chunk_digest)
+            for number, it in enumerate(self._layers, start=first_layer)
         ]
         self._columns.finished()
         if self._columns.position != self._contents_at:
             raise FormatError("the index has more or fewer digests than chunks")
         return ImageIndex(layers, self.contents)
 
-    def _file(self, value: dict[str, Any], layer: int, end: int) -> IndexedFile:
-        limits = self._limits
+    def _file(self, value: dict[str, Any], layer: int, of: _Described) -> IndexedFile:
+        limits, end = self._limits, of.size
         path = _path(value.get("path"), limits)
         if "link" in value:
             return IndexedFile(Entry(path, None, _path(value["link"], limits)))
@@ -247,7 +259,7 @@ class _Reader:
         elif value.get("content") is True:
             content = self._body[self._position : self._position + inode.size]
             self._position += inode.size
-            inode.extents = self._columns.extents_of(content, rows, layer, offset, end)
+            inode.extents = self._columns.extents_of(content, rows, layer, offset, end, of.chunk_digest)
             for extent in inode.extents:
                 self.contents[extent.chunk.key] = content[extent.start : extent.start + extent.length]
         else:
@@ -256,7 +268,7 @@ class _Reader:
         return IndexedFile(Entry(path, inode), offset, kept, content, table, cells, eager)
 
 
-def _layer(value: object, limits: Limits) -> tuple[Digest, int, list[dict[str, Any]]]:
+def _layer(value: object, limits: Limits) -> _Described:
     if not isinstance(value, dict) or not isinstance(value.get("digest"), str):
         raise FormatError("the index has a layer without a digest")
     files = value.get("files")
@@ -264,7 +276,8 @@ def _layer(value: object, limits: Limits) -> tuple[Digest, int, list[dict[str, A
         raise FormatError("the index has a layer without a list of files")
     if len(files) > limits.toc_entries:
         raise LimitExceeded(f"the index has {len(files)} files, more than {limits.toc_entries}")
-    return Digest.parse(value["digest"]), _integer(value, "size", 0, 1 << 62), files
+    chunk_digest = ChunkDigest.named(value.get("chunks", ChunkDigest.SHA256.value))
+    return _Described(Digest.parse(value["digest"]), _integer(value, "size", 0, 1 << 62), files, chunk_digest)
 
 
 def _integer(value: dict[str, Any], key: str, low: int, high: int) -> int:

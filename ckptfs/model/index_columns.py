@@ -1,17 +1,17 @@
 """Chunks as columns: lengths, sizes and digests, as model/index.py keeps them in its document and in tables.
 
-    n x u32 length (bit 31: zeros) | n x u32 size | a sha256 for each row that has one      little-endian
+    n x u32 length (bit 31: zeros) | n x u32 size | a digest for each row that has one      little-endian
 
 The frames of one file follow one another in the blob, so a row needs no offset. Rows come from outside: nothing is
 believed before it was added up. Knows no document.
 """
 
-import hashlib
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
 
 from ckptfs.errors import FormatError, LimitExceeded
+from ckptfs.model.chunk_digest import ChunkDigest
 from ckptfs.model.packed import PackedExtents
 from ckptfs.model.toc import Extent
 from ckptfs.settings import Limits
@@ -20,7 +20,7 @@ ROW_BYTES = 40  # at most
 _ZEROS = 1 << 31
 _DIGEST = 32
 
-# (start in the file, length, offset in the blob, size there, sha256); zeros have the digest b"".
+# (start in the file, length, offset in the blob, size there, digest); zeros have the digest b"".
 Row = tuple[int, int, int, int, bytes]
 
 
@@ -69,15 +69,16 @@ class ColumnReader:
             start, offset = start + length, offset + encoded
         return packed
 
-    def extents_of(self, content: bytes, rows: int, layer: int, offset: int, end: int) -> Sequence[Extent]:
+    def extents_of(
+        self, content: bytes, rows: int, layer: int, offset: int, end: int, chunk_digest: ChunkDigest
+    ) -> Sequence[Extent]:
         """The same for a file whose content is known: the digests are computed. Every chunk counts, zeros too."""
         lengths, sizes, _ = self._take(rows, len(content), offset, end)
         packed = PackedExtents(layer)
         start = 0
         for length, encoded in zip(lengths, sizes, strict=True):
             length &= ~_ZEROS
-            digest = hashlib.sha256(content[start : start + length]).digest()
-            packed.append(start, length, offset, encoded, digest)
+            packed.append(start, length, offset, encoded, chunk_digest.of(content[start : start + length]))
             start, offset = start + length, offset + encoded
         return packed
 

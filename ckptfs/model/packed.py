@@ -42,7 +42,7 @@ class PackedExtents(MadeExtents):
         return packed
 
     def append(self, start: int, length: int, offset: int, size: int, digest: bytes) -> None:
-        """File bytes [start, start + length) are the blob's frame [offset, offset + size), with this sha256 decoded."""
+        """File bytes [start, start + length) are the blob's frame [offset, offset + size), with this digest decoded."""
         self._starts.append(start)
         self._lengths.append(length)
         self._offsets.append(offset)

@@ -20,13 +20,14 @@ _NO_XATTRS: Mapping[bytes, bytes] = {}
 class Chunk(NamedTuple):
     """The unit of fetch, decode, verify and cache.
 
-    key     32 bytes, its name in every cache. The sha256 of the decoded bytes where the format tells it, so that equal
+    key     32 bytes, its name in every cache. The digest of the decoded bytes where the format tells one, so that equal
             chunks of different images are one; otherwise `derived_key`.
     layer   position of its layer in the fetcher's list of layers.
     offset, size  the encoded bytes, in the layer's blob; for a streamed layer (`Layer.sequential`) positions in the
             decoded stream.
     length  decoded bytes; the last chunk of a grid may turn out shorter.
-    digest  sha256 of the decoded bytes, or None when only the transport vouches for them.
+    digest  of the decoded bytes, as its layer has them (chunk_digest.py), or None when only the transport vouches for
+            them.
     inner   decoded bytes of the encoded unit that come before this chunk (eStargz `innerOffset`).
     """
 

@@ -5,7 +5,6 @@ The new pages file is read once, front to back, 8 MiB at a time. Where the earli
 and compared page by page. So it takes as much of the earlier image as changed, in units of its cells. Blocks.
 """
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -106,7 +105,7 @@ class Comparison:
             piece = parts[0].piece
             if piece is not None and sum(item.length for item in parts) == piece.length:
                 mine = b"".join(data[item.at - start : item.at - start + item.length] for item in parts)
-                if hashlib.sha256(mine).digest() == piece.chunk.digest:
+                if self._parent.chunk_digest(path).of(mine) == piece.chunk.digest:
                     for item in parts:
                         self._mark(item.at, item.length, marks)
                     continue

@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import chain
 from typing import Any
 
-from ckptfs.layers.zstd_chunked_writer import WrittenLayer
+from ckptfs.layers.zstd_chunked_writer import CHUNK_DIGEST, WrittenLayer
 from ckptfs.model.index import INLINE_BYTES, IndexedFile, IndexedLayer, encode_index
 from ckptfs.model.oci import OCI_MANIFEST, Descriptor, Digest, machine_architecture
 from ckptfs.model.toc import Entry
@@ -108,7 +108,7 @@ def _indexed(
         rows = list(at.rows()) if at.chunk_table is None else ()
         ranges = eager.get(file.path)
         files.append(IndexedFile(entry, at.offset, rows, content, at.chunk_table, at.cell_table, ranges))
-    return IndexedLayer(layer.written.descriptor.digest, layer.written.descriptor.size, files)
+    return IndexedLayer(layer.written.descriptor.digest, layer.written.descriptor.size, files, CHUNK_DIGEST)
 
 
 def _with_content(layer: PlannedLayer, budget: int) -> set[bytes]:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from ckptfs.criu.images import parse_name
 from ckptfs.errors import FormatError, IntegrityError
-from ckptfs.layers import Layer, select_format
+from ckptfs.layers import Layer, open_indexed
+from ckptfs.model.chunk_digest import ChunkDigest
 from ckptfs.model.index import (
     ANNOTATION_INDEX,
     ImageIndex,
@@ -96,6 +97,10 @@ class ParentImage:
         blob = self.source.blob(self.manifest.layers[layer])
         return read_cells(file, self._table(file.cells, layer), layer, blob.size, self._limits)
 
+    def chunk_digest(self, path: bytes) -> ChunkDigest:
+        """What the digests of `pieces` are."""
+        return self.layers[self._files[path][1]].chunk_digest
+
     def fetch(self, layer: int, extents: Sequence[Extent]) -> list[bytes]:
         """The decoded chunks of extents of one layer that ascend; neighbours come with one request."""
         out: list[bytes] = []
@@ -134,7 +139,7 @@ class ParentImage:
         data = memoryview(blob.read_at(start, last.offset + last.size - start, attempt=attempt))
         opened = self._opened.get(layer)
         if opened is None:
-            opened = self._opened[layer] = select_format(blob.descriptor).open(blob, layer)
+            opened = self._opened[layer] = open_indexed(blob, layer, self.layers[layer].chunk_digest)
         chunks = (extent.chunk for extent in extents)
         return [bytes(opened.decode(c, data[c.offset - start : c.offset - start + c.size])) for c in chunks]
 

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckptfs.inspection import equality
 from ckptfs.inspection.diff import Difference
-from ckptfs.inspection.equality import unknown_parts
 from ckptfs.inspection.image_diff import diff_images
 from ckptfs.model.toc import Chunk, Extent, Inode
 from ckptfs.telemetry import NetworkCounters
@@ -192,6 +192,12 @@ def extents(*pieces: tuple[int, int, bytes, int], digests: bool = True, whole: i
     )
 
 
+def unknown_parts(
+    first: Inode, offset: int, second: Inode, other_offset: int, length: int, comparable: bool = True
+) -> list[tuple[int, int]] | None:
+    return equality.unknown_parts(first, offset, second, other_offset, length, lambda a, b: comparable)
+
+
 def test_equality_by_chunks() -> None:
     one = extents((0, 10, b"a", 0), (10, 10, b"b", 0))
     assert unknown_parts(one, 0, one, 0, 20) == []
@@ -203,6 +209,8 @@ def test_equality_by_chunks() -> None:
     nameless = extents((0, 10, b"a", 0), (10, 10, b"c", 0), digests=False)
     assert unknown_parts(one, 0, nameless, 0, 20) == [(10, 10)]
     assert unknown_parts(one, 0, extents((0, 12, b"x", 0), (12, 8, b"y", 0)), 0, 20) == [(0, 20)]
+    # nor with digests of two kinds
+    assert unknown_parts(one, 0, extents((0, 10, b"a", 0), (10, 10, b"c", 0)), 0, 20, comparable=False) == [(10, 10)]
     # holes are zeros, which a chunk may hold as well
     assert unknown_parts(extents(), 0, extents(), 0, 20) == []
     assert unknown_parts(one, 0, extents((10, 10, b"b", 0)), 0, 20) == [(0, 10)]

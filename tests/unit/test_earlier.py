@@ -14,6 +14,7 @@ from ckptfs.engine.shared_cells import Place, SharedCells
 from ckptfs.errors import NotFoundError
 from ckptfs.image import ImageOptions, open_image
 from ckptfs.model.blob import Blob
+from ckptfs.model.chunk_digest import ChunkDigest
 from ckptfs.model.oci import Descriptor, Index, Manifest, Reference
 from ckptfs.push import manifest
 from ckptfs.sources.layout import LayoutSource
@@ -184,18 +185,19 @@ def second_without_first(layout: Path, digests: dict[str, str], tmp_path: Path) 
     return fetched
 
 
-def test_an_earlier_image_that_lies_is_found_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("digest", ChunkDigest)
+def test_an_earlier_image_that_lies_is_found_out(digest: ChunkDigest, tmp_path: Path) -> None:
     """It says that a cell lies somewhere, and something else is there."""
     chunk, cell = bytes(range(256)) * 64, b"x" * 4096
-    key = hashlib.sha256(cell).digest()
+    key, other = digest.of(cell), digest.of(chunk[4096:8192])
     with ChunkCache.open(tmp_path / "cache") as cache:
         cells = SharedCells(cache)
         whole = hashlib.sha256(chunk).digest()
         cache.put_many([(whole, chunk)])
-        cells.add({key: Place(whole, 0, 4096), hashlib.sha256(chunk[4096:8192]).digest(): Place(whole, 4096, 4096)})
+        cells.add({key: Place(whole, 0, 4096, digest), other: Place(whole, 4096, 4096, digest)})
         assert cells.contains(key)
         assert cells.get(key) is None
         assert not cells.contains(key)
-        assert cells.get(hashlib.sha256(chunk[4096:8192]).digest()) == chunk[4096:8192]
-        cells.add({key: Place(whole, 1 << 40, 4096)})
+        assert cells.get(other) == chunk[4096:8192]
+        cells.add({key: Place(whole, 1 << 40, 4096, digest)})
         assert cells.get(key) is None

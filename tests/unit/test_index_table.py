@@ -9,8 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import zstandard
 
 from ckptfs.errors import CkptfsError, FormatError, IntegrityError
+from ckptfs.model.chunk_digest import ChunkDigest
 from ckptfs.model.index import IndexedFile, IndexedLayer, decode_index, encode_index, load_table
 from ckptfs.model.index_columns import Row
 from ckptfs.model.index_table import PART_ROWS, PartedExtents, Table, encode_parts
@@ -116,15 +118,18 @@ def test_a_damaged_part_is_not_taken_in() -> None:
     assert not extents.known(0)
 
 
-def test_documents_without_parts_are_of_the_first_version() -> None:
-    import zstandard
-
+def test_documents_of_earlier_versions_are_read() -> None:
+    """Version 2 has parts, version 1 has none; both say nothing about the digest of their chunks, which is SHA-256."""
     file, _ = indexed(rows_of(300))
     plain = IndexedFile(file.entry, OFFSET, table=Table(PLACE, 10, Digest.of(b"t"), 300))
-    for one, magic in ((file, b"CKPTIDX2"), (plain, b"CKPTIDX1")):
+    for one, version in ((file, b"2"), (plain, b"1")):
         document = encode_index([IndexedLayer(Digest.of(b"x"), BLOB, [one])])
-        assert zstandard.ZstdDecompressor().decompress(document).startswith(magic)
         assert encode_index(copy.deepcopy([IndexedLayer(Digest.of(b"x"), BLOB, [one])])) == document
+        body = zstandard.ZstdDecompressor().decompress(document)
+        assert body.startswith(b"CKPTIDX3")
+        (layer,) = decode_index(zstandard.compress(body[:7] + version + body[8:])).layers
+        assert layer.chunk_digest is ChunkDigest.SHA256
+        assert [found.table for found in layer.files] == [one.table]
 
 
 DIGESTS = base64.b64encode(bytes(64)).decode()

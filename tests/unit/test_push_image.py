@@ -12,6 +12,7 @@ import pytest
 import zstandard
 
 from ckptfs.errors import FormatError, NotFoundError, UnavailableError
+from ckptfs.layers import open_indexed
 from ckptfs.model.blob import Blob
 from ckptfs.model.index import decode_index
 from ckptfs.model.oci import Descriptor
@@ -213,7 +214,8 @@ def test_the_index_says_what_the_layers_say(tmp_path: Path) -> None:
     index = decode_index(base64.b64decode(manifest.annotations["dev.ckptfs.index"]))
     assert [layer.digest for layer in index.layers] == [layer.digest for layer in manifest.layers]
     for descriptor, layer in zip(manifest.layers, index.layers, strict=True):
-        scanned = ScannedLayer.of(layer_blob(layout, descriptor))
+        blob = layer_blob(layout, descriptor)
+        scanned, opened = ScannedLayer.of(blob), open_indexed(blob, 0, layer.chunk_digest)
         told = {entry.path: entry for entry in scanned.entries}
         assert [entry.path for entry in layer.entries] == list(told)
         for file in layer.files:
@@ -222,7 +224,11 @@ def test_the_index_says_what_the_layers_say(tmp_path: Path) -> None:
             assert other is not None
             assert (inode.mode, inode.size, inode.mtime_ns) == (other.mode, other.size, other.mtime_ns)
             if inode.is_file:
-                assert scanned.read(inode) == (folder / os.fsdecode(file.entry.path)).read_bytes()
+                data = (folder / os.fsdecode(file.entry.path)).read_bytes()
+                assert scanned.read(other) == data
+                for start, length, chunk, _ in inode.extents:
+                    encoded = memoryview(blob.read_at(chunk.offset, chunk.size))
+                    assert opened.decode(chunk, encoded) == data[start : start + length]
     files = {file.entry.path: file for layer in index.layers for file in layer.files}
     for name in ("checkpoint/inventory.img", "checkpoint/pstree.img", "config.dump", "spec.dump"):
         assert files[name.encode()].content == (folder / name).read_bytes()

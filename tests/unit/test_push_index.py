@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import zstandard
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptfs.errors import CkptfsError, FormatError, IntegrityError, LimitExceeded
+from ckptfs.model.chunk_digest import ChunkDigest
 from ckptfs.model.index import (
     IndexedFile,
     IndexedLayer,
@@ -55,6 +57,7 @@ def layers() -> list[IndexedLayer]:
                 IndexedFile(Entry(b"dev", Inode(0o20600, rdev=259 << 8 | 3))),
                 IndexedFile(Entry(b"odd\xff", regular(0))),
             ],
+            ChunkDigest.BLAKE3,
         ),
         IndexedLayer(
             Digest.of(b"pages"),
@@ -85,6 +88,7 @@ def test_what_goes_in_comes_out() -> None:
     index = decode_index(encode_index(layers()), first_layer=5)
     for number, (given_layer, found) in enumerate(zip(layers(), index.layers, strict=True)):
         assert (found.digest, found.size) == (given_layer.digest, given_layer.size)
+        assert found.chunk_digest is given_layer.chunk_digest
         for expected, file in zip(given_layer.files, found.files, strict=True):
             assert (file.entry.path, file.entry.link) == (expected.entry.path, expected.entry.link)
             assert (file.eager, file.content) == (expected.eager, expected.content)
@@ -99,7 +103,7 @@ def test_what_goes_in_comes_out() -> None:
             assert all(e.chunk.layer == 5 + number and e.chunk.length == e.length for e in inode.extents)
             if expected.content is None:
                 assert [e.chunk.digest for e in inode.extents] == [row[4] for row in rows]
-    assert index.contents == {Digest.of(CONTENT).raw: CONTENT}
+    assert index.contents == {blake3(CONTENT).digest(): CONTENT}
 
 
 def test_the_same_layers_give_the_same_bytes() -> None:
@@ -175,6 +179,8 @@ def set_in(layer: int, file: int, **values: Any) -> Any:
         lambda document: document.update(layers=None),
         lambda document: document.update(layers=[{}] * 300),
         lambda document: document["layers"][0].update(digest="md5:0"),
+        lambda document: document["layers"][0].update(chunks="md5"),
+        lambda document: document["layers"][0].update(chunks=None),
         lambda document: document["layers"][0].update(size=10),
         lambda document: document["layers"][0].update(files={}),
         lambda document: document["layers"][0]["files"].append(3),
