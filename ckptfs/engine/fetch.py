@@ -97,15 +97,25 @@ class Fetcher:
 
     def lookup(self, chunk: Chunk) -> Buffer | None:
         """The chunk if this node has it: memory, then disk. Never waits for the network."""
-        if self._unused:
-            self.prefetched_used += self._unused.pop(chunk.key, 0)
-        data = self.memory.get(chunk.key) or self._kept.get(chunk.key)
+        data = self.held(chunk)
         if data is None:
             data = self.cache.get(chunk.key)
             if data is not None:
+                self._used(chunk)
                 self.disk_hits += 1
                 self.memory.put(chunk.key, data)
         return data
+
+    def held(self, chunk: Chunk) -> Buffer | None:
+        """The chunk if it is in memory."""
+        data = self.memory.get(chunk.key) or self._kept.get(chunk.key)
+        if data is not None:
+            self._used(chunk)
+        return data
+
+    def _used(self, chunk: Chunk) -> None:
+        if self._unused:
+            self.prefetched_used += self._unused.pop(chunk.key, 0)
 
     def lookup_into(self, chunk: Chunk, skip: int, buffer: memoryview) -> bool:
         """Fill `buffer` with the chunk's bytes from `skip` on if this node has it; memory is left as it is."""
@@ -119,8 +129,7 @@ class Fetcher:
             if len(piece) != len(buffer):
                 raise IntegrityError(f"a chunk is {len(buffer) - len(piece)} bytes shorter than the file that it holds")
             buffer[:] = piece
-        if self._unused:
-            self.prefetched_used += self._unused.pop(chunk.key, 0)
+        self._used(chunk)
         return True
 
     def has(self, chunk: Chunk) -> bool:

@@ -164,6 +164,9 @@ class Reader:
     def _straight(self, inode: Inode, offset: int, size: int) -> Buffer | None:
         """A large read: chunks come from the disk into the answer, not through memory, which they would only flush."""
         extents = list(overlapping(inode.extents, offset, size))
+        held = [(extent, data) for extent in extents if (data := self.fetcher.held(extent.chunk)) is not None]
+        if len(held) == len(extents):
+            return _assemble(held, offset, size)  # a bytearray would be cleared first
         if not all(self.fetcher.has(extent.chunk) for extent in extents):
             return None
         out = bytearray(size)
@@ -283,7 +286,7 @@ def _assemble(parts: list[tuple[Extent, Buffer]], offset: int, size: int) -> Buf
         position = hi
     if end > position:
         pieces.append(bytes(end - position))
-    return b"".join(pieces)  # a bytearray would be cleared first
+    return b"".join(pieces)
 
 
 def _whole(piece: memoryview, size: int, extent: Extent) -> None:
