@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import trio
@@ -18,6 +19,8 @@ from ckptfs.fuse.callers import pages_lazily
 def started(*arguments: str) -> Iterator[int]:
     process = subprocess.Popen([sys.executable, "-c", "input()", *arguments], stdin=subprocess.PIPE)
     try:
+        while not Path(f"/proc/{process.pid}/cmdline").read_bytes():  # execve(2) closes the pipe before it has arguments
+            time.sleep(0.001)
         yield process.pid
     finally:
         process.communicate(b"\n")
