@@ -19,7 +19,7 @@ from ckptfs.fuse.callers import pages_lazily
 def started(*arguments: str) -> Iterator[int]:
     process = subprocess.Popen([sys.executable, "-c", "input()", *arguments], stdin=subprocess.PIPE)
     try:
-        while not Path(f"/proc/{process.pid}/cmdline").read_bytes():  # execve(2) closes the pipe before it has arguments
+        while not Path(f"/proc/{process.pid}/cmdline").read_bytes():  # execve(2) closes the pipe before
             time.sleep(0.001)
         yield process.pid
     finally:
