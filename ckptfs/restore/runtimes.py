@@ -144,7 +144,7 @@ def cgroup(name: str) -> str:
 def remove_cgroups(name: str) -> None:
     """The cgroup, those in it (criu makes all that the container had) and the directory above, in every hierarchy.
 
-    Runtimes remove only the first, if they succeed.
+    Runtimes remove only the first, if they succeed. criu also makes them in hierarchies that nobody has mounted.
     """
     for top in (Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir()):
         own = top / cgroup(name).lstrip("/")
@@ -154,6 +154,29 @@ def remove_cgroups(name: str) -> None:
                 _remove_cgroup(path)
         if own.parent.is_dir():
             _remove_cgroup(own.parent)
+    if hierarchies := _not_mounted():
+        command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", _REMOVE, "sh", cgroup(name)]
+        subprocess.run([*command, *hierarchies], capture_output=True, check=False, stdin=subprocess.DEVNULL)
+
+
+# In a mount namespace of its own. What is left of one container is dumped with the next and made again below that one's
+# cgroup: it doubles each time, and criu took 1.6 s for 24 576 of them.
+_REMOVE = """own=$1; shift
+for hierarchy; do
+  mount -t cgroup -o "$hierarchy" cgroup /sys/fs/cgroup || continue
+  find "/sys/fs/cgroup$own" -depth -type d -exec rmdir {} +
+  rmdir "/sys/fs/cgroup${own%/*}"
+  umount /sys/fs/cgroup
+done"""
+
+
+def _not_mounted() -> list[str]:
+    """Options by which mount(8) shows the version 1 hierarchies that exist and that no directory shows: cgroups(7)."""
+    mounts = (line.split() for line in Path("/proc/self/mounts").read_text().splitlines())
+    shown = {option for _, _, kind, options, *_ in mounts if kind == "cgroup" for option in options.split(",")}
+    lines = (line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines())
+    names = [controllers for _, controllers, _ in lines if controllers and shown.isdisjoint(controllers.split(","))]
+    return [f"none,{name}" if name.startswith("name=") else name for name in names]
 
 
 def _remove_cgroup(path: Path) -> None:
