@@ -5,11 +5,11 @@ changed. Where it goes comes from the caller. Blocks; called by publishing.py an
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ckptfs.model.blob import Blob
+from ckptfs.model.blob import Blob, MemoryBlob
 from ckptfs.model.oci import OCI_MANIFEST, Descriptor, Digest, Manifest
 
 _EMPTY = b"{}"
@@ -44,7 +44,7 @@ def attach(
     sent = 0
     for descriptor, data in ((empty, _EMPTY), *documents):
         if not sink.has(descriptor):
-            sink.put_blob(descriptor, _Bytes(descriptor, data), _nothing)
+            sink.put_blob(descriptor, MemoryBlob(descriptor, data), _nothing)
             sent += descriptor.size
     artifact: dict[str, Any] = {
         "schemaVersion": 2,
@@ -59,21 +59,6 @@ def attach(
     raw = json.dumps(artifact, separators=(",", ":")).encode()
     digest = sink.put_manifest(raw, OCI_MANIFEST, "")
     return Attached(Descriptor(OCI_MANIFEST, digest, len(raw), annotations or {}, artifact_type), sent)
-
-
-class _Bytes:
-    """A document as a blob."""
-
-    def __init__(self, descriptor: Descriptor, data: bytes) -> None:
-        self.descriptor = descriptor
-        self.size = len(data)
-        self._data = data
-
-    def read_at(self, offset: int, length: int, *, attempt: int = 0) -> bytes:
-        return self._data[offset : offset + length]
-
-    def stream(self, offset: int, length: int, *, attempt: int = 0) -> Iterator[bytes | memoryview]:
-        yield memoryview(self._data)[offset : offset + length]
 
 
 def _nothing(count: int) -> None:

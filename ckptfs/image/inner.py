@@ -8,12 +8,12 @@ import trio
 
 from ckptfs.engine.reader import Reader
 from ckptfs.errors import FormatError
+from ckptfs.model.blob import DescribedBlob
 from ckptfs.model.oci import ANNOTATION_SYNTHETIC, Descriptor, Digest
 from ckptfs.model.toc import Entry, Extent, Inode, slice_extents
-from ckptfs.settings import MiB
 
 
-class InodeBlob:
+class InodeBlob(DescribedBlob):
     """A Blob over one file of an open image. Without a `digest` of its own it gets a synthetic one.
 
     Calls come from threads that trio started (layer scans, fetches); each read waits in the event loop as any reader.
@@ -23,32 +23,20 @@ class InodeBlob:
         self._reader = reader
         self._inode = inode
         if digest is not None:
-            self._descriptor = Descriptor(media_type, digest, inode.size)
+            super().__init__(Descriptor(media_type, digest, inode.size))
             return
         identity = hashlib.sha256(f"inode/{inode.size}".encode())
         for extent in inode.extents:
             identity.update(extent.chunk.key)
             identity.update(b"%d/%d/%d;" % (extent.start, extent.length, extent.skip))
         name = Digest("sha256", identity.hexdigest())
-        self._descriptor = Descriptor(media_type, name, inode.size, {ANNOTATION_SYNTHETIC: "file"})
-
-    @property
-    def descriptor(self) -> Descriptor:
-        return self._descriptor
-
-    @property
-    def size(self) -> int:
-        return self._inode.size
+        super().__init__(Descriptor(media_type, name, inode.size, {ANNOTATION_SYNTHETIC: "file"}))
 
     def read_at(self, offset: int, length: int, *, attempt: int = 0) -> bytes:
         if offset + length > self._inode.size:
             raise FormatError(f"a range ends {offset + length - self._inode.size} bytes past the end of a file")
         read = partial(self._reader.read, inside=True)
         return bytes(trio.from_thread.run(read, self._inode, offset, length))
-
-    def stream(self, offset: int, length: int, *, attempt: int = 0) -> Iterator[bytes]:
-        for at in range(offset, offset + length, MiB):
-            yield self.read_at(at, min(MiB, offset + length - at))
 
 
 def within(entry: Entry, outer: Inode, prefix: bytes) -> Entry:

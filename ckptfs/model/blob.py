@@ -1,9 +1,11 @@
 """Blob: bytes at an offset, wherever they lie."""
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Protocol
 
 from ckptfs.model.oci import Descriptor
+from ckptfs.settings import MiB
 
 
 class Blob(Protocol):
@@ -12,17 +14,46 @@ class Blob(Protocol):
     A call returns exactly what was asked for or raises a CkptfsError; there are no short reads. Transport faults are
     retried and resumed inside. `attempt` counts earlier answers to the same range that turned out to be wrong
     (bad digest): a Blob with more than one place to ask goes elsewhere.
+
+    A class that inherits from it has `descriptor` and `read_at`; its streams are one read after another.
     """
 
     @property
+    @abstractmethod
     def descriptor(self) -> Descriptor: ...
 
     @property
     def size(self) -> int:
         """Bytes in all."""
+        return self.descriptor.size
 
+    @abstractmethod
     def read_at(self, offset: int, length: int, *, attempt: int = 0) -> bytes:
         """The bytes [offset, offset + length)."""
 
     def stream(self, offset: int, length: int, *, attempt: int = 0) -> Iterator[bytes | memoryview]:
         """The same bytes in pieces, each as soon as it has arrived; at most 1 MiB, and they stay as they are."""
+        for at in range(offset, offset + length, MiB):
+            yield self.read_at(at, min(MiB, offset + length - at), attempt=attempt)
+
+
+class DescribedBlob(Blob):
+    """One that is given its descriptor."""
+
+    def __init__(self, descriptor: Descriptor) -> None:
+        self._descriptor = descriptor
+
+    @property
+    def descriptor(self) -> Descriptor:
+        return self._descriptor
+
+
+class MemoryBlob(DescribedBlob):
+    """A small document."""
+
+    def __init__(self, descriptor: Descriptor, data: bytes) -> None:
+        super().__init__(descriptor)
+        self._data = data
+
+    def read_at(self, offset: int, length: int, *, attempt: int = 0) -> bytes:
+        return self._data[offset : offset + length]

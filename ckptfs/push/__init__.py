@@ -15,6 +15,7 @@ from pathlib import Path
 from ckptfs.errors import FormatError, NotFoundError, UsageError
 from ckptfs.layers.zstd_chunked_writer import Member, WrittenLayer, write_layer
 from ckptfs.model.annotations import BASE_DIGEST, BASE_NAME, PARENT, ROLE, ROOTFS_DIGEST
+from ckptfs.model.blob import MemoryBlob
 from ckptfs.model.index import ANNOTATION_INDEX
 from ckptfs.model.oci import OCI_MANIFEST, Descriptor, Digest, Reference
 from ckptfs.push.archive import FileBlob
@@ -31,7 +32,7 @@ from ckptfs.push.parent import ParentImage
 from ckptfs.push.plan import PlannedLayer, plan_layers
 from ckptfs.push.publisher import Progress, Publisher
 from ckptfs.push.rootfs import BaseImage, RootfsImage
-from ckptfs.push.spool import MemoryBlob, Spool, Work
+from ckptfs.push.spool import Spool, Work
 from ckptfs.push.target import Target, open_target
 from ckptfs.settings import Settings
 from ckptfs.sources import Source

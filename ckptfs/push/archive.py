@@ -2,18 +2,17 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from ckptfs.errors import FormatError, NotFoundError, UnavailableError
 from ckptfs.layers.compression import MAGIC_BYTES, sniff
+from ckptfs.model.blob import DescribedBlob
 from ckptfs.model.oci import Descriptor, Digest
-from ckptfs.settings import MiB
 
 _TAR = "application/vnd.oci.image.layer.v1.tar"
 
 
-class FileBlob:
+class FileBlob(DescribedBlob):
     """Bytes of a local file, which must not change while it is open. Any thread may read."""
 
     def __init__(self, path: Path, media_type: str = "") -> None:
@@ -24,7 +23,7 @@ class FileBlob:
         except OSError as error:
             raise NotFoundError(f"cannot read {path}: {error.strerror}") from None
         try:
-            self._descriptor = self._describe(media_type)
+            super().__init__(self._describe(media_type))
         except BaseException:
             self._file.close()
             raise
@@ -44,14 +43,6 @@ class FileBlob:
         kind = media_type or (_TAR if compression == "none" else f"{_TAR}+{compression}")
         return Descriptor(kind, digest, status.st_size)
 
-    @property
-    def descriptor(self) -> Descriptor:
-        return self._descriptor
-
-    @property
-    def size(self) -> int:
-        return self._descriptor.size
-
     def read_at(self, offset: int, length: int, *, attempt: int = 0) -> bytes:
         try:
             data = os.pread(self._file.fileno(), length, offset)
@@ -60,10 +51,6 @@ class FileBlob:
         if len(data) != length:
             raise FormatError(f"{self._name} ends {length - len(data)} bytes early", hint="was it changed meanwhile?")
         return data
-
-    def stream(self, offset: int, length: int, *, attempt: int = 0) -> Iterator[bytes]:
-        for at in range(offset, offset + length, MiB):
-            yield self.read_at(at, min(MiB, offset + length - at))
 
     def close(self) -> None:
         self._file.close()

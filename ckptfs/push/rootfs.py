@@ -17,6 +17,7 @@ from ckptfs.layers.compression import DECOMPRESS
 from ckptfs.layers.paths import normalise
 from ckptfs.layers.zstd_chunked_writer import Member, write_layer
 from ckptfs.model.annotations import BASE_DIGEST, BASE_NAME, DELTA_ROLE, ROLE, VERSION
+from ckptfs.model.blob import MemoryBlob
 from ckptfs.model.oci import Descriptor, Digest, Manifest, parse_json
 from ckptfs.model.toc import Inode
 from ckptfs.model.tree import OPAQUE, WHITEOUT, Tree
@@ -24,7 +25,7 @@ from ckptfs.push.checkpoint_files import Checkpoint, CheckpointFile
 from ckptfs.push.image_files import LayerFiles
 from ckptfs.push.manifest import CONFIG_TYPE, created, encode_manifest, to_json
 from ckptfs.push.publisher import Publisher
-from ckptfs.push.spool import MemoryBlob, Work, keep
+from ckptfs.push.spool import Work, keep
 from ckptfs.settings import MiB, Settings
 from ckptfs.sources import Source
 

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from ckptfs.errors import CacheError, FormatError
 from ckptfs.layers.compression import MAGIC_BYTES, sniff
+from ckptfs.model.blob import Blob
 from ckptfs.model.oci import Descriptor, Digest
 from ckptfs.push.checkpoint_files import CheckpointFile
 from ckptfs.settings import MiB
@@ -23,7 +24,7 @@ T = TypeVar("T")
 _TAR = "application/vnd.oci.image.layer.v1.tar"
 
 
-class Spool:
+class Spool(Blob):
     """Written by one thread, then read as a Blob by any; `descriptor` is set in between."""
 
     def __init__(self, work: Path) -> None:
@@ -50,19 +51,11 @@ class Spool:
             raise FormatError("a layer is read before it is complete")
         return self._descriptor
 
-    @property
-    def size(self) -> int:
-        return self.descriptor.size
-
     def read_at(self, offset: int, length: int, *, attempt: int = 0) -> bytes:
         data = os.pread(self._file.fileno(), length, offset)
         if len(data) != length:
             raise FormatError(f"a layer that was kept for its upload lacks {length - len(data)} bytes")
         return data
-
-    def stream(self, offset: int, length: int, *, attempt: int = 0) -> Iterator[bytes]:
-        for at in range(offset, offset + length, MiB):
-            yield self.read_at(at, min(MiB, offset + length - at))
 
     def close(self) -> None:
         self._file.close()
@@ -125,25 +118,3 @@ class PiecesPayload:
 
     def close(self) -> None:
         self._rest = memoryview(b"")
-
-
-class MemoryBlob:
-    """A small document as a Blob."""
-
-    def __init__(self, descriptor: Descriptor, data: bytes) -> None:
-        self._descriptor = descriptor
-        self._data = data
-
-    @property
-    def descriptor(self) -> Descriptor:
-        return self._descriptor
-
-    @property
-    def size(self) -> int:
-        return len(self._data)
-
-    def read_at(self, offset: int, length: int, *, attempt: int = 0) -> bytes:
-        return self._data[offset : offset + length]
-
-    def stream(self, offset: int, length: int, *, attempt: int = 0) -> Iterator[bytes]:
-        yield self.read_at(offset, length)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ckptfs.errors import CkptfsError, IntegrityError, UnavailableError
+from ckptfs.model.blob import DescribedBlob
 from ckptfs.model.oci import Descriptor
 from ckptfs.settings import MiB
 from ckptfs.sources.endpoint import Endpoint
@@ -38,24 +39,16 @@ class _Location:
     reach: Reach
 
 
-class RegistryBlob:
+class RegistryBlob(DescribedBlob):
     """A model.blob.Blob behind GET /v2/NAME/blobs/DIGEST of `hosts`, of which the first that is well is asked."""
 
     def __init__(self, hosts: Sequence[Host], transport: Transport, descriptor: Descriptor) -> None:
+        super().__init__(descriptor)
         self._transport = transport
-        self._descriptor = descriptor
         self._copies = {host: _Copy(host, transport, descriptor, mirror=host is not hosts[-1]) for host in hosts}
         self._served: deque[tuple[int, int, Host]] = deque(maxlen=64)  # which host the last ranges came from
         self._spare = descriptor.size // _ELSEWHERE
         self._lock = threading.Lock()
-
-    @property
-    def descriptor(self) -> Descriptor:
-        return self._descriptor
-
-    @property
-    def size(self) -> int:
-        return self._descriptor.size
 
     def read_at(self, offset: int, length: int, *, attempt: int = 0) -> bytes:
         return b"".join(self.stream(offset, length, attempt=attempt))

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from ckptfs.model.blob import Blob
+from ckptfs.model.blob import Blob, DescribedBlob
 from ckptfs.model.oci import Descriptor, Digest, Index, Manifest, Reference
 
 if TYPE_CHECKING:
@@ -44,18 +44,10 @@ class DeferredSource:
         return _DeferredBlob(descriptor, lambda: self._source().blob(descriptor))
 
 
-class _DeferredBlob:
+class _DeferredBlob(DescribedBlob):
     def __init__(self, descriptor: Descriptor, open: Callable[[], Blob]) -> None:
-        self._descriptor = descriptor
+        super().__init__(descriptor)
         self._blob = _Once(open)
-
-    @property
-    def descriptor(self) -> Descriptor:
-        return self._descriptor
-
-    @property
-    def size(self) -> int:
-        return self._descriptor.size
 
     def read_at(self, offset: int, length: int, *, attempt: int = 0) -> bytes:
         return self._blob().read_at(offset, length, attempt=attempt)

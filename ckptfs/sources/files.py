@@ -2,13 +2,13 @@
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ckptfs.errors import AuthError, CkptfsError, FormatError, IntegrityError, NotFoundError, UnavailableError
+from ckptfs.model.blob import DescribedBlob
 from ckptfs.model.oci import Descriptor
-from ckptfs.settings import MiB
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # opening a fifo must not wait for its writer
 
@@ -95,30 +95,17 @@ def _identity(status: os.stat_result) -> Identity:
     return Identity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-class FileBlob:
+class FileBlob(DescribedBlob):
     """A model.blob.Blob that is a whole file of exactly the descriptor's size; opened when it is read first."""
 
     def __init__(self, open_it: Callable[[], OpenFile], descriptor: Descriptor) -> None:
         self._open_it = open_it
-        self._descriptor = descriptor
+        super().__init__(descriptor)
         self._file: OpenFile | None = None
-
-    @property
-    def descriptor(self) -> Descriptor:
-        return self._descriptor
-
-    @property
-    def size(self) -> int:
-        return self._descriptor.size
 
     def read_at(self, offset: int, length: int, *, attempt: int = 0) -> bytes:
         file = self._file or self._checked(self._open_it())
         return file.read(offset, length)
-
-    def stream(self, offset: int, length: int, *, attempt: int = 0) -> Iterator[bytes]:
-        """Pieces of 1 MiB."""
-        for at in range(offset, offset + length, MiB):
-            yield self.read_at(at, min(MiB, offset + length - at))
 
     def _checked(self, file: OpenFile) -> OpenFile:
         if file.identity.size != self.size:

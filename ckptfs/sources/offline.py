@@ -6,7 +6,7 @@ Opens no socket. Layouts and archives lie on this machine and are left as they a
 from collections.abc import Iterator
 
 from ckptfs.errors import NotFoundError
-from ckptfs.model.blob import Blob
+from ckptfs.model.blob import Blob, DescribedBlob
 from ckptfs.model.oci import Descriptor, Index, Manifest, Reference
 from ckptfs.sources import Source
 
@@ -34,18 +34,7 @@ class _OfflineSource:
         return _OfflineBlob(descriptor)
 
 
-class _OfflineBlob:
-    def __init__(self, descriptor: Descriptor) -> None:
-        self._descriptor = descriptor
-
-    @property
-    def descriptor(self) -> Descriptor:
-        return self._descriptor
-
-    @property
-    def size(self) -> int:
-        return self._descriptor.size
-
+class _OfflineBlob(DescribedBlob):
     def read_at(self, offset: int, length: int, *, attempt: int = 0) -> bytes:
         raise _not_here(f"a part of layer {self._descriptor.digest}")
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from ckptfs.errors import UnavailableError
+from ckptfs.model.blob import MemoryBlob
 from ckptfs.model.oci import OCI_MANIFEST, Descriptor, Digest, Reference
 from ckptfs.push import PushOptions, PushResult, open_base, open_checkpoint, open_parent, open_target, push
-from ckptfs.push.spool import MemoryBlob
 from ckptfs.settings import Settings, Timeouts
 from ckptfs.sources import Source, open_source
 from ckptfs.telemetry import NetworkCounters

@@ -14,11 +14,11 @@ import pytest
 
 from ckptfs.errors import FormatError, UsageError
 from ckptfs.layers.zstd_chunked_writer import Member, write_layer
+from ckptfs.model.blob import MemoryBlob
 from ckptfs.model.oci import OCI_MANIFEST, Descriptor, Digest, Manifest
 from ckptfs.model.toc import Inode
 from ckptfs.model.tree import Tree
 from ckptfs.push.layout_target import LayoutTarget
-from ckptfs.push.spool import MemoryBlob
 from tests.support.blobs import ScannedLayer
 from tests.support.push import layer_blob, manifest_of, push_to_layout, tree_images
 
