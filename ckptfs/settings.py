@@ -83,7 +83,6 @@ class Sizes:
     toc_guess: int = 256 * KiB  # read at first from the end of an eStargz blob: footer and, mostly, the whole table
     random_extent: int = 1 * MiB  # most that one random miss fetches
     sequential_extent: int = 4 * MiB  # docker-registry reads 4 MiB of the blob for every range, however small
-    longest_extent: int = 16 * MiB  # ahead of readers, where the link is fast: a request costs 1 ms of the processor
     coalesce_gap: int = 64 * KiB  # unwanted bytes that are cheaper to fetch than another request
     in_flight: int = 32 * MiB
     jobs: int = 8  # extents fetched at the same time

@@ -119,17 +119,17 @@ class Fetcher:
 
     def lookup_into(self, chunk: Chunk, skip: int, buffer: memoryview) -> bool:
         """Fill `buffer` with the chunk's bytes from `skip` on if this node has it; memory is left as it is."""
-        data = self.memory.get(chunk.key) or self._kept.get(chunk.key)
+        data = self.held(chunk)
         if data is None:
             if not self.cache.read_into(chunk.key, skip, buffer):
                 return False
+            self._used(chunk)
             self.disk_hits += 1
         else:
             piece = memoryview(data)[skip : skip + len(buffer)]
             if len(piece) != len(buffer):
                 raise IntegrityError(f"a chunk is {len(buffer) - len(piece)} bytes shorter than the file that it holds")
             buffer[:] = piece
-        self._used(chunk)
         return True
 
     def has(self, chunk: Chunk) -> bool:
