@@ -17,7 +17,7 @@ import stat
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import zstandard
 
@@ -177,8 +177,7 @@ def _describe(file: IndexedFile) -> dict[str, Any]:
     return out
 
 
-@dataclass(frozen=True, slots=True)
-class _Described:
+class _Described(NamedTuple):
     """A layer as the JSON has it, judged but for its files."""
 
     digest: Digest

@@ -74,17 +74,6 @@ _BUFFERED = max(io.DEFAULT_BUFFER_SIZE, 32 * KiB)
 NO_QUOTA = 1 << 62  # a Watch with it measures the whole time: for headers
 
 
-def _receive(sock: "WatchedSocket | WatchedTLSSocket", recv_into: Callable[[Any], int], buffer: Any) -> int:
-    watch = sock.watch
-    if watch is None:
-        return recv_into(buffer)
-    sock.settimeout(watch.patience())
-    began = time.monotonic()
-    count = recv_into(buffer)
-    watch.received(count, time.monotonic() - began)
-    return count
-
-
 class WatchedSocket(socket.socket):
     """Once `block` was called, until the next request, the kernel keeps the time of its receives.
 
@@ -99,28 +88,43 @@ class WatchedSocket(socket.socket):
         self.settimeout(None)  # urllib3 sets another before it sends the next request
         self._armed = 0.0
 
+    def wait(self, seconds: float) -> None:
+        """How long the next receive may take; by the time of the kernel up to a tenth longer."""
+        if self.gettimeout() is not None:
+            self.settimeout(seconds)
+        elif not 0.9 * self._armed < seconds <= self._armed:
+            timeval = _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6) or 1)
+            self.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+            self._armed = seconds
+
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
-        watch = self.watch
-        if watch is None or self.gettimeout() is not None:
-            return _receive(self, super().recv_into, buffer)
-        left = watch.patience()
-        if not 0.9 * self._armed < left <= self._armed:
-            self.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(int(left), int(left % 1 * 1e6) or 1))
-            self._armed = left
-        began = time.monotonic()
+        whole = self.watch is not None and self.gettimeout() is None and len(buffer) > _BUFFERED
+        receive = functools.partial(super().recv_into, flags=socket.MSG_WAITALL if whole else 0)
         try:
-            count = super().recv_into(buffer, 0, socket.MSG_WAITALL if len(buffer) > _BUFFERED else 0)
+            return _receive(self, receive, buffer)
         except BlockingIOError:  # EAGAIN: socket(7), SO_RCVTIMEO
             raise TimeoutError("timed out") from None
-        watch.received(count, time.monotonic() - began)
-        return count
 
 
 class WatchedTLSSocket(ssl.SSLSocket):
     watch: Watch | None = None
 
+    def wait(self, seconds: float) -> None:
+        self.settimeout(seconds)
+
     def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
         return _receive(self, super().recv_into, buffer)
+
+
+def _receive(sock: WatchedSocket | WatchedTLSSocket, recv_into: Callable[[Any], int], buffer: Any) -> int:
+    watch = sock.watch
+    if watch is None:
+        return recv_into(buffer)
+    sock.wait(watch.patience())
+    began = time.monotonic()
+    count = recv_into(buffer)
+    watch.received(count, time.monotonic() - began)
+    return count
 
 
 def watch(sock: object, window: float, quota: int, waited: float = 0.0) -> None:
