@@ -23,8 +23,7 @@ _RUNS, _FEW = 20, 3
 _IMAGE, _BASE = "bench/container:256", "bench/container-base:1"
 _NAME = "again"
 _EAGER = "podman pull, podman container restore"
-_OURS = ("cli.restore", "restore.container", "restore.podman", "daemon", "sources.registry")
-_WARM = "import " + ", ".join(f"ckptfs.{module}" for module in _OURS)
+_WARM = "import ckptfs.cli.restore, ckptfs.restore.container, ckptfs.restore.podman, ckptfs.daemon"
 
 
 @dataclass(frozen=True)
