@@ -5,9 +5,9 @@ Where a setting is refused (not root) the mount is slower, not wrong. docs/perfo
 
 import logging
 import os
-import subprocess
 
 from ckptfs.fuse.mountpoint import Mount
+from ckptfs.namespace import in_own_namespace
 from ckptfs.settings import Sizes
 
 log = logging.getLogger(__name__)
@@ -50,17 +50,5 @@ def set_max_background(mount: Mount, sizes: Sizes) -> None:
         return
     writes = " && ".join(f"echo {value} > {_CONNECTIONS}/{minor}/{name}" for name, value in values.items())
     script = f"mount -t fusectl none {_CONNECTIONS} && {writes}"
-    try:
-        done = subprocess.run(
-            ["unshare", "--mount", "--propagation", "private", "sh", "-c", script],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        log.info("max_background stays as it is: %s", error)
-        return
-    if done.returncode != 0:
-        log.info("max_background stays as it is: %s", done.stderr.strip())
+    if failure := in_own_namespace(script):
+        log.info("max_background stays as it is: %s", failure)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptfs.errors import RestoreError
+from ckptfs.namespace import in_own_namespace
 from ckptfs.settings import Settings
 
 RUNTIMES = ("runc", "crun")
@@ -155,12 +156,11 @@ def remove_cgroups(name: str) -> None:
         if own.parent.is_dir():
             _remove_cgroup(own.parent)
     if hierarchies := _not_mounted():
-        command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", _REMOVE, "sh", cgroup(name)]
-        subprocess.run([*command, *hierarchies], capture_output=True, check=False, stdin=subprocess.DEVNULL)
+        in_own_namespace(_REMOVE, cgroup(name), *hierarchies)
 
 
-# In a mount namespace of its own. What is left of one container is dumped with the next and made again below that one's
-# cgroup: it doubles each time, and criu took 1.6 s for 24 576 of them.
+# What is left of one container is dumped with the next and made again below that one's cgroup: it doubles each time,
+# and criu took 1.6 s for 24 576 of them.
 _REMOVE = """own=$1; shift
 for hierarchy; do
   mount -t cgroup -o "$hierarchy" cgroup /sys/fs/cgroup || continue
