@@ -251,7 +251,7 @@ class Fetcher:
         async with trio.open_nursery() as nursery:
             while True:
                 self._wake = trio.Event()
-                self.scheduler.window = self.link.window
+                self.scheduler.window, self.scheduler.extent = self.link.window, self.link.extent
                 self._refill()
                 while (job := self.scheduler.next_job()) is not None:
                     if not self.scheduler.running:

@@ -64,10 +64,12 @@ class Scheduler:
     # Bytes that prefetch and background together may have on the way: about what the link holds, so that a demand
     # read does not queue behind megabytes of what nobody waits for. fetch.py adjusts it to the measured link.
     window: int = 0
+    extent: int = 0  # bytes that one request of those may ask for, at most; adjusted as well
     full: bool = False  # whether something was refused because the window is full: then the link has all it can carry
 
     def __post_init__(self) -> None:
         self.window = self.window or self.sizes.in_flight
+        self.extent = self.extent or self.sizes.sequential_extent
 
     def want(self, chunk: Chunk, priority: Priority) -> None:
         known = self._wanted.get(chunk.key)
@@ -149,12 +151,9 @@ class Scheduler:
 
     def extent_limit(self, priority: Priority) -> int:
         """Most bytes of one request: no more than a share of the window, so that several are under way."""
-        usual = self.sizes.sequential_extent
         if priority == Priority.DEMAND:
-            return usual
-        # A request costs 1 ms of the processor, so they are longer where the window is wide: a quarter of it, because
-        # more of them beside each other fill a long link better (89 % of it at 200 ms, 86 % with a half).
-        return max(min(max(usual, self.window // 4), self.window // 2), self.sizes.grid)
+            return self.sizes.sequential_extent
+        return max(min(self.extent, self.window // 2), self.sizes.grid)
 
     def _take(self, key: bytes) -> None:
         wanted = self._wanted.pop(key)

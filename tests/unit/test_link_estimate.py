@@ -31,6 +31,11 @@ def test_the_window_is_what_the_link_holds_and_a_little(rate: float, delay: floa
     assert _measured(rate, delay).window == pytest.approx(rate * seconds, rel=0.01)
 
 
+def test_one_request_is_longer_where_the_way_is_short() -> None:
+    assert _measured(300e6, 0.0005).extent == _measured(25e6, 0.02).extent == Sizes().in_flight
+    assert _measured(25e6, 0.2).extent == Sizes().sequential_extent
+
+
 def test_the_window_is_never_more_than_memory_may_hold_nor_less_than_two_chunks() -> None:
     assert _measured(5e9, 0.1).window == Sizes().in_flight
     assert _measured(6e6, 0.0).window == 512 * KiB
