@@ -9,10 +9,13 @@ import contextlib
 import ctypes
 import gc
 import resource
+import sys
 
 _PR_SET_DUMPABLE = 4  # prctl(2)
 _M_ARENA_MAX = -8  # mallopt(3)
 _OOM_SCORE = -800  # among the last to be killed: the restored processes hang on us; -1000 would be never
+
+_SWITCH = sys.getswitchinterval()
 
 
 def harden() -> None:
@@ -52,6 +55,7 @@ def settle_garbage_collector() -> None:
     """
     gc.freeze()
     gc.enable()
+    sys.setswitchinterval(_SWITCH)
 
 
 def release_memory() -> None:

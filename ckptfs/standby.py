@@ -10,11 +10,13 @@ import os
 import pickle
 import signal
 import socket
+import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+_SWITCH = 0.0005  # seconds that imports keep the interpreter from the thread that asks the registry; 5 ms is usual
 _MESSAGE = 1 << 20  # bytes at most of a request: dozens of mirrors are a few thousand
 
 
@@ -69,6 +71,7 @@ def _asks_a_registry(arguments: Sequence[str]) -> bool:
 def _wait(channel: socket.socket, *, asks: bool) -> NoReturn:
     """The daemon until its request comes, and then as whatever the request makes of it."""
     try:
+        sys.setswitchinterval(_SWITCH)  # until hardening.py says that start-up is over
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; we shall see the end of the channel
         if asks:
             import ckptfs.sources.registry  # urllib3, before trio: the first request runs while that is imported

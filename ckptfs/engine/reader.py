@@ -138,37 +138,48 @@ class Reader:
         """By key, chunks and their cells: page faults in a chunk that is not here fetch the cell, from now on."""
         self._apart.update(chunks)
 
-    def _extents(self, inode: Inode, offset: int, size: int) -> Iterator[Extent]:
-        for extent in overlapping(inode.extents, offset, size):
-            cells = self._apart.get(extent.chunk.key) if size <= _FAULT else None
+    def _extents(self, inode: Inode, offset: int, size: int) -> list[Extent]:
+        found = list(overlapping(inode.extents, offset, size))
+        if not self._apart or size > _FAULT:
+            return found
+        parts: list[Extent] = []
+        for extent in found:
+            cells = self._apart.get(extent.chunk.key)
             if cells is None or self.fetcher.has(extent.chunk):
-                yield extent
+                parts.append(extent)
             else:
-                yield from overlapping(cells, offset, size)
+                parts += overlapping(cells, offset, size)
+        return parts
 
     def cached(self, inode: Inode, offset: int, size: int) -> Buffer | None:
         """The bytes, when this node has them all; None otherwise. b"" at and past the end of the file."""
+        return self._here(inode, self._extents(inode, offset, size), offset, size)
+
+    def _here(self, inode: Inode, extents: Sequence[Extent], offset: int, size: int) -> Buffer | None:
         size = min(size, inode.size - offset)
         if size <= 0:
             return b""
         if size >= _STRAIGHT:
-            return self._straight(inode, offset, size)
+            return self._straight(extents, offset, size)
         parts: list[tuple[Extent, Buffer]] = []
-        for extent in self._extents(inode, offset, size):
+        for extent in extents:
             data = self.fetcher.lookup(extent.chunk)
             if data is None:
                 return None
             parts.append((extent, data))
         return _assemble(parts, offset, size)
 
-    def _straight(self, inode: Inode, offset: int, size: int) -> Buffer | None:
+    def _straight(self, extents: Sequence[Extent], offset: int, size: int) -> Buffer | None:
         """A large read: chunks come from the disk into the answer, not through memory, which they would only flush."""
-        extents = list(overlapping(inode.extents, offset, size))
-        held = [(extent, data) for extent in extents if (data := self.fetcher.held(extent.chunk)) is not None]
+        held: list[tuple[Extent, Buffer]] = []
+        for extent in extents:
+            data = self.fetcher.held(extent.chunk)
+            if data is not None:
+                held.append((extent, data))
+            elif not self.fetcher.has(extent.chunk):
+                return None
         if len(held) == len(extents):
             return _assemble(held, offset, size)  # a bytearray would be cleared first
-        if not all(self.fetcher.has(extent.chunk) for extent in extents):
-            return None
         out = bytearray(size)
         view = memoryview(out)
         end = offset + size
@@ -181,14 +192,18 @@ class Reader:
 
     async def read(self, inode: Inode, offset: int, size: int, *, inside: bool = False) -> Buffer:
         """The bytes, fetched where this node does not have them. `inside`: for a layer that lies in this file."""
+        return await self._fetched(inode, self._extents(inode, offset, size), offset, size, inside=inside)
+
+    async def _fetched(
+        self, inode: Inode, extents: Sequence[Extent], offset: int, size: int, *, inside: bool = False
+    ) -> Buffer:
         size = min(size, inode.size - offset)
         if size <= 0:
             return b""
-        extents = list(self._extents(inode, offset, size))
         unknown = [extent.chunk.key for extent in extents if extent.chunk.layer == UNKNOWN]
         if unknown and self._learn is not None:
             await self._learn(unknown)
-            extents = list(self._extents(inode, offset, size))
+            extents = self._extents(inode, offset, size)
         began = time.monotonic()
         self.counters.waiting += 1
         try:
@@ -215,10 +230,11 @@ class Reader:
             self.sequential.set()
             self._run_ahead(handle, offset + size)
         disk_before = self.fetcher.disk_hits
-        data = self.cached(handle.inode, offset, size)
+        extents = self._extents(handle.inode, offset, size)
+        data = self._here(handle.inode, extents, offset, size)
         if data is None:
             counters.misses += 1
-            data = await self._waited_for(handle, offset, size)
+            data = await self._waited_for(handle, extents, offset, size)
         else:
             if self.fetcher.disk_hits != disk_before:
                 counters.disk_hits += 1
@@ -231,13 +247,13 @@ class Reader:
             await trio.sleep(min(size / self.transfer_rate, _HELD))
         return data
 
-    async def _waited_for(self, handle: Handle, offset: int, size: int) -> Buffer:
+    async def _waited_for(self, handle: Handle, extents: Sequence[Extent], offset: int, size: int) -> Buffer:
         wait = Wait(handle, offset, size, handle.at)
         if self.observer is not None:
             self.observer(handle, offset, size, wait)
         self.waits.add(wait)
         try:
-            return await self.read(handle.inode, offset, size)
+            return await self._fetched(handle.inode, extents, offset, size)
         finally:
             self.waits.remove(wait)
             wait.ended = time.monotonic()

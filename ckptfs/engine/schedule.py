@@ -12,6 +12,8 @@ from enum import IntEnum
 from ckptfs.model.toc import Chunk
 from ckptfs.settings import Sizes
 
+_MOST = 4096  # chunks of one request
+
 
 class Priority(IntEnum):
     DEMAND = 0
@@ -65,6 +67,7 @@ class Scheduler:
     # read does not queue behind megabytes of what nobody waits for. fetch.py adjusts it to the measured link.
     window: int = 0
     extent: int = 0  # bytes that one request of those may ask for, at most; adjusted as well
+    _refused: tuple[bytes, int] = (b"", 0)  # first chunk and bytes of the job that the window had no room for
     full: bool = False  # whether something was refused because the window is full: then the link has all it can carry
 
     def __post_init__(self) -> None:
@@ -115,8 +118,9 @@ class Scheduler:
                 others = [job for job in self.running if job.priority != Priority.DEMAND]
                 if priority != Priority.DEMAND and len(others) >= self._most(priority):
                     return None
-                job = self._grown(wanted.chunk, priority)
-                if priority != Priority.DEMAND and others and not self._fits(job):
+                alone = priority == Priority.DEMAND or not others
+                job = self._grown(wanted.chunk, priority) if alone else self._fitting(wanted.chunk, priority)
+                if job is None:
                     self.full = True
                     return None
                 queue.popleft()
@@ -129,8 +133,20 @@ class Scheduler:
         """Demand may always start; the others leave room among the connections, and on the link."""
         return self.sizes.jobs if priority == Priority.PREFETCH else self.sizes.background_jobs
 
-    def _fits(self, job: Job) -> bool:
-        return job.size + sum(running.outstanding for running in self.running) <= self.window
+    def _fitting(self, first: Chunk, priority: Priority) -> Job | None:
+        """The job that starts at `first` if the window has room for it.
+
+        Asked each time that bytes arrive: what was too much before is so until enough of the window is free.
+        """
+        room = self.window - sum(job.outstanding for job in self.running)
+        refused, size = self._refused
+        if refused == first.key and size > room:
+            return None
+        job = self._grown(first, priority)
+        if job.size > room:
+            self._refused = first.key, job.size
+            return None
+        return job
 
     def _grown(self, first: Chunk, priority: Priority) -> Job:
         """The extent that starts at `first` and goes on over whatever wanted chunks follow it in the blob."""
@@ -140,7 +156,8 @@ class Scheduler:
         start, end, chunks = first.offset, first.offset + first.size, [first]
         # Of what is less urgent only a little comes along, and only with what could not be foreseen.
         company = min(limit, self.window // 4) if priority == Priority.DEMAND else 0
-        for offset, _, key in places[at + 1 : at + 1 + 4096]:
+        for index in range(at + 1, min(at + 1 + _MOST, len(places))):
+            offset, _, key = places[index]
             chunk, asked = self._wanted[key].chunk, self._wanted[key].priority
             most = limit if asked <= priority else company
             if offset > end + self.sizes.coalesce_gap or offset + chunk.size > start + most:

@@ -35,6 +35,9 @@ class Source(Protocol):
 class Repository(Protocol):
     """What a source can do besides when it is a repository that may hold more than the one image."""
 
+    def connect(self) -> None:
+        """Get ready for one more request at the same time. What keeps it from that is found by the request."""
+
     def document(self, name: str) -> Manifest | Index:
         """Another manifest or index, by tag or digest; NotFoundError where there is none."""
 

@@ -5,6 +5,7 @@ that sends one byte a second would never time out; here the time spent waiting i
 headers and bodies alike. Knows no HTTP semantics; used by transport.py only.
 """
 
+import contextlib
 import functools
 import io
 import logging
@@ -16,11 +17,12 @@ import time
 from collections.abc import Callable
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.exceptions import HTTPError
 from urllib3.util.ssl_ import create_urllib3_context
 
 from ckptfs.settings import KiB
@@ -167,6 +169,43 @@ class _GuardedTLS(_Guarded, HTTPSConnection):
             options["cert_reqs"] = context.verify_mode  # urllib3 sets the context's to this
         super().__init__(host, port, **options)
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether it can be used still: of two connections made at once one has not read its session tickets yet.
+
+        They make the socket readable (TLS 1.3), which urllib3 takes for the end of a connection that was idle.
+        """
+        sock = self.sock
+        if super().is_connected or sock is None:
+            return sock is not None
+        sock.settimeout(0)  # urllib3 sets another before it sends the next request
+        try:
+            sock.recv(1)
+        except ssl.SSLWantReadError:
+            return True
+        except OSError:
+            pass
+        return False
+
+
+class _Plain(HTTPConnectionPool):
+    def connect(self, seconds: float) -> None:
+        """One more connection that waits for a request. Raises what urllib3 raises where there is none."""
+        waiting = []  # _get_conn and _put_conn are urllib3's own hooks for other pools; it has the last one put first
+        while (connection := self._get_conn()).is_connected:
+            waiting.append(connection)
+        for other in reversed(waiting):
+            self._put_conn(other)
+        try:
+            connection.timeout = seconds
+            connection.connect()
+        finally:
+            self._put_conn(connection)
+
+
+class _TLS(_Plain, HTTPSConnectionPool):
+    pass
+
 
 class Pools:
     """Every connection of the process."""
@@ -185,6 +224,12 @@ class Pools:
             if (reach, narrow) not in self._managers:
                 self._managers[reach, narrow] = self._manager(reach, narrow)
             return self._managers[reach, narrow]
+
+    def connect(self, origin: Origin, seconds: float) -> None:
+        """Have one more connection to `origin`, for the next request; returns without one where that fails."""
+        pool = self.of(Reach.ANYWHERE).connection_from_url(str(origin))
+        with contextlib.suppress(HTTPError, OSError):
+            cast("_Plain", pool).connect(seconds)
 
     def trust(self, host: Origin, trust: Trust) -> None:
         """Whose certificates `host` may show; for connections that are made from now on."""
@@ -206,8 +251,8 @@ class Pools:
             num_pools=_HOSTS, maxsize=_KEPT, block=False, retries=False, socket_options=options
         )
         manager.pool_classes_by_scheme = {
-            "http": type("Pool", (HTTPConnectionPool,), {"ConnectionCls": plain}),
-            "https": type("TLSPool", (HTTPSConnectionPool,), {"ConnectionCls": tls}),
+            "http": type("Pool", (_Plain,), {"ConnectionCls": plain}),
+            "https": type("TLSPool", (_TLS,), {"ConnectionCls": tls}),
         }
         return manager
 

@@ -31,6 +31,9 @@ class DeferredSource:
     def resolve(self) -> Manifest | Index:
         return self._source().resolve()
 
+    def connect(self) -> None:
+        self._source().connect()
+
     def document(self, name: str) -> Manifest | Index:
         return self._source().document(name)
 

@@ -1,11 +1,18 @@
-"""A source whose reference is already being resolved, in a thread, while the rest of the program is still imported."""
+"""A source whose reference is already being resolved, in a thread, while the rest of the program is still imported.
+
+What is asked as soon as the manifest is here (CRIU's metadata, a profile) finds connections that were made meanwhile:
+20 ms less on a link of 20 ms, 60 ms less with TLS.
+"""
 
 import threading
+from contextlib import suppress
 
-from ckptfs.errors import NotFoundError
+from ckptfs.errors import CkptfsError, NotFoundError
 from ckptfs.model.blob import Blob
 from ckptfs.model.oci import Descriptor, Digest, Index, Manifest, Reference
 from ckptfs.sources import Repository, Source
+
+_CONNECTIONS = 2  # besides the one of `resolve`: metadata and profile, then the first pages from two places
 
 
 class EarlySource:
@@ -17,6 +24,8 @@ class EarlySource:
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._resolve, name="resolve", daemon=True)
         self._thread.start()
+        for _ in range(_CONNECTIONS):
+            threading.Thread(target=self._connect, name="connect", daemon=True).start()
 
     @property
     def reference(self) -> Reference:
@@ -34,6 +43,10 @@ class EarlySource:
     def blob(self, descriptor: Descriptor) -> Blob:
         return self._source.blob(descriptor)
 
+    def connect(self) -> None:
+        if isinstance(self._source, Repository):
+            self._source.connect()
+
     def document(self, name: str) -> Manifest | Index:
         if isinstance(self._source, Repository):
             return self._source.document(name)
@@ -47,3 +60,7 @@ class EarlySource:
             self._document = self._source.resolve()
         except BaseException as error:
             self._error = error
+
+    def _connect(self) -> None:
+        with suppress(CkptfsError):  # `resolve` will meet it, too
+            self.connect()

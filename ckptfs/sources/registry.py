@@ -68,6 +68,11 @@ class RegistrySource:
         raw, media_type = self._manifest(str(reference.digest or reference.tag), reference.digest, wanted)
         return parse_document(raw, media_type)
 
+    def connect(self) -> None:
+        """Have one more connection to where the first blobs will be asked for; no request is made."""
+        host = next(host for host in self._hosts if host.place.pulls)
+        self._transport.connect(host.endpoint.origin)
+
     def document(self, name: str) -> Manifest | Index:
         """Another manifest of the repository, by tag or digest."""
         digest = Digest.parse(name) if ":" in name else None

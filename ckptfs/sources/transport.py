@@ -189,6 +189,10 @@ class Transport:
         """Whose certificates `host` may show, from now on and in the whole process."""
         self._pools.trust(host, trust)
 
+    def connect(self, origin: Origin) -> None:
+        """Have one more connection to `origin` before there is a request for it."""
+        self._pools.connect(origin, self.settings.timeouts.connect)
+
     def persist(self, ask: Callable[[Attempts], T], seconds: float, *, outlast: bool = False) -> T:
         """What `ask` returns, asked again as often as retry.py allows."""
         attempts = self.attempts(seconds, outlast=outlast)

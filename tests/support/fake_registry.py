@@ -200,6 +200,11 @@ class FakeRegistry:
         """RST on every connection that there is, whatever is under way on it."""
         self._server.reset()
 
+    @property
+    def accepted(self) -> int:
+        """How many connections have been made so far."""
+        return self._server.accepted
+
     # -- for the handler -----------------------------------------------------------------------------------------------
 
     def note(self, access: Access) -> Fault | None:
@@ -239,6 +244,7 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, registry: FakeRegistry, tls: bool) -> None:
         self.registry = registry
         self.connections: set[socket.socket] = set()
+        self.accepted = 0
         self.context: ssl.SSLContext | None = None
         if tls:
             self.context = server_context()
@@ -246,6 +252,7 @@ class _Server(ThreadingHTTPServer):
 
     def get_request(self) -> tuple[socket.socket, Any]:
         connection, address = super().get_request()
+        self.accepted += 1
         if self.context is not None:
             connection = self.context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
         self.connections.add(connection)

@@ -8,10 +8,8 @@ import pytest
 
 from ckptfs.model.blob import Blob
 from ckptfs.settings import MiB
-from ckptfs.sources.connections import Pools
 from ckptfs.sources.origin import Origin, Territory
 from ckptfs.sources.registry import RegistrySource
-from tests.support.certificates import certificate
 from tests.support.fake_registry import (
     FakeRegistry,
 )
@@ -58,12 +56,9 @@ def secure() -> Iterator[FakeRegistry]:
 
 @pytest.fixture
 def trusted(secure: FakeRegistry, tmp_path: Path) -> Iterator[Client]:
-    """A client that trusts the certificate of `secure`, as containers-certs.d(5) says."""
-    place = tmp_path / "certs.d" / secure.host
-    place.mkdir(parents=True)
-    (place / "ca.crt").write_bytes(certificate()[0])
+    """A client that trusts the certificate of `secure`."""
     with client(secure) as c:
-        c.transport._pools = c.pools = Pools((tmp_path / "certs.d",))
+        c.trust(tmp_path)
         yield c
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from ckptfs.model.blob import Blob
 from ckptfs.model.oci import Descriptor, Manifest, Reference
@@ -14,6 +15,7 @@ from ckptfs.sources.standing import Standing
 from ckptfs.sources.transport import Transport
 from ckptfs.sources.upload import RegistryTarget
 from ckptfs.telemetry import NetworkCounters
+from tests.support.certificates import certificate
 from tests.support.fake_registry import FakeRegistry
 
 USER = Credentials("user", "canary-password", origin="the test")
@@ -55,6 +57,13 @@ class Client:
             standing=self.standing,
             clock=clock,
         )
+
+    def trust(self, folder: Path) -> None:
+        """Believe the certificate of the registry, as containers-certs.d(5) says, from `folder`."""
+        place = folder / "certs.d" / self.host
+        place.mkdir(parents=True)
+        (place / "ca.crt").write_bytes(certificate()[0])
+        self.transport._pools = self.pools = Pools((folder / "certs.d",))
 
     def source(self, name: str = "repo:latest", credentials: Credentials | None = None) -> RegistrySource:
         reference = Reference.parse(f"{self.host}/{name}")
