@@ -63,7 +63,7 @@ class RegistryReference(click.ParamType["Reference | str"]):
             return value
         reference = Reference.parse(str(value))
         # The daemon of a mount works in /.
-        return replace(reference, path=os.path.abspath(reference.path)) if reference.path else reference
+        return reference._replace(path=os.path.abspath(reference.path)) if reference.path else reference
 
 
 def complete_mounts(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> "list[CompletionItem]":

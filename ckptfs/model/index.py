@@ -16,7 +16,6 @@ import json
 import stat
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import zstandard
@@ -41,8 +40,7 @@ _TYPES = frozenset((stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFCHR, stat
 _HEAD = len(_MAGIC) + 4
 
 
-@dataclass(frozen=True, slots=True)
-class IndexedFile:
+class IndexedFile(NamedTuple):
     """One entry of a layer.
 
     offset, rows  of a file with bytes: its chunks, frames that follow one another in the blob from `offset` on.
@@ -61,8 +59,7 @@ class IndexedFile:
     eager: Sequence[tuple[int, int]] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class IndexedLayer:
+class IndexedLayer(NamedTuple):
     """Digest and size of the blob, as the manifest has them, and its files in archive order.
 
     chunk_digest  what the digests in rows and tables are.
@@ -78,12 +75,11 @@ class IndexedLayer:
         return [file.entry for file in self.files]
 
 
-@dataclass(frozen=True, slots=True)
-class ImageIndex:
+class ImageIndex(NamedTuple):
     """`contents`: chunks that came along, by key."""
 
     layers: Sequence[IndexedLayer]
-    contents: Mapping[bytes, bytes] = field(default_factory=dict)
+    contents: Mapping[bytes, bytes] = {}
 
 
 def encode_index(layers: Iterable[IndexedLayer]) -> bytes:

@@ -14,7 +14,6 @@ import hashlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, islice
 from typing import Any, NamedTuple
 
@@ -51,8 +50,7 @@ class Part(NamedTuple):
             raise IntegrityError("a part of a table of chunks is damaged")
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
+class Table(NamedTuple):
     """The columns of one file, outside the document: bytes [offset, offset + size) of its layer's blob."""
 
     offset: int

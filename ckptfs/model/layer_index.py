@@ -16,7 +16,6 @@ import sys
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple, cast
 
@@ -56,8 +55,7 @@ class AccessPoint(NamedTuple):
     window: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class GzipAccess:
+class GzipAccess(NamedTuple):
     """`points` by position, `ends[i]`: the blob's bytes up to there are enough for chunk i of the grid."""
 
     points: Sequence[AccessPoint]
@@ -68,8 +66,7 @@ class GzipAccess:
         return self.points[bisect_right(self.points, position, key=_position) - 1]
 
 
-@dataclass(frozen=True, slots=True)
-class LayerIndex:
+class LayerIndex(NamedTuple):
     """Chunk i are decoded bytes [i * unit, (i + 1) * unit), up to `length`; `digests` has a sha256 for each.
 
     Entries' extents are runs: see `segments`. `size` is the blob's.

@@ -8,8 +8,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ckptfs.errors import FormatError, IntegrityError, UsageError
 
@@ -35,8 +34,7 @@ _HOST = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Digest:
+class Digest(NamedTuple):
     """`algorithm:hex`, checked (image-spec, descriptor.md). Only sha256 and sha512 are registered."""
 
     algorithm: str
@@ -67,8 +65,7 @@ class Digest:
         return f"{self.algorithm}:{self.hex}"
 
 
-@dataclass(frozen=True, slots=True)
-class Reference:
+class Reference(NamedTuple):
     """Where an image is.
 
     registry: host[:port], repository, and tag or digest or both (the digest wins).
@@ -134,16 +131,15 @@ class Reference:
         return f"{self.kind}:{self.path}{tail}"
 
 
-@dataclass(frozen=True, slots=True)
-class Descriptor:
+class Descriptor(NamedTuple):
     """A typed, sized, digested pointer to a blob (image-spec, descriptor.md)."""
 
     media_type: str
     digest: Digest
     size: int
-    annotations: Mapping[str, str] = field(default_factory=dict)
+    annotations: Mapping[str, str] = {}
     artifact_type: str = ""
-    platform: Mapping[str, str] = field(default_factory=dict)
+    platform: Mapping[str, str] = {}
 
     @property
     def synthetic(self) -> bool:
@@ -181,8 +177,7 @@ class Descriptor:
         return out
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
+class Manifest(NamedTuple):
     """An image manifest; `raw` are the bytes that `digest` covers."""
 
     raw: bytes
@@ -195,8 +190,7 @@ class Manifest:
     subject: Descriptor | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Index:
+class Index(NamedTuple):
     """An image index (manifest list)."""
 
     raw: bytes

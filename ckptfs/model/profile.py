@@ -12,7 +12,6 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -36,8 +35,7 @@ class Run(NamedTuple):
     at: int
 
 
-@dataclass(frozen=True, slots=True)
-class Profile:
+class Profile(NamedTuple):
     """`recordings`: of how many restores."""
 
     runs: tuple[Run, ...]

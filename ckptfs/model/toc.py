@@ -54,7 +54,7 @@ class Extent(NamedTuple):
     skip: int = 0
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Inode:
     """One file: what stat(2), readlink(2), getxattr(2) and read(2) answer.
 

@@ -14,9 +14,8 @@ import struct
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import zstandard
 
@@ -46,8 +45,7 @@ _MODULO = 1 << 64
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True)
-class TOC:
+class TOC(NamedTuple):
     """A layer's table of contents; `format` and `verification` are those of the layer that it was read from."""
 
     format: str

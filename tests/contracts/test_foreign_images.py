@@ -4,7 +4,6 @@ import gzip
 import json
 import random
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -290,7 +289,7 @@ def test_a_false_index_spoils_no_other_image(registry: DockerRegistry, tmp_path:
     source = open_source(Reference.parse(reference), settings=SETTINGS, counters=NetworkCounters())
     manifest = source.resolve()
     assert isinstance(manifest, Manifest)
-    false = replace(index, digest=str(layer.descriptor.digest), size=layer.size)
+    false = index._replace(digest=str(layer.descriptor.digest), size=layer.size)
     publish_index(target(registry, "foreign/false"), manifest, {layer.descriptor.digest: encode_layer_index(false)})
     with pytest.raises(IntegrityError):
         look(reference, tmp_path)

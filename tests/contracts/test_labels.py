@@ -30,7 +30,7 @@ PLAIN = member(FILE, DATA) + member(b"small", b"x") + END
 
 def _stargz_without_digest() -> BytesBlob:
     blob = estargz_of(PLAIN, 64 * KiB)
-    return replace(blob, descriptor=replace(blob.descriptor, annotations={}))
+    return replace(blob, descriptor=blob.descriptor._replace(annotations={}))
 
 
 def _chunked() -> BytesBlob:

@@ -1,7 +1,6 @@
 """Whatever the bytes are: a scan ends with entries that are sound, or with one of three errors."""
 
 import gzip
-from dataclasses import replace
 from typing import Any
 
 import zstandard
@@ -176,7 +175,7 @@ def test_a_mutated_table(toc: bytes) -> None:
 def test_a_mutated_estargz_tail(data: st.DataObject) -> None:
     blob = estargz(table([entry(endOffset=None)]))
     changed = blob.data[:-200] + data.draw(mutated(blob.data[-200:]))
-    scan(BytesBlob(changed, replace(blob.descriptor, size=len(changed))))
+    scan(BytesBlob(changed, blob.descriptor._replace(size=len(changed))))
 
 
 @FEW

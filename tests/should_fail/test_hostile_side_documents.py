@@ -49,7 +49,7 @@ def refused(index: LayerIndex, *, blob: BytesBlob = GZIP, settings: Settings = S
 
 
 def with_entry(entry: Entry) -> LayerIndex:
-    return replace(INDEX, entries=(*INDEX.entries, entry))
+    return INDEX._replace(entries=(*INDEX.entries, entry))
 
 
 def big(**fields: Any) -> Inode:
@@ -87,7 +87,7 @@ def test_entries_of_an_index(sin: str) -> None:
 
 def _access(**fields: Any) -> LayerIndex:
     assert INDEX.gzip is not None
-    return replace(INDEX, gzip=replace(INDEX.gzip, **fields))
+    return INDEX._replace(gzip=INDEX.gzip._replace(**fields))
 
 
 def _points(change: Callable[[AccessPoint], AccessPoint]) -> LayerIndex:
@@ -106,13 +106,13 @@ ACCESS: dict[str, Callable[[], LayerIndex]] = {
     "end of nothing": lambda: _access(ends=(0, *ENDS[1:])),
     "end before its point": lambda: _access(ends=(1, *ENDS[1:])),
     "too few ends": lambda: _access(ends=ENDS[:-1]),
-    "too few digests": lambda: replace(INDEX, digests=INDEX.digests[:-32]),
-    "another layer": lambda: replace(INDEX, digest="sha256:" + "0" * 64),
-    "another size": lambda: replace(INDEX, size=GZIP.size + 1),
-    "no unit": lambda: replace(INDEX, unit=0),
-    "huge unit": lambda: replace(INDEX, unit=128 * MiB),
-    "huge length": lambda: replace(INDEX, length=1 << 62),
-    "plain tar of another length": lambda: replace(INDEX, compression="none", gzip=None),
+    "too few digests": lambda: INDEX._replace(digests=INDEX.digests[:-32]),
+    "another layer": lambda: INDEX._replace(digest="sha256:" + "0" * 64),
+    "another size": lambda: INDEX._replace(size=GZIP.size + 1),
+    "no unit": lambda: INDEX._replace(unit=0),
+    "huge unit": lambda: INDEX._replace(unit=128 * MiB),
+    "huge length": lambda: INDEX._replace(length=1 << 62),
+    "plain tar of another length": lambda: INDEX._replace(compression="none", gzip=None),
 }
 
 
@@ -124,11 +124,11 @@ def test_places_in_an_index(sin: str) -> None:
 def test_a_chunk_far_from_its_point_is_refused() -> None:
     one = AccessPoint(10, 0, 0, b"")
     count = 65
-    far = replace(INDEX, length=count * MiB, digests=bytes(32 * count), entries=())
-    far = replace(far, gzip=GzipAccess((one,), tuple(range(11, 11 + count))))
+    far = INDEX._replace(length=count * MiB, digests=bytes(32 * count), entries=())
+    far = far._replace(gzip=GzipAccess((one,), tuple(range(11, 11 + count))))
     with pytest.raises(LimitExceeded):
         Indexed.parse(encode_layer_index(far), GZIP.descriptor, SETTINGS, own=False)
-    near = replace(far, length=64 * MiB, digests=bytes(32 * 64), gzip=GzipAccess((one,), tuple(range(11, 75))))
+    near = far._replace(length=64 * MiB, digests=bytes(32 * 64), gzip=GzipAccess((one,), tuple(range(11, 75))))
     Indexed.parse(encode_layer_index(near), GZIP.descriptor, SETTINGS, own=False)
 
 

@@ -33,12 +33,12 @@ from tests.support.tocs import (
 def test_a_layer_that_is_both_estargz_and_zstd_chunked() -> None:
     toc = table([entry()])
     blob = zstd_chunked(toc)
-    blob.descriptor = replace(blob.descriptor, annotations={**blob.descriptor.annotations, STARGZ: sha256(toc)})
+    blob.descriptor = blob.descriptor._replace(annotations={**blob.descriptor.annotations, STARGZ: sha256(toc)})
     with pytest.raises(FormatError, match="at once"):
         ScannedLayer.of(blob)
     allowed = zstd_chunked(toc, prefix=OLD)  # the stargz snapshotter's own dialect has both
-    allowed.descriptor = replace(
-        allowed.descriptor, annotations={**allowed.descriptor.annotations, STARGZ: sha256(toc)}
+    allowed.descriptor = allowed.descriptor._replace(
+        annotations={**allowed.descriptor.annotations, STARGZ: sha256(toc)}
     )
     assert ScannedLayer.of(allowed).entries
 
@@ -76,7 +76,7 @@ def test_a_table_with_another_digest() -> None:
     with pytest.raises(IntegrityError, match="table of contents"):
         ScannedLayer.of(zstd_chunked(toc, manifest_checksum=other))
     for blob in (estargz(toc), zstd_chunked(toc, prefix=OLD)):
-        blob.descriptor = replace(blob.descriptor, annotations={**blob.descriptor.annotations, STARGZ: other})
+        blob.descriptor = blob.descriptor._replace(annotations={**blob.descriptor.annotations, STARGZ: other})
         with pytest.raises(IntegrityError, match="table of contents"):
             ScannedLayer.of(blob)
 
@@ -84,7 +84,7 @@ def test_a_table_with_another_digest() -> None:
 @pytest.mark.row("M8")
 def test_an_estargz_digest_that_is_no_digest() -> None:
     blob = estargz(table([]))
-    blob.descriptor = replace(blob.descriptor, annotations={STARGZ: "sha256:x"})
+    blob.descriptor = blob.descriptor._replace(annotations={STARGZ: "sha256:x"})
     with pytest.raises(FormatError, match="digest"):
         ScannedLayer.of(blob)
 
@@ -115,7 +115,7 @@ def test_a_footer_that_names_no_table(footer: bytes) -> None:
 def test_a_blob_shorter_than_a_footer() -> None:
     for size in (0, 1, 46, 50):
         blob = estargz(table([]))
-        short = BytesBlob(blob.data[:size], replace(blob.descriptor, size=size))
+        short = BytesBlob(blob.data[:size], blob.descriptor._replace(size=size))
         with pytest.raises(FormatError, match="footer"):
             ScannedLayer.of(short)
 

@@ -118,7 +118,7 @@ def test_a_table_that_decompresses_to_a_gigabyte() -> None:
     settings = with_limits(toc_bytes=1 * MiB)
     toc = table([])
     blob = estargz(toc, index=header(b"stargz.index.json", 512 * MiB) + bytes(2 * MiB))
-    blob.descriptor = replace(blob.descriptor, annotations={STARGZ: sha256(toc)})
+    blob.descriptor = blob.descriptor._replace(annotations={STARGZ: sha256(toc)})
     with peak_memory() as peak, pytest.raises(LimitExceeded):
         ScannedLayer.of(blob, EStargzFormat(settings))
     assert peak.grown < 16 * MiB
