@@ -15,9 +15,8 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, Literal, NamedTuple, NoReturn, Self
 
 from ckptfs import standby
 from ckptfs.control.client import MountFiles, ask, ensure_runtime_dir, known_mounts, prune_logs
@@ -31,15 +30,15 @@ from ckptfs.settings import Settings
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class MountRequest:
-    """What the command line asked for."""
+class MountRequest(NamedTuple):
+    """What the command line asked for. `started`: in monotonic seconds, see `command_start`."""
 
     reference: Reference
     mountpoint: str
+    started: float
     view: Literal["checkpoint", "raw", "rootfs"] = "checkpoint"
     cache_dir: Path = Path()
-    cache_key: bytes | None = field(default=None, repr=False)
+    cache_key: bytes | None = None
     offline: bool = False
     ephemeral: bool = False
     strict: bool = False
@@ -54,17 +53,19 @@ class MountRequest:
     stats: Path | None = None
     metrics: tuple[str, int] | None = None  # IP address and port to serve metrics at
     ready_fd: int | None = None
-    settings: Settings = field(default_factory=Settings)
-    started: float = field(default_factory=lambda: command_start())  # monotonic seconds
+    settings: Settings = Settings()
+
+    def __repr__(self) -> str:
+        return f"MountRequest({self.reference}, {self.mountpoint!r}, …)"  # without `cache_key`
 
 
-@dataclass(frozen=True, slots=True)
-class StoreRequest:
-    """What `ckptfs store` asked for: an additional layer store (store_daemon.py)."""
+class StoreRequest(NamedTuple):
+    """What `ckptfs store` asked for: an additional layer store (store_daemon.py). `started` as in a MountRequest."""
 
     mountpoint: str
+    started: float
     cache_dir: Path = Path()
-    cache_key: bytes | None = field(default=None, repr=False)
+    cache_key: bytes | None = None
     offline: bool = False
     strict: bool = False
     background: bool = True
@@ -72,8 +73,10 @@ class StoreRequest:
     plain_http: bool = False
     metrics: tuple[str, int] | None = None
     ready_fd: int | None = None
-    settings: Settings = field(default_factory=Settings)
-    started: float = field(default_factory=lambda: command_start())  # monotonic seconds
+    settings: Settings = Settings()
+
+    def __repr__(self) -> str:
+        return f"StoreRequest({self.mountpoint!r}, …)"  # without `cache_key`
 
 
 Request = MountRequest | StoreRequest

@@ -1,20 +1,23 @@
 """Every limit, size and timeout, with its reason. No other module has a number of this kind.
 
-Values are frozen: commands make a `Settings` once and hand it down.
+Values cannot change: commands make a `Settings` once and hand it down.
+
+They are named tuples, as are all values that a mount needs at its start. Python compiles each method of a dataclass at
+every start, which takes 0.4 ms for a frozen one and a full millisecond for `Limits`; a named tuple takes 0.1 to 0.2 ms.
+Of a mount's 48 dataclasses it was 27 ms.
 """
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 KiB = 1024
 MiB = 1024 * KiB
 GiB = 1024 * MiB
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(NamedTuple):
     """What a hostile image or registry can make us hold or do; each is refused one past it."""
 
     manifest_bytes: int = 4 * MiB  # distribution-spec recommends that registries accept at least 4 MiB
@@ -47,8 +50,7 @@ class Limits:
     argument_bytes: int = 256 * KiB  # of a process's command line or environment; more is shown cut
 
 
-@dataclass(frozen=True, slots=True)
-class Timeouts:
+class Timeouts(NamedTuple):
     """Seconds. A read that the kernel waits for ends after `read_deadline`, with data or with EIO."""
 
     connect: float = 3.0
@@ -74,8 +76,7 @@ class Timeouts:
     tool: float = 60.0  # for a tool that only asks something: criu check, podman image mount
 
 
-@dataclass(frozen=True, slots=True)
-class Sizes:
+class Sizes(NamedTuple):
     """Bytes, unless said otherwise."""
 
     grid: int = 256 * KiB  # decode unit of layers without chunks of their own: plain tar, gzip, zstd
@@ -95,8 +96,7 @@ class Sizes:
     small_file: int = 64 * KiB  # files up to this size are metadata: fetched together and first
 
 
-@dataclass(frozen=True, slots=True)
-class Registries:
+class Registries(NamedTuple):
     """What the user has set for registries by name: host[:port] as in references.
 
     plain_http    these speak http.
@@ -106,17 +106,16 @@ class Registries:
     """
 
     plain_http: frozenset[str] = frozenset()
-    mirrors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    mirrors: Mapping[str, tuple[str, ...]] = {}
     mirror_tags: bool = False
     system_files: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    limits: Limits = field(default_factory=Limits)
-    timeouts: Timeouts = field(default_factory=Timeouts)
-    sizes: Sizes = field(default_factory=Sizes)
-    registries: Registries = field(default_factory=Registries)
+class Settings(NamedTuple):
+    limits: Limits = Limits()
+    timeouts: Timeouts = Timeouts()
+    sizes: Sizes = Sizes()
+    registries: Registries = Registries()
 
 
 def default_cache_dir() -> Path:

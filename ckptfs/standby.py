@@ -13,15 +13,13 @@ import socket
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 _SWITCH = 0.0005  # seconds that imports keep the interpreter from the thread that asks the registry; 5 ms is usual
 _MESSAGE = 1 << 20  # bytes at most of a request: dozens of mirrors are a few thousand
 
 
-@dataclass(frozen=True, slots=True)
-class Standby:
+class Standby(NamedTuple):
     """A daemon that waits. It gets one request, or ends when the parent does."""
 
     pid: int

@@ -112,6 +112,7 @@ def mount(
     request = mounting.MountRequest(
         reference=reference,
         mountpoint=directory,
+        started=mounting.command_start(),
         view=view,
         cache_dir=(cache_dir or default_cache_dir()).absolute(),  # the daemon works in /
         cache_key=read_cache_key(cache_key_file),

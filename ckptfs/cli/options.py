@@ -5,7 +5,6 @@ import os
 import shlex
 import stat
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -176,15 +175,15 @@ def make_settings(
     if cache_size is not None:
         if cache_size < 1 << 20:
             raise UsageError(f"--cache-size {cache_size} is too small", hint="give at least 1M")
-        sizes = replace(sizes, disk_cache=cache_size)
+        sizes = sizes._replace(disk_cache=cache_size)
     if memory is not None:
         if memory < 1 << 20:
             raise UsageError(f"--memory {memory} is too small", hint="give at least 1M")
-        sizes = replace(sizes, memory_cache=memory)
+        sizes = sizes._replace(memory_cache=memory)
     timeouts = settings.timeouts
     if read_deadline is not None:
-        timeouts = replace(timeouts, read_deadline=read_deadline)
-    return replace(settings, sizes=sizes, timeouts=timeouts, registries=current_configuration().registries)
+        timeouts = timeouts._replace(read_deadline=read_deadline)
+    return settings._replace(sizes=sizes, timeouts=timeouts, registries=current_configuration().registries)
 
 
 def read_cache_key(file: Path | None) -> bytes | None:

@@ -91,7 +91,7 @@ def record(
     if not recordings and not (reference and command):
         raise UsageError("nothing to record", hint="give REF -- COMMAND..., or --from FILE")
     from ckptfs.model.profile import encode_profile, merged
-    from ckptfs.mounting import MountRequest
+    from ckptfs.mounting import MountRequest, command_start
 
     if recordings:
         found = [_read_recording(file, limits) for file in recordings]
@@ -101,6 +101,7 @@ def record(
             request = MountRequest(
                 reference,
                 f"{folder}/mount",
+                command_start(),
                 cache_dir=(cache_dir or default_cache_dir()).absolute(),
                 cache_key=read_cache_key(cache_key_file),
                 plain_http=plain_http,

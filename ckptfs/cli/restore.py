@@ -113,7 +113,7 @@ def restore(
         raise UsageError("--base and --rootfs name the same thing", hint="give one of them")
     if rootfs is not None and not rootfs.is_dir():
         raise NotFoundError(f"the base root file system {rootfs} is no directory", hint="name one with --rootfs DIR")
-    from ckptfs.mounting import MountRequest
+    from ckptfs.mounting import MountRequest, command_start
     from ckptfs.restore import keeper
     from ckptfs.restore.flow import RestoreRequest
 
@@ -121,6 +121,7 @@ def restore(
         mount=MountRequest(
             reference=reference,
             mountpoint="",
+            started=command_start(),
             cache_dir=(cache_dir or default_cache_dir()).absolute(),
             cache_key=read_cache_key(cache_key_file),
             offline=offline,

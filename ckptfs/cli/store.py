@@ -76,6 +76,7 @@ def store(
 
     request = mounting.StoreRequest(
         mountpoint=directory,
+        started=mounting.command_start(),
         cache_dir=(cache_dir or default_cache_dir()).absolute(),  # the daemon works in /
         cache_key=read_cache_key(cache_key_file),
         offline=offline,

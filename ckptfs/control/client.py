@@ -11,16 +11,14 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckptfs.errors import MountError, UnavailableError
 from ckptfs.settings import runtime_dir
 
 
-@dataclass(frozen=True, slots=True)
-class MountFiles:
+class MountFiles(NamedTuple):
     """Where one mount keeps its socket, state, lock and log; named after the mount point."""
 
     directory: Path

@@ -7,8 +7,8 @@ import ctypes
 import errno
 import os
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ckptfs.errors import MountError
 
@@ -17,8 +17,7 @@ _MNT_DETACH = 2  # umount2(2)
 _LINKS = 4  # containers/storage: l/SHORT -> ../ID/diff -> the layer store
 
 
-@dataclass(frozen=True, slots=True)
-class Mount:
+class Mount(NamedTuple):
     """One line of mountinfo (proc_pid_mountinfo(5)). `options` are those of the mount, `data` of its file system."""
 
     path: str

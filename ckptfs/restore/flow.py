@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -166,7 +166,7 @@ class Flow:
     # -- what runs meanwhile -------------------------------------------------------------------------------------------
 
     def _begin_mount(self, name: str, view: Literal["checkpoint", "rootfs"], base: Reference | None = None) -> Pending:
-        pending = begin(replace(self.request.mount, mountpoint=str(self.place / name), view=view, base=base))
+        pending = begin(self.request.mount._replace(mountpoint=str(self.place / name), view=view, base=base))
         self.daemons.add(pending.pid)
         if not self.request.keep:
             self.stack.callback(pending.end)

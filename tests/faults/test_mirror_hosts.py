@@ -3,7 +3,6 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,7 +50,7 @@ def test_each_host_gets_its_own_credentials(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_mirror_that_is_still_fetching_is_waited_for() -> None:
     with ExitStack() as stack:
-        hosts = Hosts(stack, 1, replace(QUICK, mirror_fill=5.0))
+        hosts = Hosts(stack, 1, QUICK._replace(mirror_fill=5.0))
         blob = hosts.blob
         hosts.mirrors[0].script = {(BLOB, number): Full200() for number in range(1, 5)}
         with ThreadPoolExecutor(8) as pool:
@@ -61,7 +60,7 @@ def test_a_mirror_that_is_still_fetching_is_waited_for() -> None:
 
 def test_a_little_is_taken_from_elsewhere_meanwhile() -> None:
     with ExitStack() as stack:
-        hosts = Hosts(stack, 1, replace(QUICK, mirror_fill=5.0))
+        hosts = Hosts(stack, 1, QUICK._replace(mirror_fill=5.0))
         blob = hosts.blob
         hosts.mirrors[0].script = {(BLOB, number): Full200() for number in range(1, 6)}
         read(blob, 0, 20_000)
@@ -93,7 +92,7 @@ def test_docker_registry_as_a_pull_through_mirror(registry: DockerRegistry) -> N
             copy_image(source, target)
         with DockerRegistry(proxy_of=f"http://{home.host}") as mirror:
             registries = Registries(mirrors={home.host: (mirror.host,)})
-            timeouts = replace(QUICK, first_byte=5.0, mirror_fill=15.0)
+            timeouts = QUICK._replace(first_byte=5.0, mirror_fill=15.0)
             with client(home.host, timeouts=timeouts, registries=registries) as c:
                 source = c.source()
                 digest = source.resolve().digest

@@ -8,7 +8,6 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -134,7 +133,7 @@ def test_a_mirror_that_is_away_is_not_waited_for_when_the_registry_has_said_no(h
 @pytest.mark.row("N12")
 def test_an_outage_of_all_hosts_is_waited_out() -> None:
     with ExitStack() as stack:
-        hosts = Hosts(stack, timeouts=replace(QUICK, read_deadline=3.0))
+        hosts = Hosts(stack, timeouts=QUICK._replace(read_deadline=3.0))
         blob = hosts.blob
         for registry in (hosts.home, *hosts.mirrors):
             registry.script[BLOB, None] = Reset()
@@ -148,7 +147,7 @@ def test_an_outage_of_all_hosts_is_waited_out() -> None:
 
 def test_the_deadline_holds_for_all_hosts_together() -> None:
     with ExitStack() as stack:
-        hosts = Hosts(stack, timeouts=replace(QUICK, read_deadline=1.0))
+        hosts = Hosts(stack, timeouts=QUICK._replace(read_deadline=1.0))
         blob = hosts.blob
         for registry in (hosts.home, *hosts.mirrors):
             registry.script[BLOB, None] = Silent()
@@ -252,7 +251,7 @@ def test_ten_thousand_chunks_from_a_mirror_that_flips_bits(good: bool, tmp_path:
             bad.spare = 2 * chunk
             home.script[BLOB, None] = other.script[BLOB, None] = Status(404)
         with client(home, registries=Registries(mirrors={home.host: (bad.host, other.host)})) as c:
-            c.settings = replace(c.settings, sizes=Sizes(random_extent=64 * KiB, sequential_extent=64 * KiB))
+            c.settings = c.settings._replace(sizes=Sizes(random_extent=64 * KiB, sequential_extent=64 * KiB))
             extra = max(with_image(c, tmp_path, work) / len(data) - 1, 0)
         kind = "a good mirror" if good else "no good mirror"
         record_property("figure", f"{kind}: {bad.flips} flips, 0 wrong bytes, 0 EIO, {extra:.1%} more fetched")

@@ -4,7 +4,6 @@ import os
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import pytest
 
@@ -254,7 +253,7 @@ def test_nothing_secret_is_said(caplog: pytest.LogCaptureFixture, record_propert
         Status(200, headers={"Content-Encoding": "canary-header"}),
     ]
     users = {"user": "canary-password"}
-    hasty = replace(QUICK, read_deadline=0.5, first_byte=0.2)
+    hasty = QUICK._replace(read_deadline=0.5, first_byte=0.2)
     with (
         FakeRegistry(auth="bearer", users=users) as registry,
         FakeRegistry(storage_of=registry) as storage,

@@ -3,7 +3,6 @@
 import gzip
 import os
 import stat
-from dataclasses import replace
 
 import pytest
 import zstandard
@@ -25,7 +24,7 @@ def entries(data: bytes) -> list[Entry]:
 
 
 def with_limits(**limits: int) -> Settings:
-    return replace(Settings(), limits=replace(LIMITS, **limits))
+    return Settings()._replace(limits=LIMITS._replace(**limits))
 
 
 def refused(data: bytes, match: str = ".") -> None:

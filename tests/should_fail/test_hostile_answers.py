@@ -5,7 +5,6 @@ import time
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -185,11 +184,11 @@ def test_bodies_without_end(record_property: Record) -> None:
 @pytest.mark.row("M12")
 @pytest.mark.parametrize("past", [0, 1])
 def test_the_config_at_its_limit(past: int) -> None:
-    limits = replace(Limits(), config_bytes=1000)
+    limits = Limits()._replace(config_bytes=1000)
     config = b" " * (1000 - 2 + past) + b"{}"
     with FakeRegistry() as registry, client(registry) as c:
         registry.add_image("repo", "latest", [(TAR, DATA)], config=config)
-        c.settings = replace(c.settings, limits=limits)
+        c.settings = c.settings._replace(limits=limits)
         c.transport.settings = c.settings
         if past:
             with pytest.raises(LimitExceeded):

@@ -240,7 +240,7 @@ def test_a_small_flatbuffer_that_describes_much_is_stopped_by_its_budget() -> No
     record["pax"] = {f"SCHILY.xattr.user.{i}": "v" * 100 for i in range(150)}
     document = bytearray(ztoc(files=[record] * 150))
     began = time.monotonic()
-    settings = replace(SETTINGS, limits=replace(SETTINGS.limits, toc_entries=5_000))
+    settings = SETTINGS._replace(limits=SETTINGS.limits._replace(toc_entries=5_000))
     with pytest.raises(LimitExceeded):
         Ztoc.parse(bytes(document), GZIP.descriptor, settings)
     assert time.monotonic() - began < 5

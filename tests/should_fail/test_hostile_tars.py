@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 
 import pytest
 import zstandard
@@ -33,7 +32,7 @@ def entries(data: bytes) -> list[Entry]:
 
 
 def with_limits(**limits: int) -> Settings:
-    return replace(Settings(), limits=replace(LIMITS, **limits))
+    return Settings()._replace(limits=LIMITS._replace(**limits))
 
 
 def refused(data: bytes, match: str = ".") -> None:

@@ -3,7 +3,6 @@
 import gzip
 import json
 import random
-from dataclasses import replace
 
 import pytest
 
@@ -150,7 +149,7 @@ def test_an_index_member_that_holds_something_else(index: bytes) -> None:
 
 
 def test_a_table_larger_than_the_first_read() -> None:
-    settings = replace(Settings(), sizes=replace(Settings().sizes, toc_guess=64 * KiB, sequential_extent=100 * KiB))
+    settings = Settings()._replace(sizes=Settings().sizes._replace(toc_guess=64 * KiB, sequential_extent=100 * KiB))
     noise = random.Random(1).randbytes(300_000).hex()
     toc = table([entry(endOffset=None), {"type": "dir", "name": "d", "noise": noise}])
     blob = estargz(toc)

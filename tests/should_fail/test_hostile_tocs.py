@@ -4,7 +4,6 @@ import gzip
 import random
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -36,7 +35,7 @@ END_OF_FRAME = len(frame())
 
 
 def with_limits(**limits: int) -> Settings:
-    return replace(Settings(), limits=replace(LIMITS, **limits))
+    return Settings()._replace(limits=LIMITS._replace(**limits))
 
 
 def refused(toc: bytes, match: str = ".") -> None:

@@ -1,7 +1,5 @@
 """Layers inside files of the image: their ranges wait for chunks of the layer around them, which needs room to come."""
 
-from dataclasses import replace
-
 import trio
 
 from ckptfs.engine.cache import ChunkCache
@@ -31,7 +29,7 @@ def layer_in_layer(fetcher: Fetcher, reader: Reader) -> None:
 
 
 def test_many_reads_inside_of_a_file_do_not_keep_its_own_bytes_away() -> None:
-    settings = replace(Settings(), sizes=Sizes(grid=UNIT), timeouts=Timeouts(read_deadline=3.0))
+    settings = Settings()._replace(sizes=Sizes(grid=UNIT), timeouts=Timeouts(read_deadline=3.0))
 
     async def main() -> None:
         cache = ChunkCache.ephemeral(size=0)
@@ -58,7 +56,7 @@ def test_many_reads_inside_of_a_file_do_not_keep_its_own_bytes_away() -> None:
 
 def test_readers_of_a_layer_inside_do_not_keep_its_own_reads_away() -> None:
     """As many readers as may wait at all, each for a chunk that is behind a read of the file around it."""
-    settings = replace(Settings(), sizes=Sizes(grid=UNIT), timeouts=Timeouts(read_deadline=3.0))
+    settings = Settings()._replace(sizes=Sizes(grid=UNIT), timeouts=Timeouts(read_deadline=3.0))
 
     async def main() -> None:
         cache = ChunkCache.ephemeral(size=0)

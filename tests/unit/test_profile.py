@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -82,7 +81,7 @@ def test_profiles_merge() -> None:
 
 
 def test_runs_are_limited() -> None:
-    limits = replace(LIMITS, profile_runs=3)
+    limits = LIMITS._replace(profile_runs=3)
     runs = [run(n * MiB) for n in range(4)]
     document = encode_profile(Profile(tuple(runs)))
     assert len(joined(runs[:3], limits)) == 3
@@ -92,8 +91,8 @@ def test_runs_are_limited() -> None:
     with pytest.raises(LimitExceeded):
         decode_profile(document, limits)
     with pytest.raises(LimitExceeded):
-        decode_profile(document, replace(LIMITS, profile_bytes=len(document) - 1))
-    assert decode_profile(document, replace(LIMITS, profile_bytes=len(document))).runs == tuple(runs)
+        decode_profile(document, LIMITS._replace(profile_bytes=len(document) - 1))
+    assert decode_profile(document, LIMITS._replace(profile_bytes=len(document))).runs == tuple(runs)
 
 
 # -- documents ---------------------------------------------------------------------------------------------------------

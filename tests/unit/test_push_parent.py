@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 import tarfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -275,7 +275,7 @@ def test_pushed_whole_with_pages_that_nothing_describes(shelf: Shelf) -> None:
 
 def test_a_chain_has_an_end(shelf: Shelf) -> None:
     settings = Settings()
-    settings = replace(settings, limits=replace(settings.limits, increments=3))
+    settings = settings._replace(limits=settings.limits._replace(increments=3))
     memory = process(1)
     reasons = []
     for number in range(5):

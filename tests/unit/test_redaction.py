@@ -6,6 +6,8 @@ import logging
 import pytest
 
 from ckptfs import redaction
+from ckptfs.model.oci import Reference
+from ckptfs.mounting import MountRequest, StoreRequest
 from ckptfs.redaction import RedactingFormatter, conceal, redact
 
 
@@ -71,3 +73,9 @@ def test_every_record_passes_tracebacks_too() -> None:
     except ValueError as error:
         log.error("%s", "http://h/?sig=CANARY2", exc_info=error)
     assert "CANARY2" not in stream.getvalue() and "Traceback" in stream.getvalue()
+
+
+def test_a_request_does_not_show_its_cache_key() -> None:
+    mount = MountRequest(Reference.parse("host.example/repo"), "/mnt", 0.0, cache_key=b"CANARY1")
+    store = StoreRequest("/mnt", 0.0, cache_key=b"CANARY1")
+    assert "CANARY1" not in f"{mount} {mount!r} {[store]}"

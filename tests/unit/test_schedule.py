@@ -1,7 +1,5 @@
 """The scheduler's decisions: order, extents, room on the link. No I/O, no clock."""
 
-from dataclasses import replace
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -46,7 +44,7 @@ def test_neighbours_become_one_extent_up_to_the_limit() -> None:
 
 
 def test_small_gaps_are_bridged_and_large_ones_are_not() -> None:
-    scheduler = Scheduler(replace(Sizes(), coalesce_gap=SIZE))
+    scheduler = Scheduler(Sizes()._replace(coalesce_gap=SIZE))
     for number in (0, 2, 5):
         scheduler.want(chunk(number), Priority.DEMAND)
     assert [numbers(job) for job in drain(scheduler)] == [[0, 2], [5]]

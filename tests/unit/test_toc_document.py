@@ -2,7 +2,6 @@
 
 import hashlib
 import stat
-from dataclasses import replace
 
 import pytest
 import zstandard
@@ -129,9 +128,9 @@ def test_a_document_at_each_limit_and_one_past_it() -> None:
     document = encoded(*entries)
     size = len(zstandard.decompress(document))
     for limits, good in (
-        (replace(Limits(), toc_entries=3, toc_bytes=size), True),
-        (replace(Limits(), toc_entries=2), False),
-        (replace(Limits(), toc_bytes=size - 1), False),
+        (Limits()._replace(toc_entries=3, toc_bytes=size), True),
+        (Limits()._replace(toc_entries=2), False),
+        (Limits()._replace(toc_bytes=size - 1), False),
     ):
         if good:
             assert len(decode_toc(document, layer=0, layer_digest=DIGEST, limits=limits).entries) == 3
