@@ -8,7 +8,7 @@ import copy
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 from urllib.parse import urlencode
 
 from ckptfs.errors import AuthError, CkptfsError, FormatError, LimitExceeded, UnavailableError
@@ -23,34 +23,30 @@ _DEFAULT_LIFE = 60.0  # seconds, where the token endpoint names none (distributi
 _REFUSED_FOR = 30.0  # seconds in which a refused login is not tried again
 _FAILED_FOR = 1.0  # seconds in which threads that waited for a token request share its failure
 _MARGIN = 0.1  # part of a token's life before its end when it is renewed, at most 10 s
-_TOKEN = re.compile(r"[\x21-\x7e]+\Z")
-_SCOPE = re.compile(r"repository:(\S+):([a-z,*]+)\Z")
+# Compiled when first used (re keeps them): that takes 0.5 ms, and many registries ask for nothing.
+_TOKEN = r"[\x21-\x7e]+\Z"
+_SCOPE = r"repository:(\S+):([a-z,*]+)\Z"
+_CHALLENGE_PART = r"""[\s,]*
+    (?: (?P<name>[!#$%&'*+.^_`|~0-9A-Za-z-]+) \s*=\s*
+        (?: "(?P<quoted>(?:[^"\\]|\\.)*)" | (?P<plain>[!#$%&'*+.^_`|~0-9A-Za-z-]+(?=[\s,]|\Z)) )
+      | (?P<scheme>[!#$%&'*+.^_`|~0-9A-Za-z-]+) (?=[\s,]|\Z)
+      | (?P<token68>[A-Za-z0-9._~+/-]+=*) (?=[\s,]|\Z) )"""
 
 
-@dataclass(frozen=True, slots=True)
-class Challenge:
+class Challenge(NamedTuple):
     """One way in that a server offers: "Bearer realm=…, service=…, scope=…". Names are lower-case."""
 
     scheme: str
     parameters: Mapping[str, str]
 
 
-_CHALLENGE_PART = re.compile(
-    r"""[\s,]*
-    (?: (?P<name>[!#$%&'*+.^_`|~0-9A-Za-z-]+) \s*=\s*
-        (?: "(?P<quoted>(?:[^"\\]|\\.)*)" | (?P<plain>[!#$%&'*+.^_`|~0-9A-Za-z-]+(?=[\s,]|\Z)) )
-      | (?P<scheme>[!#$%&'*+.^_`|~0-9A-Za-z-]+) (?=[\s,]|\Z)
-      | (?P<token68>[A-Za-z0-9._~+/-]+=*) (?=[\s,]|\Z) )""",
-    re.VERBOSE,
-)
-
-
 def parse_challenges(fields: Iterable[str]) -> tuple[Challenge, ...]:
     """All challenges of WWW-Authenticate fields, as many as are understood before the first error."""
+    part_of = re.compile(_CHALLENGE_PART, re.VERBOSE).match
     found: list[tuple[str, dict[str, str]]] = []
     for text in fields:
         at = 0
-        while at < len(text) and (part := _CHALLENGE_PART.match(text, at)) is not None:
+        while at < len(text) and (part := part_of(text, at)) is not None:
             at = part.end()
             if part["scheme"]:
                 found.append((part["scheme"].lower(), {}))
@@ -61,13 +57,9 @@ def parse_challenges(fields: Iterable[str]) -> tuple[Challenge, ...]:
     return tuple(Challenge(scheme, parameters) for scheme, parameters in found)
 
 
-@dataclass(frozen=True, slots=True)
-class _Token:
+class _Token(NamedTuple):
     header: str
     renew_at: float
-
-    def __post_init__(self) -> None:
-        conceal(self.header.partition(" ")[2])
 
 
 class Authorizer:
@@ -142,7 +134,7 @@ class Authorizer:
     def _widen(self, scopes: str) -> None:
         """One token for all that was ever asked of us: pull first, push and mounts from elsewhere later."""
         for scope in scopes.split():
-            match = _SCOPE.match(scope)
+            match = re.match(_SCOPE, scope)
             name, actions = (match[1], match[2].split(",")) if match else (scope, [])
             self._scopes.setdefault(name, set()).update(actions)
 
@@ -159,6 +151,8 @@ class Authorizer:
         self._token = None
         try:
             credentials = self._find()
+            if credentials is not None:
+                conceal(credentials.password, credentials.identity_token, credentials.registry_token)
             if credentials is not None and credentials.registry_token:
                 token = _Token(f"Bearer {credentials.registry_token}", float("inf"))
             elif challenge.scheme == "basic":
@@ -167,6 +161,7 @@ class Authorizer:
                 token = _Token(credentials.basic, float("inf"))
             else:
                 token = self._request_token(challenge, credentials, attempts)
+            conceal(token.header.partition(" ")[2])
             if token.header == used:
                 raise self._refused(f"{self._name} refused the credentials from {_origin(credentials)}")
         except CkptfsError as error:
@@ -209,7 +204,7 @@ class Authorizer:
         except FormatError:
             raise UnavailableError(f"{reply.where}: the answer is no token") from None
         value = answer.get("token") or answer.get("access_token") if isinstance(answer, dict) else None
-        if not isinstance(answer, dict) or not isinstance(value, str) or not _TOKEN.match(value):
+        if not isinstance(answer, dict) or not isinstance(value, str) or not re.match(_TOKEN, value):
             raise UnavailableError(f"{reply.where}: the answer is no token")
         life = answer.get("expires_in")
         seconds = float(life) if isinstance(life, int | float) and 0 < life < 1e9 else _DEFAULT_LIFE

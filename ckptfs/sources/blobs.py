@@ -10,7 +10,7 @@ import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ckptfs.errors import CkptfsError, IntegrityError, UnavailableError
 from ckptfs.model.blob import DescribedBlob
@@ -31,8 +31,7 @@ _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)
 _ELSEWHERE = 400  # while a mirror still fetches a blob, one part in so many of it may be taken from elsewhere
 
 
-@dataclass(frozen=True, slots=True)
-class _Location:
+class _Location(NamedTuple):
     """Where a redirect led: a URL of a storage service, mostly signed and short-lived."""
 
     url: str

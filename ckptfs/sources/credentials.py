@@ -1,7 +1,7 @@
 """Who we are to a registry: the files that `podman login` and `docker login` write, and credential helpers.
 
 containers-auth.json(5) and Docker's config.json. Looked up only after a registry has asked (auth.py), because a helper
-may take seconds. Secrets never get into messages, logs or reprs.
+may take seconds, and concealed there. Secrets never get into messages, logs or reprs.
 """
 
 import base64
@@ -11,32 +11,30 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from ckptfs.errors import UsageError
-from ckptfs.redaction import conceal
 
 log = logging.getLogger(__name__)
 
 _HELPER_TIME = 15.0  # seconds; cloud helpers ask a service of their own
-_HELPER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
+_HELPER_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*\Z"
 _IDENTITY = "<token>"  # user name that says that the secret is an identity token (docker-credential-helpers)
 _DOCKER_HUB = "https://index.docker.io/v1/"  # the key under which Docker keeps docker.io
 
 
-@dataclass(frozen=True, slots=True)
-class Credentials:
+class Credentials(NamedTuple):
     """A user name and password, or an identity token to be exchanged, or a bearer token to be sent as it is."""
 
     username: str = ""
-    password: str = field(default="", repr=False)
-    identity_token: str = field(default="", repr=False)
-    registry_token: str = field(default="", repr=False)
+    password: str = ""
+    identity_token: str = ""
+    registry_token: str = ""
     origin: str = ""  # where they were found, for messages
 
-    def __post_init__(self) -> None:
-        conceal(self.password, self.identity_token, self.registry_token)
+    def __repr__(self) -> str:
+        return f"Credentials({self.username!r}, …, origin={self.origin!r})"
 
     @property
     def basic(self) -> str:
@@ -135,7 +133,7 @@ def _from_entry(entry: dict[str, object], path: Path) -> Credentials | None:
 def _from_helper(name: str, server: str, path: Path) -> Credentials | None:
     """docker-credential-NAME get: the server on stdin, JSON on stdout. Its failure means: no credentials here."""
     program = f"docker-credential-{name}"
-    if not _HELPER_NAME.match(name):
+    if not re.match(_HELPER_NAME, name):
         raise UsageError(f"{path} names a credential helper that is not a program name")
     import subprocess  # 3 ms that a mount without a helper need not wait for
 

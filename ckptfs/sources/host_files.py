@@ -7,7 +7,6 @@ Not taken over: credential helpers, short names and search lists, extra headers.
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -97,7 +96,7 @@ def _containers_places(entry: Table, name: str, by_digest: bool) -> tuple[tuple[
             raise UsageError(f"{path}: pull-from-mirror = {modes!r} is not known", hint=_HINT)
         if not (by_digest and modes == "tag-only"):
             place = _rewritten(mirror, entry["prefix"], name, path)
-            mirrors.append(replace(place, resolves=modes != "digest-only"))
+            mirrors.append(place._replace(resolves=modes != "digest-only"))
     return tuple(mirrors), _rewritten(entry, entry["prefix"], name, path)
 
 
@@ -108,7 +107,7 @@ def _rewritten(entry: Table, prefix: str, name: str, path: Path) -> Place:
     if not place.repository:
         raise UsageError(f"{path}: {location!r} leaves no repository of {name}", hint=_HINT)
     if _flag(entry, "insecure", path) and not is_loopback(place.host):
-        return replace(place, scheme="", trust=Trust(verify=False))
+        return place._replace(scheme="", trust=Trust(verify=False))
     return place
 
 
@@ -135,7 +134,7 @@ def _containerd_places(path: Path, name: str) -> tuple[tuple[Place, ...], Place]
     server = _text(document, "server", path)
     origin = _containerd_place(server, document, name, path) if server else place_of(name)
     # what the registry itself may be asked for does not depend on who else there is
-    return tuple(m for m in mirrors if m.pulls or m.resolves), replace(origin, pulls=True, resolves=True)
+    return tuple(m for m in mirrors if m.pulls or m.resolves), origin._replace(pulls=True, resolves=True)
 
 
 def _containerd_place(url: str, settings: Any, name: str, path: Path) -> Place:

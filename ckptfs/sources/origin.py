@@ -8,8 +8,8 @@ import enum
 import ipaddress
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 from urllib.parse import urljoin, urlsplit
 
 from ckptfs.errors import UnavailableError
@@ -38,8 +38,7 @@ class Reach(enum.Enum):
         return self is Reach.SITE or address.is_global
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
+class Origin(NamedTuple):
     """Scheme, host and port: what credentials belong to (RFC 6454)."""
 
     scheme: str

@@ -5,8 +5,8 @@ Puts together what the user has configured for ckptfs (Settings.registries) and 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from ckptfs.model.oci import Reference
@@ -18,8 +18,7 @@ _HUB_NAMES = (DOCKER_HUB, "index.docker.io")
 _HUB_ADDRESS = "registry-1.docker.io"
 
 
-@dataclass(frozen=True, slots=True)
-class Trust:
+class Trust(NamedTuple):
     """Whose certificates a host may show. `certificates`: ours, (certificate, key) in files, key None if in the same.
 
     verify   False: any certificate will do.
@@ -33,8 +32,7 @@ class Trust:
 SYSTEM_TRUST = Trust()
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """A repository at a host.
 
     scheme     "http", "https", or "" for an insecure host: TLS with any certificate, or plain HTTP.
@@ -81,7 +79,7 @@ def places_of(
     if host in registries.mirrors:
         mirrors = tuple(_mirror(place, name, registries) for place in registries.mirrors[host])
     if plain_http or {origin.host, reference.host} & registries.plain_http:
-        origin = replace(origin, scheme="http")
+        origin = origin._replace(scheme="http")
     return (*mirrors, origin)
 
 
@@ -106,4 +104,4 @@ def _mirror(place: str, name: str, registries: Registries) -> Place:
     prefix = parts.path.strip("/")
     found = place_of(f"{parts.netloc}/{prefix}/{repository}" if prefix else f"{parts.netloc}/{repository}")
     scheme = parts.scheme or ("http" if parts.netloc in registries.plain_http else found.scheme)
-    return replace(found, scheme=scheme, namespace=registry, resolves=registries.mirror_tags)
+    return found._replace(scheme=scheme, namespace=registry, resolves=registries.mirror_tags)

@@ -6,7 +6,6 @@ than usual. Values only, from any thread; the clock is the caller's.
 
 import threading
 from collections import defaultdict, deque
-from dataclasses import dataclass, field
 
 _AVOIDED = 1.0  # seconds after the first failure, doubled with every further one
 _AVOIDED_MOST = 60.0
@@ -15,13 +14,13 @@ _LIE_MOST = 600.0
 _USUAL = 8  # times the slowest of the last answers is not usual any more
 
 
-@dataclass(slots=True)
 class _Record:
-    failures: int = 0
-    lies: int = 0
-    failed_until: float = float("-inf")
-    lied_until: float = float("-inf")
-    delays: deque[float] = field(default_factory=lambda: deque(maxlen=16))
+    __slots__ = ("delays", "failed_until", "failures", "lied_until", "lies")
+
+    def __init__(self) -> None:
+        self.failures = self.lies = 0
+        self.failed_until = self.lied_until = float("-inf")
+        self.delays: deque[float] = deque(maxlen=16)
 
 
 class Standing:
