@@ -7,24 +7,23 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 _MAX_SPANS = 256  # kept for round_trips(), which is only asked about start-up
 
 
-@dataclass(slots=True)
 class NetworkCounters:
     """Traffic of one mount. `bytes` are body bytes received; `spans` the (start, end) of the first requests."""
 
-    requests: int = 0
-    bytes: int = 0
-    retries: int = 0
-    errors: int = 0
-    in_flight: int = 0
-    spans: list[tuple[float, float]] = field(default_factory=list)
-    _trouble: tuple[float, str] = (float("-inf"), "")
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-    _aside: threading.local = field(default_factory=threading.local, repr=False)
+    def __init__(self) -> None:
+        self.requests = 0
+        self.bytes = 0
+        self.retries = 0
+        self.errors = 0
+        self.in_flight = 0
+        self.spans: list[tuple[float, float]] = []
+        self._trouble = (float("-inf"), "")
+        self._lock = threading.Lock()
+        self._aside = threading.local()
 
     def figures(self) -> dict[str, int]:
         """As a status has them."""

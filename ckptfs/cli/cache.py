@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +63,7 @@ def info(as_json: bool, cache_dir: Path | None, verbose: int, quiet: bool) -> No
     from ckptfs.inspection.render import size_text
 
     with _opened(cache_dir, verbose, quiet) as found:
-        stats = asdict(found.stats())
+        stats = found.stats()._asdict()
         name = found.name
     limit = current_configuration().values["cache_size"].value
     for of_this_process in ("hits", "misses", "read_only"):

@@ -13,8 +13,8 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ckptfs.engine import key_mark
 from ckptfs.engine.chunk_index import ChunkIndex
@@ -36,8 +36,7 @@ _SIZES = Sizes()
 Clock = Callable[[], float]
 
 
-@dataclass(frozen=True, slots=True)
-class CacheStats:
+class CacheStats(NamedTuple):
     """`bytes` are allocated on disk by chunks and documents; `hits` and `misses` are this process's.
 
     in_use   another process has the cache open.

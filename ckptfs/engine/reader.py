@@ -7,7 +7,7 @@ bytes that the file has there, or raise: a short read inside a file makes CRIU's
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import trio
 
@@ -25,19 +25,19 @@ _HELD = 0.02  # seconds at most for which a piece of the daemon's transfer is he
 _REORDERED = 2 * MiB  # how far apart reads of one sequence may come
 
 
-@dataclass(slots=True)
 class ReadCounters:
     """What readers asked for and how long they waited: all together, and each of the last misses in milliseconds."""
 
-    count: int = 0
-    bytes: int = 0
-    memory_hits: int = 0
-    disk_hits: int = 0
-    misses: int = 0
-    waiting: int = 0
-    waits: int = 0
-    waited_ms: float = 0.0
-    waits_ms: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
+    def __init__(self) -> None:
+        self.count = 0
+        self.bytes = 0
+        self.memory_hits = 0
+        self.disk_hits = 0
+        self.misses = 0
+        self.waiting = 0
+        self.waits = 0
+        self.waited_ms = 0.0
+        self.waits_ms: deque[float] = deque(maxlen=4096)
 
     def waited(self, seconds: float) -> None:
         self.waits += 1
@@ -59,7 +59,7 @@ class ReadCounters:
         return round(waits[min(int(len(waits) * quantile), len(waits) - 1)], 3) if waits else 0.0
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Handle:
     """One open file: remembers where reading goes on, to tell sequential readers from random ones.
 
@@ -100,7 +100,7 @@ class Handle:
         return self.streak >= _SEQUENTIAL
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Wait:
     """A read by an open file that waits, or has waited, for the network; monotonic seconds."""
 

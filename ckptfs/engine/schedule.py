@@ -6,7 +6,7 @@ the end). Chunks that lie next to one another in a blob are fetched as one exten
 
 import bisect
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 
 from ckptfs.model.toc import Chunk
@@ -21,7 +21,7 @@ class Priority(IntEnum):
     BACKGROUND = 2
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Job:
     """One request: the blob range [start, end) of a layer, which holds `chunks`, sorted by offset."""
 
@@ -43,36 +43,34 @@ class Job:
         return self.size - self.received
 
 
-@dataclass(slots=True, eq=False)
 class _Wanted:
-    chunk: Chunk
-    priority: Priority
+    __slots__ = ("chunk", "priority")
+
+    def __init__(self, chunk: Chunk, priority: Priority) -> None:
+        self.chunk = chunk
+        self.priority = priority
 
 
-@dataclass(slots=True)
 class Scheduler:
     """Queues of wanted chunks. A chunk is in at most one queue; asking again can only raise its priority."""
 
-    sizes: Sizes
-    # Layers that are files of other layers: their jobs wait for chunks of those, whose places they must not take.
-    inside: set[int] = field(default_factory=set)
-    _wanted: dict[bytes, _Wanted] = field(default_factory=dict)
-    _queues: dict[tuple[bool, Priority], deque[bytes]] = field(
-        default_factory=lambda: {(inside, priority): deque() for inside in (False, True) for priority in Priority}
-    )
-    # layer -> sorted (offset, inner, key) of what is queued: where an extent can grow
-    _places: dict[int, list[tuple[int, int, bytes]]] = field(default_factory=dict)
-    running: list[Job] = field(default_factory=list)
-    # Bytes that prefetch and background together may have on the way: about what the link holds, so that a demand
-    # read does not queue behind megabytes of what nobody waits for. fetch.py adjusts it to the measured link.
-    window: int = 0
-    extent: int = 0  # bytes that one request of those may ask for, at most; adjusted as well
-    _refused: tuple[bytes, int] = (b"", 0)  # first chunk and bytes of the job that the window had no room for
-    full: bool = False  # whether something was refused because the window is full: then the link has all it can carry
-
-    def __post_init__(self) -> None:
-        self.window = self.window or self.sizes.in_flight
-        self.extent = self.extent or self.sizes.sequential_extent
+    def __init__(self, sizes: Sizes, window: int = 0) -> None:
+        self.sizes = sizes
+        # Layers that are files of other layers: their jobs wait for chunks of those, whose places they must not take.
+        self.inside: set[int] = set()
+        self._wanted: dict[bytes, _Wanted] = {}
+        self._queues: dict[tuple[bool, Priority], deque[bytes]] = {
+            (inside, priority): deque() for inside in (False, True) for priority in Priority
+        }
+        # layer -> sorted (offset, inner, key) of what is queued: where an extent can grow
+        self._places: dict[int, list[tuple[int, int, bytes]]] = {}
+        self.running: list[Job] = []
+        # Bytes that prefetch and background together may have on the way: about what the link holds, so that a demand
+        # read does not queue behind megabytes of what nobody waits for. fetch.py adjusts it to the measured link.
+        self.window = window or sizes.in_flight
+        self.extent = sizes.sequential_extent  # bytes that one request of those may ask for, at most; adjusted as well
+        self._refused = (b"", 0)  # first chunk and bytes of the job that the window had no room for
+        self.full = False  # whether something was refused because the window is full: the link has all it can carry
 
     def want(self, chunk: Chunk, priority: Priority) -> None:
         known = self._wanted.get(chunk.key)
