@@ -13,7 +13,7 @@ import json
 import logging
 import posixpath
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ckptfs.criu.chunking import placed_cells
 from ckptfs.criu.pagemap import Pagemap, parse_pagemap
@@ -35,8 +35,7 @@ log = logging.getLogger(__name__)
 _REMEMBERED = 3  # images of one repository: a rollback and a pair that alternates still find each other
 
 
-@dataclass(frozen=True, slots=True)
-class _Pagemap:
+class _Pagemap(NamedTuple):
     """As it is in an index: parsed when it is needed."""
 
     name: str
@@ -46,8 +45,7 @@ class _Pagemap:
         return parse_pagemap(self.data, self.name, limits)
 
 
-@dataclass(frozen=True, slots=True)
-class _Pages:
+class _Pages(NamedTuple):
     """A pages file of an earlier image, its layer, and its pagemap, where that is in the index."""
 
     file: IndexedFile

@@ -9,8 +9,7 @@ import stat
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import trio
 
@@ -53,8 +52,7 @@ View = Literal["checkpoint", "raw", "rootfs", "layers"]
 _MAX_WAITING = 1024  # reads that wait for the network at the same time
 
 
-@dataclass(frozen=True, slots=True)
-class ImageOptions:
+class ImageOptions(NamedTuple):
     view: View = "checkpoint"
     offline: bool = False
     strict: bool = False
@@ -63,7 +61,7 @@ class ImageOptions:
     base: Reference | None = None
     increments: bool = True  # fetch of a pages file only what an earlier image of the repository has not
     remember: bool = True  # keep what scans learn of layers for the next mount
-    settings: Settings = field(default_factory=Settings)
+    settings: Settings = Settings()
     memory: MemoryCache | None = None  # shared by several images, in place of one that `settings` sizes
 
 

@@ -5,8 +5,7 @@ network, and a tag can still be mounted while its registry is away if the user s
 """
 
 import logging
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ckptfs.errors import FormatError, NotFoundError, UnavailableError
 from ckptfs.image.views import CRIU_TAR
@@ -24,8 +23,7 @@ class DocumentStore(Protocol):
     def put_document(self, key: str, data: bytes) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Resolved:
+class Resolved(NamedTuple):
     """`reference` is pinned to the digest that the user's reference led to (the index's where there is one).
 
     loose_blobs: of containerd's checkpoint index, whose entries are not images; `manifest` stands for the index then
@@ -34,7 +32,6 @@ class Resolved:
 
     reference: Reference
     manifest: Manifest
-    index: Index | None
     from_cache: bool
     loose_blobs: tuple[Descriptor, ...] = ()
 
@@ -44,17 +41,15 @@ def resolve(source: Source, documents: DocumentStore, limits: Limits, *, offline
     reference = source.reference
     document, from_cache = _top(source, documents, offline)
     pinned = reference.pinned(document.digest)
-    index: Index | None = None
     for _ in range(limits.index_depth):
         if isinstance(document, Manifest):
             if len(document.layers) > limits.layers:
                 raise FormatError(f"the image has {len(document.layers)} layers, more than {limits.layers}")
-            return Resolved(pinned, document, index, from_cache)
-        index = index or document
+            return Resolved(pinned, document, from_cache)
         if any(d.media_type == CRIU_TAR for d in document.manifests):
             whole = Descriptor(document.media_type, document.digest, len(document.raw))
             stand_in = Manifest(document.raw, document.digest, document.media_type, whole, (), document.annotations)
-            return Resolved(pinned, stand_in, index, from_cache, document.manifests)
+            return Resolved(pinned, stand_in, from_cache, document.manifests)
         chosen = document.select()
         raw = documents.get_document(_manifest_key(chosen.digest))
         if raw is None:

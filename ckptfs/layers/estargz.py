@@ -8,7 +8,7 @@ tools that know nothing of eStargz shows them too. The table can also be in an i
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ckptfs.errors import FormatError, LimitExceeded
 from ckptfs.layers.compression import Bytes, gunzip_chunk, gunzipped
@@ -41,8 +41,7 @@ class EStargzFormat:
         return EStargzLayer(blob, layer, self.settings)
 
 
-@dataclass(frozen=True, slots=True)
-class ExternalTable:
+class ExternalTable(NamedTuple):
     """A side document for any eStargz layer: where its table is to be had if it is not in the layer.
 
     `fetch` gives the compressed archive with the table; called, in a worker thread, only when the footer says so.

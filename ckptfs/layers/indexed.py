@@ -9,7 +9,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ckptfs.errors import FormatError, IntegrityError
 from ckptfs.layers.compression import DECOMPRESS, MAGIC_BYTES, Bytes, sniff
@@ -28,7 +28,6 @@ _TYPES = frozenset((stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFCHR, stat
 _MAX_TIME = (1 << 40) * 1_000_000_000  # as in tar_header.py
 
 
-@dataclass(frozen=True, slots=True)
 class Indexed:
     """A layer's index as a side document.
 
@@ -37,9 +36,10 @@ class Indexed:
           image that it was found with.
     """
 
-    index: LayerIndex
-    own: bool
-    settings: Settings
+    def __init__(self, index: LayerIndex, own: bool, settings: Settings) -> None:
+        self.index = index
+        self.own = own
+        self.settings = settings
 
     @classmethod
     def parse(cls, document: bytes, descriptor: Descriptor, settings: Settings, *, own: bool) -> "Indexed":

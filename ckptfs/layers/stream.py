@@ -6,8 +6,9 @@ the bytes, because media types are often wrong about it. What one pass has learn
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
+from typing import NamedTuple
 
 from ckptfs.errors import FormatError, IntegrityError
 from ckptfs.layers.compression import DECOMPRESS, MAGIC_BYTES, Bytes, sniff
@@ -91,8 +92,7 @@ class StreamLayer:
         raise FormatError(f"a chunk of a {self.format} layer cannot be decoded by itself")
 
 
-@dataclass(frozen=True, slots=True)
-class _Learnt:
+class _Learnt(NamedTuple):
     compression: Compression
     length: int
     digests: bytes

@@ -26,7 +26,7 @@ _MAX_SECONDS = 1 << 40
 _MAX_ID = (1 << 32) - 1
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Header:
     """One header block. `payload` is the size field: bytes that follow in the archive, whatever the file's size."""
 
