@@ -7,7 +7,6 @@ bytes that the file has there, or raise: a short read inside a file makes CRIU's
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import trio
 
@@ -59,7 +58,6 @@ class ReadCounters:
         return round(waits[min(int(len(waits) * quantile), len(waits) - 1)], 3) if waits else 0.0
 
 
-@dataclass(slots=True, eq=False, repr=False)
 class Handle:
     """One open file: remembers where reading goes on, to tell sequential readers from random ones.
 
@@ -75,17 +73,18 @@ class Handle:
     last      offset and size of the last read, which came at the monotonic time `at`.
     """
 
-    inode: Inode
-    path: bytes = b""
-    expected: int = 0
-    streak: int = 0
-    ahead: int = 0
-    jumped: int = -1
-    paging: bool = False
-    pid: int = 0
-    command: str = ""
-    last: tuple[int, int] = (0, 0)
-    at: float = float("-inf")
+    def __init__(self, inode: Inode, path: bytes = b"") -> None:
+        self.inode = inode
+        self.path = path
+        self.expected = 0
+        self.streak = 0
+        self.ahead = 0
+        self.jumped = -1
+        self.paging = False
+        self.pid = 0
+        self.command = ""
+        self.last = (0, 0)
+        self.at = float("-inf")
 
     def observe(self, offset: int, size: int) -> bool:
         """Note a read; whether it goes on sequentially. The kernel's read-ahead may overtake itself."""
@@ -100,15 +99,15 @@ class Handle:
         return self.streak >= _SEQUENTIAL
 
 
-@dataclass(slots=True, eq=False, repr=False)
 class Wait:
     """A read by an open file that waits, or has waited, for the network; monotonic seconds."""
 
-    handle: Handle
-    offset: int
-    size: int
-    began: float
-    ended: float | None = None
+    def __init__(self, handle: Handle, offset: int, size: int, began: float) -> None:
+        self.handle = handle
+        self.offset = offset
+        self.size = size
+        self.began = began
+        self.ended: float | None = None
 
 
 class Reader:

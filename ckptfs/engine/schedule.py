@@ -6,7 +6,6 @@ the end). Chunks that lie next to one another in a blob are fetched as one exten
 
 import bisect
 from collections import deque
-from dataclasses import dataclass
 from enum import IntEnum
 
 from ckptfs.model.toc import Chunk
@@ -21,17 +20,19 @@ class Priority(IntEnum):
     BACKGROUND = 2
 
 
-@dataclass(slots=True, eq=False, repr=False)
 class Job:
     """One request: the blob range [start, end) of a layer, which holds `chunks`, sorted by offset."""
 
-    layer: int
-    start: int
-    end: int
-    chunks: list[Chunk]
-    priority: Priority
-    attempt: int = 0
-    received: int = 0  # bytes that have arrived; written by the fetching thread
+    def __init__(
+        self, layer: int, start: int, end: int, chunks: list[Chunk], priority: Priority, attempt: int = 0
+    ) -> None:
+        self.layer = layer
+        self.start = start
+        self.end = end
+        self.chunks = chunks
+        self.priority = priority
+        self.attempt = attempt
+        self.received = 0  # bytes that have arrived; written by the fetching thread
 
     @property
     def size(self) -> int:
