@@ -23,7 +23,7 @@ _TRAILER = 8  # CRC-32 and size behind the last block of a gzip member, RFC 1952
 # Where each byte of a window stands: the low half, the low half inverted, the high half.
 _LOW = bytes(range(256)) * (WINDOW // 256)
 _LITTLE = int(sys.byteorder == "little")
-_MARKS = (_LOW, bytes(255 - byte for byte in _LOW), b"".join(bytes((page,)) * 256 for page in range(WINDOW // 256)))
+_MARKS = (_LOW, _LOW[::-1], b"".join(bytes((page,)) * 256 for page in range(WINDOW // 256)))
 _ZlibError: type[Exception] = zlib_ng.error  # type: ignore[assignment]  # its stub says that this is an instance
 
 
