@@ -16,7 +16,6 @@ from ckptfs.errors import CkptfsError, FormatError
 from ckptfs.image.inner import InodeBlob, within
 from ckptfs.image.opened import OpenImage
 from ckptfs.image.views import Layout, inner_tars
-from ckptfs.layers.tar import TarFormat
 from ckptfs.model.oci import parse_json
 from ckptfs.model.toc import Entry, Inode
 from ckptfs.model.tree import WHITEOUT, Tree, Whiteouts
@@ -70,6 +69,8 @@ class Unpacked:
 
         base   gives directories that the tar only leads through their owners and modes.
         """
+        from ckptfs.layers.tar import TarFormat  # not for images without a tar inside
+
         self._image = image
         self._tree = tree
         self._directory = directory

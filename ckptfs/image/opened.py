@@ -25,11 +25,9 @@ from ckptfs.image.indexed import ChunkTables
 from ckptfs.image.inner import InodeBlob
 from ckptfs.image.remembered import LayerMemory
 from ckptfs.image.resolve import Resolved, resolve
-from ckptfs.image.whole import hash_layer
 from ckptfs.layers import Layer, open_indexed, select_format
 from ckptfs.layers.grid import Grid
 from ckptfs.layers.protocols import SideDocument
-from ckptfs.layers.tar import TarFormat, TarLayer
 from ckptfs.model.blob import Blob
 from ckptfs.model.chunk_digest import ChunkDigest
 from ckptfs.model.index import IndexedLayer
@@ -197,6 +195,8 @@ class OpenImage:
 
     def raw_file(self, blob: Blob) -> Inode:
         """A file whose bytes are those of a blob, as they are. Nothing vouches for them but the transport."""
+        from ckptfs.layers.tar import TarFormat
+
         descriptor, number = blob.descriptor, self.fetcher.next_layer
         layer = TarFormat().open(blob, number)
         self.fetcher.add_layer(blob, layer)
@@ -397,6 +397,9 @@ class OpenImage:
 
     async def verify_whole_layers(self) -> None:
         """Hash plain tars once everything else has been fetched."""
+        from ckptfs.image.whole import hash_layer
+        from ckptfs.layers.tar import TarLayer
+
         ranks = {id(scan.layer): rank for rank, scan in self._scans.items()}
         for number, (descriptor, layer) in list(self._layers.items()):
             if isinstance(layer, TarLayer) and id(layer) in ranks and not descriptor.synthetic:

@@ -2,6 +2,7 @@
 
 Both are documents of the node's cache by the layer's digest. An index is kept of layers that were streamed once; with
 it the layer is read at random, and checked chunk by chunk. Whoever opens the layer loads it; keeping runs in a thread.
+The codecs are imported by who needs one: an image with an index of its own does not.
 """
 
 import logging
@@ -14,13 +15,9 @@ from ckptfs.errors import FormatError
 from ckptfs.hardening import release_memory
 from ckptfs.image.resolve import DocumentStore
 from ckptfs.layers import Layer
-from ckptfs.layers.indexed import Indexed
 from ckptfs.layers.protocols import SideDocument
-from ckptfs.layers.stream import StreamLayer
-from ckptfs.model.layer_index import encode_layer_index
 from ckptfs.model.oci import Descriptor
 from ckptfs.model.toc import Entry
-from ckptfs.model.toc_document import decode_toc, encode_toc
 from ckptfs.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -44,8 +41,11 @@ class LayerMemory:
 
     def prepare(self, layer: Layer) -> None:
         """Before the layer's first scan."""
-        if isinstance(layer, StreamLayer):
-            layer.learning = self._learning
+        if layer.sequential:
+            from ckptfs.layers.stream import StreamLayer
+
+            if isinstance(layer, StreamLayer):
+                layer.learning = self._learning
 
     def document(self, descriptor: Descriptor) -> bytes | None:
         """The index of a layer that this node has streamed, as `encode_layer_index` wrote it."""
@@ -56,6 +56,8 @@ class LayerMemory:
         document = self.document(descriptor)
         if document is None:
             return None
+        from ckptfs.layers.indexed import Indexed
+
         try:
             return Indexed.parse(document, descriptor, self._settings, own=True)
         except FormatError as error:
@@ -68,6 +70,8 @@ class LayerMemory:
         document = self._cache.get_document(_toc_key(descriptor))
         if document is None:
             return None
+        from ckptfs.model.toc_document import decode_toc
+
         try:
             toc = decode_toc(document, layer=number, layer_digest=str(descriptor.digest))
         except FormatError as error:
@@ -95,6 +99,10 @@ class LayerMemory:
             await trio.to_thread.run_sync(release_memory)
 
     def _keep(self, entries: Sequence[Entry], layer: Layer, descriptor: Descriptor) -> None:
+        from ckptfs.layers.stream import StreamLayer
+        from ckptfs.model.layer_index import encode_layer_index
+        from ckptfs.model.toc_document import encode_toc
+
         index = layer.index(entries) if isinstance(layer, StreamLayer) else None
         if index is not None:
             self._cache.put_document(_index_key(descriptor), encode_layer_index(index))

@@ -1,30 +1,33 @@
 """Layer formats: from a blob to entries, and from encoded to decoded chunks. No network, no FUSE, no trio.
 
-A new format is one module and one line in `FORMATS`.
+A new format is one module and one line in `_formats`.
 """
 
+import functools
+
 from ckptfs.errors import FormatError
-from ckptfs.layers.estargz import EStargzFormat
-from ckptfs.layers.gzip import GzipFormat
 from ckptfs.layers.media_types import is_encrypted
 from ckptfs.layers.protocols import Emit, Layer, LayerFormat, Verification
-from ckptfs.layers.tar import TarFormat
-from ckptfs.layers.zstd import ZstdFormat
 from ckptfs.layers.zstd_chunked import ZstdChunkedFormat
 from ckptfs.model.blob import Blob
 from ckptfs.model.chunk_digest import ChunkDigest
 from ckptfs.model.oci import Descriptor
 
-__all__ = ["FORMATS", "Emit", "Layer", "LayerFormat", "Verification", "may_be_indexed", "open_indexed", "select_format"]
+__all__ = ["Emit", "Layer", "LayerFormat", "Verification", "may_be_indexed", "open_indexed", "select_format"]
 
-# The first that matches reads the layer: those with a table of contents come before the streams that they also are.
-FORMATS: tuple[LayerFormat, ...] = (
-    ZstdChunkedFormat(),
-    EStargzFormat(),
-    GzipFormat(),
-    ZstdFormat(),
-    TarFormat(),
-)
+
+@functools.cache
+def _formats() -> tuple[LayerFormat, ...]:
+    """The first that matches reads the layer: formats with a table of contents come before the streams they also are.
+
+    Imported when somebody asks for one: an image whose index tells all chunks need not wait for the others (7 ms).
+    """
+    from ckptfs.layers.estargz import EStargzFormat
+    from ckptfs.layers.gzip import GzipFormat
+    from ckptfs.layers.tar import TarFormat
+    from ckptfs.layers.zstd import ZstdFormat
+
+    return ZstdChunkedFormat(), EStargzFormat(), GzipFormat(), ZstdFormat(), TarFormat()
 
 
 def select_format(descriptor: Descriptor) -> LayerFormat:
@@ -34,7 +37,7 @@ def select_format(descriptor: Descriptor) -> LayerFormat:
             f"layer {descriptor.digest} is encrypted ({descriptor.media_type})",
             hint="ckptfs has no keys for ocicrypt; decrypt a copy of the image: skopeo copy --decryption-key",
         )
-    for candidate in FORMATS:
+    for candidate in _formats():
         if candidate.matches(descriptor):
             return candidate
     raise FormatError(
@@ -45,7 +48,7 @@ def select_format(descriptor: Descriptor) -> LayerFormat:
 
 def may_be_indexed(descriptor: Descriptor) -> bool:
     """Whether an image's index can tell the chunks of such a layer: what it says has to be checked chunk by chunk."""
-    return isinstance(select_format(descriptor), ZstdChunkedFormat)
+    return ZstdChunkedFormat().matches(descriptor) and not is_encrypted(descriptor.media_type)
 
 
 def open_indexed(blob: Blob, layer: int, chunk_digest: ChunkDigest) -> Layer:
