@@ -251,7 +251,8 @@ class Fetcher:
         async with trio.open_nursery() as nursery:
             while True:
                 self._wake = trio.Event()
-                self.scheduler.window, self.scheduler.extent = self.link.window, self.link.extent
+                link, scheduler = self.link, self.scheduler
+                scheduler.window, scheduler.extent, scheduler.jobs = link.window, link.extent, link.jobs
                 self._refill()
                 while (job := self.scheduler.next_job()) is not None:
                     if not self.scheduler.running:

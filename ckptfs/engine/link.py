@@ -5,6 +5,7 @@ behind leaves the link idle. The right amount is bandwidth x delay plus a little
 loop only, apart from `received`.
 """
 
+import os
 from collections import deque
 
 from ckptfs.settings import KiB, Sizes
@@ -12,8 +13,8 @@ from ckptfs.settings import KiB, Sizes
 _SAMPLE = 0.05  # seconds; shorter intervals measure bursts of the receive buffer, not the link
 _SAMPLE_BYTES = 512 * KiB
 _SLACK = 0.03  # seconds of data on top of a round trip, at least: covers the pauses between requests of one connection
-_ROOM = 0.06  # the same where the link is so fast that requests were small: each costs 1 ms of the processor
-_FAST = 200e6  # bytes per second from which on there is so much room; 4 MB for each request then
+_GIGABIT = 125e6  # bytes per second; from here on it is decoding that takes the time, not the link
+_ROOM = 0.12  # the slack at twice that: requests of 8 MB, for each costs 1 ms of the processor
 _FLOOR = 512 * KiB  # two chunks of a pages file
 _GUESS = 25e6  # bytes per second until the first sample: 2 MB at no delay, 12 MB at 200 ms
 
@@ -23,6 +24,7 @@ class LinkEstimate:
 
     window  bytes that prefetch may have under way.
     extent  bytes that one request of it may ask for, at most.
+    jobs    requests of it that may be under way, at most.
     rate    bytes per second, the best of the last samples; 0 while unknown.
     delay   seconds from request to first bytes, the best of many: those that had the link to themselves. 0: unknown.
     """
@@ -30,6 +32,8 @@ class LinkEstimate:
     def __init__(self, sizes: Sizes) -> None:
         self._ceiling = sizes.in_flight
         self._usual = sizes.sequential_extent
+        self._jobs = sizes.jobs
+        self._processors = max(len(os.sched_getaffinity(0)), 2)
         self._delays: deque[float] = deque(maxlen=128)
         self._rates: deque[float] = deque(maxlen=8)
         self._since: float | None = None
@@ -71,9 +75,12 @@ class LinkEstimate:
             self._since, self._bytes = None, 0
 
     def _judge(self) -> None:
-        slack = max(_SLACK, _ROOM * min(self.rate / _FAST, 1.0))
+        slack = _SLACK + (_ROOM - _SLACK) * min(max(self.rate / _GIGABIT - 1, 0.0), 1.0)
         window = (self.rate or _GUESS) * (self.delay + max(self.delay, slack))
         self.window = int(min(max(window, _FLOOR), self._ceiling))
         # Each costs 1 ms of the processor, but over a long way more of them beside each other fill the link better:
         # 89 % of it at 200 ms with 4 MiB, 86 % with half of the window.
         self.extent = self._usual if self.delay > slack else self._ceiling
+        # More threads than processors then fight for the interpreter: 1 GB from loopback took 2.8 s of two processors
+        # with eight, 2.5 s with two, whose requests are larger as well.
+        self.jobs = min(self._processors, self._jobs) if self.rate >= _GIGABIT else self._jobs

@@ -69,6 +69,7 @@ class Scheduler:
         # Bytes that prefetch and background together may have on the way: about what the link holds, so that a demand
         # read does not queue behind megabytes of what nobody waits for. fetch.py adjusts it to the measured link.
         self.window = window or sizes.in_flight
+        self.jobs = sizes.jobs  # how many requests of those may be under way; adjusted, too
         self.extent = sizes.sequential_extent  # bytes that one request of those may ask for, at most; adjusted as well
         self._refused = (b"", 0)  # first chunk and bytes of the job that the window had no room for
         self.full = False  # whether something was refused because the window is full: the link has all it can carry
@@ -130,7 +131,7 @@ class Scheduler:
 
     def _most(self, priority: Priority) -> int:
         """Demand may always start; the others leave room among the connections, and on the link."""
-        return self.sizes.jobs if priority == Priority.PREFETCH else self.sizes.background_jobs
+        return self.jobs if priority == Priority.PREFETCH else min(self.jobs, self.sizes.background_jobs)
 
     def _fitting(self, first: Chunk, priority: Priority) -> Job | None:
         """The job that starts at `first` if the window has room for it.

@@ -284,7 +284,7 @@ def test_ready_is_independent_of_the_size(tmp_path: Path, record_property: Recor
                     found.append(mount.first["ready_ms"])
     small, large = (min(found) for found in times.values())
     record_property("figure", f"ready after {small:.0f} ms with 100 MB, {large:.0f} ms with 10 GB")
-    assert large <= 1.2 * small
+    assert large <= 1.2 * small + 30  # ms that one start differs from the next
 
 
 class HugeTar:

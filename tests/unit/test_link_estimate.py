@@ -1,5 +1,7 @@
 """How much may be on the way: bandwidth x delay and a little, from samples of the traffic that there is."""
 
+import os
+
 import pytest
 
 from ckptfs.engine.link import LinkEstimate
@@ -24,7 +26,7 @@ def _measured(rate: float, delay: float, *, full: bool = True) -> LinkEstimate:
         (25e6, 0.02, 0.02 + 0.03),  # 200 Mbit/s
         (25e6, 0.2, 0.4),
         (100e6, 0.001, 0.001 + 0.03),
-        (300e6, 0.0005, 0.0005 + 0.06),  # where requests are so many that they cost more than what they bring
+        (260e6, 0.0005, 0.0005 + 0.12),  # where requests are so many that they cost more than what they bring
     ],
 )
 def test_the_window_is_what_the_link_holds_and_a_little(rate: float, delay: float, seconds: float) -> None:
@@ -34,6 +36,11 @@ def test_the_window_is_what_the_link_holds_and_a_little(rate: float, delay: floa
 def test_one_request_is_longer_where_the_way_is_short() -> None:
     assert _measured(300e6, 0.0005).extent == _measured(25e6, 0.02).extent == Sizes().in_flight
     assert _measured(25e6, 0.2).extent == Sizes().sequential_extent
+
+
+def test_no_more_requests_than_processors_where_decoding_is_what_takes_the_time() -> None:
+    assert _measured(300e6, 0.0005).jobs == max(min(len(os.sched_getaffinity(0)), Sizes().jobs), 2)
+    assert _measured(100e6, 0.0005).jobs == _measured(25e6, 0.02).jobs == Sizes().jobs
 
 
 def test_the_window_is_never_more_than_memory_may_hold_nor_less_than_two_chunks() -> None:

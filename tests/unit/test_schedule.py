@@ -120,6 +120,19 @@ def test_background_waits_for_free_connections() -> None:
     assert len(scheduler.running) == sizes.background_jobs
 
 
+def test_prefetch_takes_no_more_requests_than_it_is_given_and_demand_does() -> None:
+    scheduler = Scheduler(Sizes(), window=1 << 40)
+    scheduler.jobs = 2
+    for number in range(4):
+        scheduler.want(chunk(number * 1000), Priority.PREFETCH)
+    while (job := scheduler.next_job()) is not None:
+        scheduler.running.append(job)
+    assert len(scheduler.running) == 2
+    scheduler.want(chunk(9999), Priority.DEMAND)
+    job = scheduler.next_job()
+    assert job is not None and job.priority is Priority.DEMAND
+
+
 def test_forgetting_drops_what_has_not_started() -> None:
     scheduler = Scheduler(Sizes())
     scheduler.want(chunk(0), Priority.PREFETCH)
