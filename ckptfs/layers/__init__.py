@@ -1,6 +1,6 @@
 """Layer formats: from a blob to entries, and from encoded to decoded chunks. No network, no FUSE, no trio.
 
-A new format is one module and one line in `_formats`.
+A new format is one module and one line in `formats`.
 """
 
 import functools
@@ -13,11 +13,11 @@ from ckptfs.model.blob import Blob
 from ckptfs.model.chunk_digest import ChunkDigest
 from ckptfs.model.oci import Descriptor
 
-__all__ = ["Emit", "Layer", "LayerFormat", "Verification", "may_be_indexed", "open_indexed", "select_format"]
+__all__ = ["Emit", "Layer", "LayerFormat", "Verification", "formats", "may_be_indexed", "open_indexed", "select_format"]
 
 
 @functools.cache
-def _formats() -> tuple[LayerFormat, ...]:
+def formats() -> tuple[LayerFormat, ...]:
     """The first that matches reads the layer: formats with a table of contents come before the streams they also are.
 
     Imported when somebody asks for one: an image whose index tells all chunks need not wait for the others (7 ms).
@@ -37,7 +37,7 @@ def select_format(descriptor: Descriptor) -> LayerFormat:
             f"layer {descriptor.digest} is encrypted ({descriptor.media_type})",
             hint="ckptfs has no keys for ocicrypt; decrypt a copy of the image: skopeo copy --decryption-key",
         )
-    for candidate in _formats():
+    for candidate in formats():
         if candidate.matches(descriptor):
             return candidate
     raise FormatError(

@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from ckptfs.errors import FormatError, IntegrityError
-from ckptfs.layers import FORMATS, select_format
+from ckptfs.layers import formats, select_format
 from ckptfs.model.oci import Descriptor, Digest
 from ckptfs.model.toc import Chunk, Entry
 from ckptfs.model.toc_document import decode_toc, encode_toc
@@ -291,7 +291,7 @@ def test_formats_are_told_apart_by_media_type_and_annotations() -> None:
         (TAR + "+zstd", toc, "zstd"),
     ):
         assert select_format(Descriptor(media_type, digest, 0, annotations)).name == expected
-    assert len({layer_format.name for layer_format in FORMATS}) == len(FORMATS)
+    assert len({layer_format.name for layer_format in formats()}) == len(formats())
 
 
 @pytest.mark.parametrize(
