@@ -23,7 +23,6 @@ log = logging.getLogger(__name__)
 
 # pyfuse3's default of 99 lets 130 hung reads starve stat for seconds; reads are capped below this by the reader.
 _MAX_TASKS = 4096
-_CALM = 0.3  # seconds after which a mount sets what only matters to large reads: criu begins now, on the same cores
 _LAST_WORDS = 0.5  # seconds for answers that are being given when the drain is over
 
 
@@ -77,7 +76,6 @@ class MountSession:
 
         await trio.to_thread.run_sync(read, abandon_on_cancel=True)
         on_ready()
-        await trio.sleep(_CALM)
         await trio.to_thread.run_sync(set_max_background, mount, self._settings.sizes)
 
     async def _watch_signals(self) -> None:
