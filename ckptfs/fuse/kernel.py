@@ -33,7 +33,7 @@ def set_read_ahead(mount: Mount, sizes: Sizes) -> None:
 def set_max_background(mount: Mount, sizes: Sizes) -> None:
     """12 buffered reads at a time, the default, are 1.5 MiB: less than most links hold. Blocks for some milliseconds.
 
-    Soon after the mount is ready: what has been queued because of the old value waits until one of those 12 ends
+    Before the mount is ready: what has been queued because of the old value waits until one of those 12 ends
     (fuse_conn_max_background_write wakes who waits for a place, and does not look into the queue).
 
     The control file system is not mounted everywhere (containers, minimal systems): then it is mounted for a moment in

@@ -5,6 +5,7 @@ nothing mounted and the process exits.
 """
 
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -70,13 +71,15 @@ class MountSession:
         path = os.path.join(os.fsencode(self.mountpoint), self._operations.first_file())
 
         def read() -> None:
-            os.stat(self.mountpoint)
             set_read_ahead(mount, self._settings.sizes)
             _first_read(os.fsdecode(path))
 
-        await trio.to_thread.run_sync(read, abandon_on_cancel=True)
+        await trio.to_thread.run_sync(os.stat, self.mountpoint, abandon_on_cancel=True)
+        async with trio.open_nursery() as nursery:
+            in_thread = functools.partial(trio.to_thread.run_sync, abandon_on_cancel=True)
+            nursery.start_soon(in_thread, set_max_background, mount, self._settings.sizes)
+            nursery.start_soon(in_thread, read)
         on_ready()
-        await trio.to_thread.run_sync(set_max_background, mount, self._settings.sizes)
 
     async def _watch_signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
