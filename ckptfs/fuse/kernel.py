@@ -8,6 +8,7 @@ import os
 
 from ckptfs.fuse.mountpoint import Mount
 from ckptfs.namespace import in_own_namespace
+from ckptfs.namespace import mount as show
 from ckptfs.settings import Sizes
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ def set_read_ahead(mount: Mount, sizes: Sizes) -> None:
 
 
 def set_max_background(mount: Mount, sizes: Sizes) -> None:
-    """12 buffered reads at a time, the default, are 1.5 MiB: less than most links hold. Blocks for some milliseconds.
+    """12 buffered reads at a time, the default, are 1.5 MiB: less than most links hold.
 
     Before the mount is ready: what has been queued because of the old value waits until one of those 12 ends
     (fuse_conn_max_background_write wakes who waits for a place, and does not look into the queue).
@@ -40,18 +41,21 @@ def set_max_background(mount: Mount, sizes: Sizes) -> None:
     a mount namespace of its own, which nobody else sees.
     """
     _, minor = mount.device
-    values = {"max_background": sizes.max_background, "congestion_threshold": sizes.max_background * 3 // 4}
-    if os.path.isdir(f"{_CONNECTIONS}/{minor}"):
-        for name, value in values.items():
-            try:
-                with open(f"{_CONNECTIONS}/{minor}/{name}", "w", encoding="ascii") as file:
-                    file.write(str(value))
-            except OSError as error:
-                log.info("%s stays as it is: %s", name, error.strerror)
-        return
-    if os.geteuid() != 0:
-        return
-    writes = " && ".join(f"echo {value} > {_CONNECTIONS}/{minor}/{name}" for name, value in values.items())
-    script = f"mount -t fusectl none {_CONNECTIONS} && {writes}"
-    if failure := in_own_namespace(script):
-        log.info("max_background stays as it is: %s", failure)
+
+    def write() -> None:
+        for name, value in (("max_background", sizes.max_background), ("congestion_threshold", threshold)):
+            with open(f"{_CONNECTIONS}/{minor}/{name}", "w", encoding="ascii") as file:
+                file.write(str(value))
+
+    def show_and_write() -> None:
+        show("fusectl", _CONNECTIONS)
+        write()
+
+    threshold = sizes.max_background * 3 // 4
+    try:
+        if os.path.isdir(f"{_CONNECTIONS}/{minor}"):
+            write()
+        elif os.geteuid() == 0 and (failure := in_own_namespace(show_and_write)):
+            log.info("max_background stays as it is: %s", failure)
+    except OSError as error:
+        log.info("max_background stays as it is: %s", error.strerror)

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptfs.errors import RestoreError
-from ckptfs.namespace import in_own_namespace
+from ckptfs.namespace import in_own_namespace, mount, unmount
 from ckptfs.settings import Settings
 
 RUNTIMES = ("runc", "crun")
+_CGROUPS = Path("/sys/fs/cgroup")
 _CGROUP_TRIES = 100  # of 10 ms
 _TIDY = 5.0  # seconds for a runtime to clean up; it takes some 20 ms
 # criu says these in every restore without CAP_SYS_RESOURCE, and after every failure.
@@ -147,27 +148,34 @@ def remove_cgroups(name: str) -> None:
 
     Runtimes remove only the first, if they succeed. criu also makes them in hierarchies that nobody has mounted.
     """
-    for top in (Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir()):
-        own = top / cgroup(name).lstrip("/")
-        if own.is_dir():
-            below = sorted(own.rglob("*/"), reverse=True)
-            for path in (*below, own):
-                _remove_cgroup(path)
-        if own.parent.is_dir():
-            _remove_cgroup(own.parent)
+    for top in (_CGROUPS, *_CGROUPS.iterdir()):
+        _remove_tree(top / cgroup(name).lstrip("/"))
     if hierarchies := _not_mounted():
-        in_own_namespace(_REMOVE, cgroup(name), *hierarchies)
+        in_own_namespace(functools.partial(_remove_unseen, cgroup(name), hierarchies))
 
 
-# What is left of one container is dumped with the next and made again below that one's cgroup: it doubles each time,
-# and criu took 1.6 s for 24 576 of them.
-_REMOVE = """own=$1; shift
-for hierarchy; do
-  mount -t cgroup -o "$hierarchy" cgroup /sys/fs/cgroup || continue
-  find "/sys/fs/cgroup$own" -depth -type d -exec rmdir {} +
-  rmdir "/sys/fs/cgroup${own%/*}"
-  umount /sys/fs/cgroup
-done"""
+def _remove_unseen(name: str, hierarchies: Sequence[str]) -> None:
+    """The same in hierarchies that no directory shows.
+
+    What is left of one container is dumped with the next and made again below that one's cgroup: it doubles each time,
+    and criu took 1.6 s for 24 576 of them.
+    """
+    for options in hierarchies:
+        with contextlib.suppress(OSError):
+            mount("cgroup", str(_CGROUPS), options)
+            try:
+                _remove_tree(_CGROUPS / name.lstrip("/"))
+            finally:
+                unmount(str(_CGROUPS))
+
+
+def _remove_tree(own: Path) -> None:
+    """A container's cgroup with all below it, and the one above it if that is empty."""
+    if own.is_dir():
+        for path in (*sorted(own.rglob("*/"), reverse=True), own):
+            _remove_cgroup(path)
+    if own.parent.is_dir():
+        _remove_cgroup(own.parent)
 
 
 def _not_mounted() -> list[str]:

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from ckptfs.namespace import in_own_namespace
+from ckptfs.namespace import mount as mount_kernel_files
+from ckptfs.settings import Sizes
 from tests.support import golden
 from tests.support.command import ckptfs, mounted
 from tests.support.fake_registry import FakeRegistry
@@ -314,3 +317,26 @@ def test_status_for_prometheus(tmp_path: Path) -> None:
     assert any(line.startswith("ckptfs_up{") and line.endswith(" 1") for line in samples)
     image_bytes = next(line for line in samples if line.startswith("ckptfs_image_bytes{"))
     assert f'mountpoint="{mount.path}"' in image_bytes and float(image_bytes.rpartition(" ")[2]) > 0
+
+
+def test_the_kernel_lets_many_reads_run_from_the_first_on(tmp_path: Path) -> None:
+    require(root=True)
+    connections = Path("/sys/fs/fuse/connections")
+    seen_before = sorted(os.listdir(connections))
+    found: list[int] = []
+    with mounted(f"oci:{LAYOUT}", tmp_path) as mount:
+        settings = connections / str(os.minor(mount.path.stat().st_dev))
+
+        def look() -> None:
+            if not settings.exists():
+                mount_kernel_files("fusectl", str(connections))
+            found.extend(int((settings / name).read_text()) for name in ("max_background", "congestion_threshold"))
+
+        assert in_own_namespace(look) == ""
+        assert found == [Sizes().max_background, Sizes().max_background * 3 // 4]
+    assert sorted(os.listdir(connections)) == seen_before, "what is mounted for that is nobody else's"
+
+
+def test_what_fails_in_a_namespace_of_its_own_is_told() -> None:
+    require(root=True)
+    assert "No such device" in in_own_namespace(lambda: mount_kernel_files("nothing", "/sys"))
