@@ -1,6 +1,6 @@
 """What a process that holds other people's memory does to keep it to itself, and to stay alive.
 
-Owns the settings of our own process (core dumps, ptrace, the OOM killer) and the garbage collector of a long-lived one.
+Owns the settings of our own process (core dumps, ptrace, the OOM killer) and of the interpreter of a long-lived one.
 Called by mounting.py and daemon.py, and by commands that read images: what restored processes would inherit is only for
 the first two, which start none.
 """
@@ -47,7 +47,7 @@ def few_arenas() -> None:
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
 
 
-def settle_garbage_collector() -> None:
+def settle() -> None:
     """Start-up is over: what lives now lives as long as the mount, so it is never looked at again.
 
     Until here the collector should be off (`gc.disable`): it would walk every entry of a table of contents that is
@@ -55,7 +55,7 @@ def settle_garbage_collector() -> None:
     """
     gc.freeze()
     gc.enable()
-    sys.setswitchinterval(_SWITCH)
+    sys.setswitchinterval(_SWITCH)  # standby.py makes it shorter for as long
 
 
 def release_memory() -> None:

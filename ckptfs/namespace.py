@@ -1,7 +1,7 @@
-"""A mount namespace for a moment: what kernel file systems show where nobody has mounted them.
+"""mount(2) and umount2(2), and a mount namespace for a moment: what kernel file systems show where nobody has them.
 
-Nobody else sees what is mounted there, and it is gone with the thread that made it. Needs root. Called by
-fuse/kernel.py and restore/runtimes.py.
+Nobody else sees what is mounted there, and it is gone with the thread that made it. Needs root. Nobody else calls these
+system calls; for fuse/ and restore/; errors are OSError with the kernel's reason.
 """
 
 import ctypes
@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 _CLONE_NEWNS = 0x20000  # unshare(2); of one thread, whose working directory becomes its own as well
 _MS_REC, _MS_PRIVATE = 1 << 14, 1 << 18  # mount(2)
+_MNT_DETACH = 2  # umount2(2)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -33,14 +34,15 @@ def in_own_namespace(action: Callable[[], None]) -> str:
     return "".join(failures)
 
 
-def mount(kind: str, target: str, options: str = "") -> None:
-    """Mount a file system of the kernel's. OSError as mount(2) gives it."""
-    _check(_libc.mount(b"none", os.fsencode(target), kind.encode(), ctypes.c_ulong(0), options.encode()), target)
+def mount(kind: str, target: str, *, source: str = "none", options: str = "") -> None:
+    """Mount without flags."""
+    words = [os.fsencode(word) for word in (source, target, kind)]
+    _check(_libc.mount(*words, ctypes.c_ulong(0), os.fsencode(options)), target)
 
 
-def unmount(target: str) -> None:
-    """OSError as umount2(2) gives it."""
-    _check(_libc.umount2(os.fsencode(target), 0), target)
+def unmount(target: str, *, lazily: bool = False) -> None:
+    """`lazily`: the name is free at once, whoever still uses what is mounted goes on."""
+    _check(_libc.umount2(os.fsencode(target), _MNT_DETACH if lazily else 0), target)
 
 
 def _check(result: int, *path: str) -> None:

@@ -21,7 +21,7 @@ from ckptfs.control.server import ControlServer
 from ckptfs.engine.cache import ChunkCache
 from ckptfs.engine.memory import MemoryCache
 from ckptfs.errors import only_error
-from ckptfs.hardening import release_memory, settle_garbage_collector
+from ckptfs.hardening import release_memory, settle
 from ckptfs.mounting import Request
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Resident:
         self.facts["ready_ms"] = round((self.ready_at - self._request.started) * 1000, 1)
         write_state(self._files, {"mountpoint": self._mountpoint, "reference": reference, "pid": os.getpid()})
         log.info("%s is mounted on %s after %.0f ms", what, self._mountpoint, self.facts["ready_ms"])
-        settle_garbage_collector()
+        settle()
         if self._request.ready_fd is not None:
             tell(self._request.ready_fd)
         if self._writer is None:

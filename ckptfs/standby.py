@@ -69,7 +69,7 @@ def _asks_a_registry(arguments: Sequence[str]) -> bool:
 def _wait(channel: socket.socket, *, asks: bool) -> NoReturn:
     """The daemon until its request comes, and then as whatever the request makes of it."""
     try:
-        sys.setswitchinterval(_SWITCH)  # until hardening.py says that start-up is over
+        sys.setswitchinterval(_SWITCH)  # until hardening.settle
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; we shall see the end of the channel
         if asks:
             import ckptfs.sources.registry  # urllib3, before trio: the first request runs while that is imported

@@ -6,9 +6,8 @@ Where a setting is refused (not root) the mount is slower, not wrong. docs/perfo
 import logging
 import os
 
+from ckptfs import namespace
 from ckptfs.fuse.mountpoint import Mount
-from ckptfs.namespace import in_own_namespace
-from ckptfs.namespace import mount as show
 from ckptfs.settings import Sizes
 
 log = logging.getLogger(__name__)
@@ -25,8 +24,7 @@ def set_read_ahead(mount: Mount, sizes: Sizes) -> None:
     major, minor = mount.device
     path = f"/sys/class/bdi/{major}:{minor}/read_ahead_kb"
     try:
-        with open(path, "w", encoding="ascii") as file:
-            file.write(str(sizes.read_ahead // 1024))
+        _write(path, sizes.read_ahead // 1024)
     except OSError as error:
         log.info("%s stays as it is: %s", path, error.strerror)
 
@@ -40,22 +38,26 @@ def set_max_background(mount: Mount, sizes: Sizes) -> None:
     The control file system is not mounted everywhere (containers, minimal systems): then it is mounted for a moment in
     a mount namespace of its own, which nobody else sees.
     """
-    _, minor = mount.device
+    settings = f"{_CONNECTIONS}/{mount.device[1]}"
 
     def write() -> None:
-        for name, value in (("max_background", sizes.max_background), ("congestion_threshold", threshold)):
-            with open(f"{_CONNECTIONS}/{minor}/{name}", "w", encoding="ascii") as file:
-                file.write(str(value))
+        if not os.path.isdir(settings):
+            namespace.mount("fusectl", _CONNECTIONS)
+        _write(f"{settings}/max_background", sizes.max_background)
+        _write(f"{settings}/congestion_threshold", sizes.max_background * 3 // 4)
 
-    def show_and_write() -> None:
-        show("fusectl", _CONNECTIONS)
-        write()
-
-    threshold = sizes.max_background * 3 // 4
+    failure = ""
     try:
-        if os.path.isdir(f"{_CONNECTIONS}/{minor}"):
+        if os.path.isdir(settings):
             write()
-        elif os.geteuid() == 0 and (failure := in_own_namespace(show_and_write)):
-            log.info("max_background stays as it is: %s", failure)
+        elif os.geteuid() == 0:
+            failure = namespace.in_own_namespace(write)
     except OSError as error:
-        log.info("max_background stays as it is: %s", error.strerror)
+        failure = str(error)
+    if failure:
+        log.info("max_background stays as it is: %s", failure)
+
+
+def _write(path: str, value: int) -> None:
+    with open(path, "w", encoding="ascii") as file:
+        file.write(str(value))

@@ -3,7 +3,6 @@
 Reads /proc/self/mountinfo and never touches the file system in question, so a hung or dead mount cannot hang us.
 """
 
-import ctypes
 import errno
 import os
 import subprocess
@@ -11,9 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ckptfs.errors import MountError
+from ckptfs.namespace import unmount
 
 FSTYPE = "fuse.ckptfs"
-_MNT_DETACH = 2  # umount2(2)
 _LINKS = 4  # containers/storage: l/SHORT -> ../ID/diff -> the layer store
 
 
@@ -131,10 +130,11 @@ def prepare(path: str) -> None:
 def detach(path: str) -> None:
     """Lazy unmount: the name is free at once, whoever still reads keeps reading."""
     if os.geteuid() == 0:
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.umount2(os.fsencode(path), _MNT_DETACH) == 0:
+        try:
+            unmount(path, lazily=True)
             return
-        reason = os.strerror(ctypes.get_errno())
+        except OSError as error:
+            reason = str(error.strerror)
     else:
         done = subprocess.run(["fusermount3", "-u", "-z", path], capture_output=True, text=True, check=False)
         if done.returncode == 0:

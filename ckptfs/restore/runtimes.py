@@ -162,7 +162,7 @@ def _remove_unseen(name: str, hierarchies: Sequence[str]) -> None:
     """
     for options in hierarchies:
         with contextlib.suppress(OSError):
-            mount("cgroup", str(_CGROUPS), options)
+            mount("cgroup", str(_CGROUPS), options=options)
             try:
                 _remove_tree(_CGROUPS / name.lstrip("/"))
             finally:

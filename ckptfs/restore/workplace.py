@@ -9,7 +9,6 @@ Called by flow.py and podman.py.
 """
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import json
@@ -22,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Self
 
+from ckptfs import namespace
 from ckptfs.errors import CkptfsError, MountError, RestoreError
 from ckptfs.fuse.mountpoint import detach, mounts
 from ckptfs.mounting import umount
@@ -108,14 +108,13 @@ def clear(path: Path) -> None:
 
 def mount(source: str, target: Path, kind: str, options: str) -> None:
     """mount(2), without flags. RestoreError with the kernel's reason."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    words = [os.fsencode(word) for word in (source, target, kind)]
-    if libc.mount(*words, 0, os.fsencode(options)) != 0:
-        number = ctypes.get_errno()
+    try:
+        namespace.mount(kind, str(target), source=source, options=options)
+    except OSError as error:
         hint = "the kernel's log (dmesg) says more"
-        if number == errno.EINVAL and kind == "overlay":
+        if error.errno == errno.EINVAL and kind == "overlay":
             hint = f"{target.parent} must be on a disk that overlay can write to: --dir"
-        raise RestoreError(f"{kind} cannot be mounted on {target}: {os.strerror(number)}", hint=hint)
+        raise RestoreError(f"{kind} cannot be mounted on {target}: {error.strerror}", hint=hint) from None
 
 
 def _dead(parent: Path) -> list[Path]:

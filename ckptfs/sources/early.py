@@ -24,7 +24,7 @@ class EarlySource:
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._resolve, name="resolve", daemon=True)
         self._thread.start()
-        for _ in range(_CONNECTIONS):
+        for _ in range(_CONNECTIONS if isinstance(source, Repository) else 0):
             threading.Thread(target=self._connect, name="connect", daemon=True).start()
 
     @property

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from random import Random
 
@@ -27,7 +26,6 @@ from ckptfs.sources.layout import LayoutSource
 from ckptfs.telemetry import NetworkCounters
 from tests.support.docker_registry import DockerRegistry
 from tests.support.fake_registry import FakeRegistry
-from tests.support.faulty import secure_source
 from tests.support.sources import Client, client
 from tests.support.tools import free_port
 
@@ -270,48 +268,6 @@ def test_a_manifest_takes_one_request() -> None:
         assert [(a.method, a.path) for a in registry.log] == [("GET", "/v2/repo/manifests/latest")]
         accepted = registry.log[0].headers["accept"]
         assert accepted.count("vnd.oci") == accepted.count("vnd.docker") == 2
-
-
-def test_connections_are_kept() -> None:
-    with FakeRegistry() as registry, client(registry) as c:
-        registry.add_image("repo", "latest", [(TAR, DATA)])
-        source = c.source()
-        image = source.resolve()
-        assert isinstance(image, Manifest)
-        blob = source.blob(image.layers[0])
-        for offset in range(0, 1_000_000, 100_000):
-            blob.read_at(offset, 100_000)
-        source.fetch(image.config)
-        with pytest.raises(NotFoundError):
-            c.source("repo:nope").resolve()
-        assert len({access.connection for access in registry.log}) == 1
-        assert c.counters.bytes >= 1_000_000
-
-
-@pytest.mark.parametrize("tls", [False, True])
-def test_requests_use_the_connections_that_were_made_ahead(tls: bool, tmp_path: Path) -> None:
-    with FakeRegistry(tls=tls) as registry, client(registry) as c:
-        registry.add_image("repo", "latest", [(TAR, DATA)])
-        if tls:
-            c.trust(tmp_path)
-        source = secure_source(c) if tls else c.source()
-        for _ in range(2):
-            source.connect()
-        assert not registry.log
-        image = source.resolve()
-        assert isinstance(image, Manifest)
-        blob = source.blob(image.layers[0])
-        both = zip_longest(blob.stream(0, SIZE), blob.stream(0, SIZE), fillvalue=b"")  # at the same time
-        assert sum(len(piece) for pair in both for piece in pair) == 2 * SIZE
-        assert len({access.connection for access in registry.log}) == registry.accepted == 2
-
-
-def test_where_no_connection_can_be_made_the_request_says_so() -> None:
-    with FakeRegistry() as registry, client(registry) as c:
-        source = c.source()
-    source.connect()
-    with pytest.raises(UnavailableError, match="connection refused"):
-        source.resolve()
 
 
 def test_the_real_docker_hub_name() -> None:
