@@ -12,6 +12,7 @@ import zstandard
 from zlib_ng import zlib_ng
 
 from ckptfs.errors import FormatError, IntegrityError, LimitExceeded
+from ckptfs.layers.libzstd import Frames, frames
 from ckptfs.settings import KiB, Limits
 
 Bytes = bytes | memoryview
@@ -130,22 +131,33 @@ DECOMPRESS: dict[str, Decompress] = {"none": copied, "gzip": gunzipped, "zstd": 
 
 # Chunks.
 
-_local = threading.local()
+
+class _Zstd(threading.local):
+    """Contexts of decompression, which are not thread-safe."""
+
+    decompressor: zstandard.ZstdDecompressor | None = None
+    frames: Frames | None = None
+
+
+_zstd = _Zstd()
 
 
 def unzstd_chunk(data: Bytes, length: int, limits: Limits) -> Bytes:
     """The first `length` bytes that the frames in `data` hold; what follows is not looked at."""
-    decompressor = getattr(_local, "decompressor", None)
-    if decompressor is None:  # one for each thread: they are not thread-safe
-        decompressor = zstandard.ZstdDecompressor(max_window_size=limits.zstd_window_bytes)
-        _local.decompressor = decompressor
+    decompressor = _zstd.decompressor
+    if decompressor is None:
+        decompressor = _zstd.decompressor = zstandard.ZstdDecompressor(max_window_size=limits.zstd_window_bytes)
+        _zstd.frames = frames()
     try:
         # zstandard allocates what a frame declares, whatever is asked for: only after comparing.
         if zstandard.frame_content_size(data) == length:
             return bytes(decompressor.decompress(data))
-        # Several frames; one that does not tell its size; or (stargz) one that goes on with the headers of other files.
+        found = _zstd.frames.decompress(data, length) if _zstd.frames is not None else None
+        if found is not None:
+            return found
+        # No libzstd; a frame that does not tell its size; or (stargz) one that goes on with the headers of other files.
         with decompressor.stream_reader(data, read_across_frames=True) as reader:
-            out = reader.read(length)
+            out: bytes = reader.read(length)
     except zstandard.ZstdError as error:
         raise IntegrityError(f"a zstd chunk does not decompress ({error})") from None
     if len(out) != length:
