@@ -111,12 +111,16 @@ class Receiver:
         failures: dict[bytes, CkptfsError] = {}
         batch: list[tuple[bytes, Buffer]] = []
         pending = 0
-        began = time.monotonic()
+        began = idle = time.monotonic()
+        first, waiting = 0.0, 0.0
         try:
             for piece in blob.stream(start, end - start, attempt=job.attempt):
                 now = time.monotonic()
-                if not filled:
+                if filled:
+                    waiting += now - idle
+                else:
                     self._link.first_byte(now - began)
+                    first = now
                 filled += len(piece)
                 job.received = filled
                 self._link.received(len(piece), now)
@@ -139,6 +143,8 @@ class Receiver:
                 if pending >= _BATCH:
                     self._cache.put_many(batch)
                     batch, pending = [], 0
+                idle = time.monotonic()
+            self._link.spent(filled, waiting, idle - first)
         except CkptfsError as error:
             failures.update((chunk.key, error) for chunk in cutter.missing)
         if batch:

@@ -1,8 +1,9 @@
 """What the link can carry, estimated from the traffic that there is: how much may be on the way without harm.
 
 Prefetch that outruns the link makes a demand read wait behind megabytes of what nobody needs yet; prefetch that falls
-behind leaves the link idle. The right amount is bandwidth x delay plus a little (BBR's BDP). Called from the event
-loop only, apart from `received`.
+behind leaves the link idle. The right amount is bandwidth x delay plus a little (BBR's BDP). Where the link outruns us
+there is no such harm: what counts then is that requests are few and long. Called from the event loop only, apart from
+`received` and `spent`.
 """
 
 import os
@@ -13,8 +14,7 @@ from ckptfs.settings import KiB, Sizes
 _SAMPLE = 0.05  # seconds; shorter intervals measure bursts of the receive buffer, not the link
 _SAMPLE_BYTES = 512 * KiB
 _SLACK = 0.03  # seconds of data on top of a round trip, at least: covers the pauses between requests of one connection
-_GIGABIT = 125e6  # bytes per second; from here on it is decoding that takes the time, not the link
-_ROOM = 0.12  # the slack at twice that: requests of 8 MB, for each costs 1 ms of the processor
+_OUTRUN = 0.6  # of a body's time is waiting for it, at most, where decoding takes the rest: 0.01 to 0.45; else 0.8 to 1
 _FLOOR = 512 * KiB  # two chunks of a pages file
 _GUESS = 25e6  # bytes per second until the first sample: 2 MB at no delay, 12 MB at 200 ms
 
@@ -25,6 +25,7 @@ class LinkEstimate:
     window  bytes that prefetch may have under way.
     extent  bytes that one request of it may ask for, at most.
     jobs    requests of it that may be under way, at most.
+    outrun  whether bytes come faster than they are decoded.
     rate    bytes per second, the best of the last samples; 0 while unknown.
     delay   seconds from request to first bytes, the best of many: those that had the link to themselves. 0: unknown.
     """
@@ -36,6 +37,8 @@ class LinkEstimate:
         self._processors = max(len(os.sched_getaffinity(0)), 2)
         self._delays: deque[float] = deque(maxlen=128)
         self._rates: deque[float] = deque(maxlen=8)
+        self._spent: deque[tuple[float, float]] = deque(maxlen=8)
+        self.outrun = False
         self._since: float | None = None
         self._bytes = 0
         self.rate = self.delay = 0.0
@@ -52,6 +55,20 @@ class LinkEstimate:
             self._since = now  # what came before, and the way of the first bytes, say nothing of the bandwidth
         else:
             self._bytes += count
+
+    def spent(self, count: int, waiting: float, seconds: float) -> None:
+        """A body of `count` bytes took `seconds` from its first bytes on, with `waiting` for the others among them.
+
+        Called from the fetching threads.
+        """
+        if count < _SAMPLE_BYTES:  # what comes in one piece tells nothing
+            return
+        self._spent.append((waiting, seconds))
+        waits, all_seconds = zip(*self._spent, strict=True)
+        outrun = sum(waits) < _OUTRUN * sum(all_seconds)
+        if outrun != self.outrun:
+            self.outrun = outrun
+            self._judge()
 
     def busy(self) -> None:
         """The link goes from idle to busy: start measuring."""
@@ -75,12 +92,15 @@ class LinkEstimate:
             self._since, self._bytes = None, 0
 
     def _judge(self) -> None:
-        slack = _SLACK + (_ROOM - _SLACK) * min(max(self.rate / _GIGABIT - 1, 0.0), 1.0)
-        window = (self.rate or _GUESS) * (self.delay + max(self.delay, slack))
+        if self.outrun:
+            # Each request costs 2 ms of the processor, and more threads than processors fight for the interpreter:
+            # 1 GB from loopback, two processors: 4.1 s with 8 of 1 to 4 MB (in 3.7 s), 3.5 s with 2 of 8 MB (in 2.9 s).
+            self.window, self.extent = self._ceiling // 2, self._ceiling // 4
+            self.jobs = min(self._processors, self._jobs)
+            return
+        window = (self.rate or _GUESS) * (self.delay + max(self.delay, _SLACK))
         self.window = int(min(max(window, _FLOOR), self._ceiling))
-        # Each costs 1 ms of the processor, but over a long way more of them beside each other fill the link better:
+        # Each costs the processor, but over a long way more of them beside each other fill the link better:
         # 89 % of it at 200 ms with 4 MiB, 86 % with half of the window.
-        self.extent = self._usual if self.delay > slack else self._ceiling
-        # More threads than processors then fight for the interpreter: 1 GB from loopback took 2.8 s of two processors
-        # with eight, 2.5 s with two, whose requests are larger as well.
-        self.jobs = min(self._processors, self._jobs) if self.rate >= _GIGABIT else self._jobs
+        self.extent = self._usual if self.delay > _SLACK else self._ceiling
+        self.jobs = self._jobs
