@@ -96,6 +96,7 @@ class ChunkLog:
         return count
 
     def _append(self, writer: SegmentWriter, chunks: Sequence[_Chunk]) -> None:
+        writer.reserve(self._cap)
         try:
             records = writer.append(chunks)
         except OSError:
@@ -107,6 +108,7 @@ class ChunkLog:
         writer, self._writer = self._writer, None
         if writer is None:
             return
+        writer.end()
         with suppress(OSError):
             if seal:
                 writer.seal()

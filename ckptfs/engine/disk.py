@@ -5,6 +5,7 @@ WriteGate (whether the disk is written to at all). Never interprets what it read
 cache only.
 """
 
+import ctypes
 import errno
 import fcntl
 import logging
@@ -20,6 +21,9 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 RETRY_WRITES = 30.0  # seconds between attempts to write to a disk that refused
 
 _IOV_MAX = 1024  # linux/uio.h UIO_MAXIOV
+_KEEP_SIZE = 1  # linux/falloc.h FALLOC_FL_KEEP_SIZE
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +46,12 @@ class DiskOps:
     unlink = staticmethod(os.unlink)
     utime = staticmethod(os.utime)
     flock = staticmethod(fcntl.flock)
+
+    @staticmethod
+    def allocate(fd: int, offset: int, length: int) -> None:
+        """fallocate(2) behind the end of a file, whose size stays; os.posix_fallocate would change it."""
+        if _libc.fallocate(fd, _KEEP_SIZE, ctypes.c_int64(offset), ctypes.c_int64(length)):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
     @staticmethod
     def lock_range(fd: int, command: int, lock: bytes) -> bytes:

@@ -220,6 +220,30 @@ def test_data_written_in_part_is_given_back(path: Path) -> None:
     assert [file.stat().st_size for file in segment_files(path)] == [1000]
 
 
+def test_a_large_segment_gets_its_blocks_ahead_and_gives_back_those_it_does_not_need(path: Path) -> None:
+    with ChunkCache.open(path, size=1024 * MiB) as cache:
+        cache.put_many([item(number, 256 * KiB) for number in range(8)])
+        (data,) = segment_files(path)
+        assert data.stat().st_blocks * 512 < 3 * MiB, "nothing ahead for what may stay small"
+        for number in range(8, 40):
+            cache.put_many([item(number, 256 * KiB)])
+        assert data.stat().st_size == 40 * 256 * KiB
+        assert data.stat().st_blocks * 512 >= 14 * MiB
+    assert data.stat().st_size == 40 * 256 * KiB
+    assert data.stat().st_blocks * 512 < 11 * MiB
+    with ChunkCache.open(path, size=1024 * MiB) as cache:
+        assert all(cache.get(key(number)) == chunk(number, 256 * KiB) for number in range(40))
+
+
+def test_blocks_that_cannot_be_had_ahead_are_not_missed(path: Path) -> None:
+    disk = Refusing("allocate")
+    disk.code = errno.EOPNOTSUPP
+    with ChunkCache.open(path, size=1024 * MiB, ops=disk) as cache:
+        for number in range(60):
+            cache.put_many([item(number, 256 * KiB)])
+        assert all(cache.contains(key(number)) for number in range(60)) and not cache.stats().read_only
+
+
 def test_verify_drops_what_is_damaged(path: Path) -> None:
     with ChunkCache.open(path, size=SIZE) as cache:
         for start in range(0, 64, 32):  # two segments
