@@ -22,7 +22,7 @@ from ckptfs import standby
 from ckptfs.control.client import MountFiles, ask, ensure_runtime_dir, known_mounts, prune_logs
 from ckptfs.errors import CkptfsError, MountError, UnavailableError
 from ckptfs.fuse.mountpoint import canonical, detach, mount_at, overlays_over, prepare
-from ckptfs.hardening import few_arenas, harden
+from ckptfs.hardening import harden, reuse_memory
 from ckptfs.model.oci import Reference
 from ckptfs.redaction import log_to_stderr
 from ckptfs.settings import Settings
@@ -361,7 +361,7 @@ def _rebuilt(message: dict[str, Any]) -> CkptfsError:
 def _run(request: Request, claim: _Lock, writer: int | None) -> None:
     """Serve the mount in this process."""
     gc.disable()  # until start-up is over
-    few_arenas()
+    reuse_memory()
     harden()
     ended_well = False
     try:

@@ -19,7 +19,9 @@ _SLOT_BITS = 20
 _RECORD_MASK = (1 << _SLOT_BITS) - 1
 assert MAX_RECORDS <= 1 << _SLOT_BITS
 
-_REFRESH_EVERY = 0.002  # seconds between two looks at what others appended, when misses ask for it; a look costs 10 us
+# Seconds between two looks at what others appended, when misses ask for it. Whoever is about to fetch looks by himself;
+# a look costs 10 us, and four times that where everything else is busy.
+_REFRESH_EVERY = 0.02
 _TOUCH_EVERY = 5.0  # seconds between two notes that a segment is in use
 _OPEN_FILES = 128  # data files kept open; RLIMIT_NOFILE is 1024 by default
 

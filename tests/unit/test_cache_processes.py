@@ -65,11 +65,11 @@ def test_misses_look_for_news_but_not_each(path: Path, one: ChunkCache) -> None:
     with ChunkCache.open(path, size=SIZE, clock=clock) as other:
         one.put_many([item(1, 100)])
         assert not other.contains(key(1))
-        clock.advance(0.01)
+        clock.advance(0.03)
         assert other.contains(key(1))
         one.put_many([item(2, 100)])
         assert other.get(key(2)) is None
-        clock.advance(0.01)
+        clock.advance(0.03)
         assert other.get(key(2)) == chunk(2, 100)
 
 
