@@ -16,7 +16,7 @@ import pyfuse3
 
 from ckptfs.engine.reader import Handle
 from ckptfs.fuse.answers import Answering, answers
-from ckptfs.fuse.callers import pages_lazily
+from ckptfs.fuse.callers import Access, access_of
 from ckptfs.image import OpenImage
 from ckptfs.model.names import InodeNames
 from ckptfs.model.toc import Inode
@@ -158,8 +158,9 @@ class Operations(Answering):
         number = self._number()
         handle = self._handles[number] = await self.image.open(found)
         handle.pid = ctx.pid
-        handle.paging = found.size >= _LARGE and await pages_lazily(ctx.pid)
-        return pyfuse3.FileInfo(fh=number, keep_cache=True, direct_io=handle.paging)
+        access = await access_of(ctx.pid) if found.size >= _LARGE else Access.CACHED
+        handle.paging = access is Access.LAZILY
+        return pyfuse3.FileInfo(fh=number, keep_cache=True, direct_io=access is not Access.CACHED)
 
     @answers
     async def read(self, handle: int, offset: int, size: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Who opens a file: CRIU with lazy pages is known by its command line; nobody can make the mount wait for that."""
+"""Who opens a file: CRIU is known by its command line; nobody can make the mount wait for that."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from ckptfs.fuse import callers
-from ckptfs.fuse.callers import pages_lazily
+from ckptfs.fuse.callers import Access, access_of
 
 
 @contextmanager
@@ -29,34 +29,37 @@ def started(*arguments: str) -> Iterator[int]:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["lazy-pages", "-D", "/mnt"], True),
-        (["-D", "/mnt", "lazy-pages"], True),
-        (["restore", "--lazy-pages"], True),
-        (["restore", "-D", "/mnt/lazy-pages"], False),
-        ([], False),
+        (["lazy-pages", "-D", "/mnt"], Access.LAZILY),
+        (["-D", "/mnt", "lazy-pages"], Access.LAZILY),
+        (["criu", "restore", "--lazy-pages"], Access.LAZILY),
+        (["/usr/sbin/criu", "restore", "-D", "/mnt/lazy-pages"], Access.ONCE),
+        (["criu", "swrk", "3"], Access.ONCE),
+        (["restore", "-D", "/mnt/criu/dump"], Access.CACHED),
+        (["cp", "/mnt/criu", "there"], Access.CACHED),
+        ([], Access.CACHED),
     ],
 )
-def test_criu_is_known_by_its_command_line(arguments: list[str], expected: bool) -> None:
+def test_criu_is_known_by_its_command_line(arguments: list[str], expected: Access) -> None:
     with started(*arguments) as pid:
-        assert trio.run(pages_lazily, pid) is expected
+        assert trio.run(access_of, pid) is expected
 
 
 def test_a_process_that_cannot_be_seen_is_not_criu() -> None:
-    assert not trio.run(pages_lazily, 0)
+    assert trio.run(access_of, 0) is Access.CACHED
     with started() as pid:
         pass
-    assert not trio.run(pages_lazily, pid)
+    assert trio.run(access_of, pid) is Access.CACHED
 
 
 def test_a_process_whose_memory_does_not_answer_costs_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as one whose arguments were mapped from a file of the mount itself."""
     answered = threading.Event()
-    monkeypatch.setattr(callers, "_has_argument", lambda _: answered.wait(10))
+    monkeypatch.setattr(callers, "_by_command_line", lambda _: answered.wait(10))
 
     async def ask() -> None:
         async with trio.open_nursery() as nursery:
             for _ in range(20):
-                nursery.start_soon(pages_lazily, 1)
+                nursery.start_soon(access_of, 1)
 
     began = time.monotonic()
     trio.run(ask)
