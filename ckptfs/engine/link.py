@@ -14,6 +14,7 @@ from ckptfs.settings import KiB, Sizes
 _SAMPLE = 0.05  # seconds; shorter intervals measure bursts of the receive buffer, not the link
 _SAMPLE_BYTES = 512 * KiB
 _SLACK = 0.03  # seconds of data on top of a round trip, at least: covers the pauses between requests of one connection
+_PATIENCE = 0.25  # the same where nobody waits for a single page: longer requests, fewer of them
 _OUTRUN = 0.6  # of a body's time is waiting for it, at most, where decoding takes the rest: 0.01 to 0.45; else 0.8 to 1
 _FLOOR = 512 * KiB  # two chunks of a pages file
 _GUESS = 25e6  # bytes per second until the first sample: 2 MB at no delay, 12 MB at 200 ms
@@ -39,6 +40,7 @@ class LinkEstimate:
         self._rates: deque[float] = deque(maxlen=8)
         self._spent: deque[tuple[float, float]] = deque(maxlen=8)
         self.outrun = False
+        self._slack = _SLACK
         self._since: float | None = None
         self._bytes = 0
         self.rate = self.delay = 0.0
@@ -70,6 +72,13 @@ class LinkEstimate:
             self.outrun = outrun
             self._judge()
 
+    def be_patient(self, patient: bool) -> None:
+        """Whether what arrives is read from front to back, and no process waits for single pages behind it."""
+        slack = _PATIENCE if patient else _SLACK
+        if slack != self._slack:
+            self._slack = slack
+            self._judge()
+
     def busy(self) -> None:
         """The link goes from idle to busy: start measuring."""
         self._since, self._bytes = None, 0
@@ -98,9 +107,9 @@ class LinkEstimate:
             self.window, self.extent = self._ceiling // 2, self._ceiling // 4
             self.jobs = min(self._processors, self._jobs)
             return
-        window = (self.rate or _GUESS) * (self.delay + max(self.delay, _SLACK))
+        window = (self.rate or _GUESS) * (self.delay + max(self.delay, self._slack))
         self.window = int(min(max(window, _FLOOR), self._ceiling))
         # Each costs the processor, but over a long way more of them beside each other fill the link better:
         # 89 % of it at 200 ms with 4 MiB, 86 % with half of the window.
-        self.extent = self._usual if self.delay > _SLACK else self._ceiling
+        self.extent = self._usual if self.delay > self._slack else self._ceiling
         self.jobs = self._jobs

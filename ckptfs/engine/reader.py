@@ -22,6 +22,8 @@ _STRAIGHT = 512 * KiB  # reads of this size and more are of large files, front t
 _SEQUENTIAL = 512 * KiB  # read in sequence before running ahead
 _FAULT = 16 * KiB  # a read of so little elsewhere is a page fault or a look-up, never the kernel reading ahead
 _HELD = 0.02  # seconds at most for which a piece of the daemon's transfer is held back: faults wait behind it
+_PAGED = 1 * MiB  # single reads of smaller files are not page faults
+_CALM = 1.0  # seconds after the last page fault for which others may come
 _REORDERED = 2 * MiB  # how far apart reads of one sequence may come
 
 
@@ -146,6 +148,7 @@ class Reader:
         self.transfer_rate = 0.0  # bytes per second of what no process waits for, to the lazy-pages daemon; 0: no limit
         self.sequential = trio.Event()  # set once somebody reads a large file from front to back
         self._apart: dict[bytes, Sequence[Extent]] = {}
+        self._fault_at = float("-inf")
         self._answered = trio.Event()
         self._slots = trio.CapacityLimiter(max_hung)
 
@@ -242,7 +245,13 @@ class Reader:
         counters = self.counters
         counters.count += 1
         handle.last, handle.at = (offset, size), time.monotonic()
-        if handle.observe(offset, size):
+        sequential = handle.observe(offset, size)
+        if handle.paging or (not sequential and size <= _FAULT and handle.inode.size >= _PAGED):
+            self._fault_at = handle.at
+            self.fetcher.link.be_patient(False)
+        elif sequential and handle.at - self._fault_at > _CALM:
+            self.fetcher.link.be_patient(True)
+        if sequential:
             self.sequential.set()
             self._run_ahead(handle, offset + size)
         disk_before = self.fetcher.disk_hits

@@ -37,6 +37,15 @@ def test_one_request_is_longer_where_the_way_is_short() -> None:
     assert _measured(25e6, 0.2).extent == Sizes().sequential_extent
 
 
+def test_more_is_on_the_way_where_nobody_waits_for_single_pages() -> None:
+    link = _measured(25e6, 0.02)
+    link.be_patient(True)
+    assert link.window == pytest.approx(25e6 * (0.02 + 0.25), rel=0.01)
+    assert link.extent == Sizes().in_flight
+    link.be_patient(False)
+    assert link.window == pytest.approx(25e6 * (0.02 + 0.03), rel=0.01)
+
+
 def test_few_long_requests_where_bytes_come_faster_than_they_are_decoded() -> None:
     link = _measured(100e6, 0.0005)
     link.spent(MiB, 0.01, 0.1)
