@@ -111,5 +111,5 @@ class LinkEstimate:
         self.window = int(min(max(window, _FLOOR), self._ceiling))
         # Each costs the processor, but over a long way more of them beside each other fill the link better:
         # 89 % of it at 200 ms with 4 MiB, 86 % with half of the window.
-        self.extent = self._usual if self.delay > self._slack else self._ceiling
+        self.extent = self._usual if self.delay > _SLACK else self._ceiling
         self.jobs = self._jobs

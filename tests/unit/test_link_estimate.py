@@ -42,6 +42,9 @@ def test_more_is_on_the_way_where_nobody_waits_for_single_pages() -> None:
     link.be_patient(True)
     assert link.window == pytest.approx(25e6 * (0.02 + 0.25), rel=0.01)
     assert link.extent == Sizes().in_flight
+    far = _measured(25e6, 0.2)
+    far.be_patient(True)
+    assert far.extent == Sizes().sequential_extent
     link.be_patient(False)
     assert link.window == pytest.approx(25e6 * (0.02 + 0.03), rel=0.01)
 
