@@ -49,7 +49,7 @@ def reuse_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_ARENA_MAX, 2)
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # its most; larger blocks are mapped, and given back, one by one
-        mallopt(_M_TRIM_THRESHOLD, 128 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 8 << 20)  # of each heap: the end of the second one is never given back otherwise
 
 
 def settle() -> None:
