@@ -29,6 +29,8 @@ from ckptfs.settings import Settings
 
 log = logging.getLogger(__name__)
 
+_ENDS = 15.0  # seconds for a daemon to end that was asked to: it drains for 5
+
 
 class MountRequest(NamedTuple):
     """What the command line asked for. `started`: in monotonic seconds, see `command_start`."""
@@ -343,7 +345,11 @@ class Pending:
         with contextlib.suppress(ChildProcessError, ProcessLookupError):
             if os.waitpid(self.pid, os.WNOHANG)[0] == 0:
                 os.kill(self.pid, signal.SIGTERM)
-                os.waitpid(self.pid, 0)
+                deadline = time.monotonic() + _ENDS
+                while os.waitpid(self.pid, os.WNOHANG)[0] == 0:
+                    if time.monotonic() > deadline:  # it hangs before it serves: a fork beside a thread that imports
+                        os.kill(self.pid, signal.SIGKILL)
+                    time.sleep(0.005)
         if (left := mount_at(self._path)) is not None and left.ours:
             detach(self._path)
         with contextlib.suppress(MountError), _Lock(self._path) as lock:
