@@ -108,7 +108,7 @@ class ChunkLog:
         writer, self._writer = self._writer, None
         if writer is None:
             return
-        writer.end()
+        writer.trim()
         with suppress(OSError):
             if seal:
                 writer.seal()
