@@ -339,17 +339,17 @@ class Pending:
 
     def end(self) -> None:
         """End the mount, ready or not; nothing of it stays. For the process that has begun it."""
+        from ckptfs.processes import wait_gone  # not for a mount that stays
+
         if self._reader != -1:
             os.close(self._reader)
             self._reader = -1
         with contextlib.suppress(ChildProcessError, ProcessLookupError):
             if os.waitpid(self.pid, os.WNOHANG)[0] == 0:
                 os.kill(self.pid, signal.SIGTERM)
-                deadline = time.monotonic() + _ENDS
-                while os.waitpid(self.pid, os.WNOHANG)[0] == 0:
-                    if time.monotonic() > deadline:  # it hangs before it serves: a fork beside a thread that imports
-                        os.kill(self.pid, signal.SIGKILL)
-                    time.sleep(0.005)
+                if not wait_gone(self.pid, _ENDS):  # it hangs before it serves: a fork beside a thread that imports
+                    os.kill(self.pid, signal.SIGKILL)
+                    os.waitpid(self.pid, 0)
         if (left := mount_at(self._path)) is not None and left.ours:
             detach(self._path)
         with contextlib.suppress(MountError), _Lock(self._path) as lock:

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from ckptfs.processes import wait_gone
 from ckptfs.restore.lazy_pages import LazyPages
 from ckptfs.restore.runtimes import children
-from ckptfs.restore.workplace import wait_gone
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_CHILD_SUBREAPER = 36  # prctl(2)

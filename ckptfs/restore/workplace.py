@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Self
 
@@ -25,6 +24,7 @@ from ckptfs import namespace
 from ckptfs.errors import CkptfsError, MountError, RestoreError
 from ckptfs.fuse.mountpoint import detach, mounts
 from ckptfs.mounting import umount
+from ckptfs.processes import alive
 from ckptfs.restore.runtimes import delete, remove_cgroups
 
 log = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ def _dead(parent: Path) -> list[Path]:
             continue
         with contextlib.suppress(OSError, ValueError), open(path / _STATE, "r+b") as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not _alive(json.loads(file.read() or b"{}").get("pid")):
+            if not alive(json.loads(file.read() or b"{}").get("pid")):
                 found.append(path)
     return found
 
@@ -146,27 +146,7 @@ def _bury(path: Path) -> None:
     clear(path)
 
 
-def _alive(pid: object) -> bool:
-    """Whether there is a process of that number that is not a zombie (proc_pid_stat(5), field 3)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] != b"Z"
-    except OSError:
-        return False
-
-
 def _runs_criu(pid: object) -> bool:
     with contextlib.suppress(OSError):
         return b"lazy-pages" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    return False
-
-
-def wait_gone(pid: int, seconds: float) -> bool:
-    """Whether the process ends within `seconds`; reaps it if it is our child."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, os.WNOHANG)
-        if not _alive(pid):
-            return True
-        time.sleep(0.005)
     return False
