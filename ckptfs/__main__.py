@@ -22,9 +22,10 @@ def _run(*program: str) -> NoReturn:
     begins_daemon = sys.argv[1:2] in (["mount"], ["restore"]) and _NO_DAEMON.isdisjoint(sys.argv)
     try:
         if begins_daemon:
-            from ckptfs import standby
+            from ckptfs import interrupts, standby
 
             standby.fork(sys.argv)
+            interrupts.interrupt_by(signal.SIGINT)
         from ckptfs.cli import run
 
         code = run(sys.argv[1:], *program)

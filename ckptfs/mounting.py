@@ -23,12 +23,14 @@ from ckptfs.control.client import MountFiles, ask, ensure_runtime_dir, known_mou
 from ckptfs.errors import CkptfsError, MountError, UnavailableError
 from ckptfs.fuse.mountpoint import canonical, detach, mount_at, overlays_over, prepare
 from ckptfs.hardening import harden, reuse_memory
+from ckptfs.interrupts import lines
 from ckptfs.model.oci import Reference
 from ckptfs.redaction import log_to_stderr
 from ckptfs.settings import Settings
 
 log = logging.getLogger(__name__)
 
+_ENDED_BY = (signal.SIGINT, signal.SIGTERM)
 _ENDS = 15.0  # seconds for a daemon to end that was asked to: it drains for 5
 
 
@@ -101,11 +103,13 @@ def begin(request: Request) -> "Pending":
                 return Pending(reader, waiting.pid, claim.path)
         sys.stdout.flush()
         sys.stderr.flush()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDED_BY)  # until the child no longer has our handlers
         child = os.fork()
         if child == 0:
             os.close(reader)
             _become_daemon(claim.files.log)
             _serve(request, claim, writer)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.close(writer)
         return Pending(reader, child, claim.path)
 
@@ -270,7 +274,10 @@ class _Claim(_Lock):
 
 
 def _become_daemon(log_file: Path) -> None:
-    """A session of its own, no terminal, stderr into the mount's log file."""
+    """A session of its own, no terminal, stderr into the mount's log file; signals end it until it serves."""
+    for number in _ENDED_BY:  # who forks us may have them raise, which imports do not survive
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDED_BY)
     os.setsid()
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     null = os.open(os.devnull, os.O_RDWR)
@@ -314,13 +321,13 @@ class Pending:
 
     def wait(self) -> dict[str, Any]:
         """The first status, once a read has worked; raises what kept the daemon from that. To be called once."""
-        with os.fdopen(self._reader, "rb") as pipe:
-            self._reader = -1
-            try:
-                line = pipe.readline()
-            except KeyboardInterrupt:
-                self.end()
-                raise
+        try:
+            line = next(lines(self._reader), b"")
+        except KeyboardInterrupt:
+            self.end()
+            raise
+        os.close(self._reader)
+        self._reader = -1
         if not line:
             _, status = os.waitpid(self.pid, 0)
             how = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit code {os.WEXITSTATUS(status)}"
@@ -347,7 +354,7 @@ class Pending:
         with contextlib.suppress(ChildProcessError, ProcessLookupError):
             if os.waitpid(self.pid, os.WNOHANG)[0] == 0:
                 os.kill(self.pid, signal.SIGTERM)
-                if not wait_gone(self.pid, _ENDS):  # it hangs before it serves: a fork beside a thread that imports
+                if not wait_gone(self.pid, _ENDS):  # it hangs in the kernel, or in what should drain
                     os.kill(self.pid, signal.SIGKILL)
                     os.waitpid(self.pid, 0)
         if (left := mount_at(self._path)) is not None and left.ours:

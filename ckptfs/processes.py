@@ -1,6 +1,5 @@
 """Whether a process is still there, and waiting until it is not. Called by mounting.py and restore/."""
 
-import contextlib
 import os
 import time
 from pathlib import Path
@@ -15,12 +14,17 @@ def alive(pid: object) -> bool:
 
 
 def wait_gone(pid: int, seconds: float) -> bool:
-    """Whether the process ends within `seconds`; reaps it if it is our child."""
+    """Whether the process ends within `seconds`; reaps it if it is our child.
+
+    Ours has ended when it can be reaped: a zombie may have threads yet, which hold its files and their locks.
+    """
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, os.WNOHANG)
-        if not alive(pid):
-            return True
+        try:
+            if os.waitpid(pid, os.WNOHANG)[0] == pid:
+                return True
+        except ChildProcessError:
+            if not alive(pid):
+                return True
         time.sleep(0.005)
     return False

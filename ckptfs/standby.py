@@ -80,7 +80,6 @@ def _wait(channel: socket.socket, *, asks: bool) -> NoReturn:
         data, descriptors, _, _ = socket.recv_fds(channel, _MESSAGE, 2)
         channel.close()
         if data:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
             serve_from_standby(pickle.loads(data), *descriptors)
     except BaseException:
         traceback.print_exc()

@@ -14,6 +14,7 @@ from typing import Any
 
 from ckptfs.control.ready import notify
 from ckptfs.errors import CkptfsError
+from ckptfs.interrupts import lines
 from ckptfs.restore.flow import Report, RestoreRequest, begun
 
 _NOTIFY = "NOTIFY_SOCKET"
@@ -54,22 +55,23 @@ def restore_detached(request: RestoreRequest, report: Report) -> None:
         os.close(reader)
         _keep(request, writer)
     os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        try:
-            for line in pipe:
-                message = json.loads(line)
-                if "error" in message:
-                    os.waitpid(child, 0)
-                    error = CkptfsError(message["error"], hint=message["hint"])
-                    error.exit_code = message["code"]
-                    raise error
-                report(message.pop("event"), **message)
-                if "pid" in message:
-                    return
-        except KeyboardInterrupt:
-            os.kill(child, signal.SIGTERM)
-            os.waitpid(child, 0)
-            raise
+    try:
+        for line in lines(reader):
+            message = json.loads(line)
+            if "error" in message:
+                os.waitpid(child, 0)
+                error = CkptfsError(message["error"], hint=message["hint"])
+                error.exit_code = message["code"]
+                raise error
+            report(message.pop("event"), **message)
+            if "pid" in message:
+                return
+    except KeyboardInterrupt:
+        os.kill(child, signal.SIGTERM)
+        os.waitpid(child, 0)
+        raise
+    finally:
+        os.close(reader)
     os.waitpid(child, 0)
     raise CkptfsError("the process that stays with the container ended early")
 

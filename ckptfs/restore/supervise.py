@@ -12,8 +12,8 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
 
+from ckptfs.interrupts import interrupt_by
 from ckptfs.processes import wait_gone
 from ckptfs.restore.lazy_pages import LazyPages
 from ckptfs.restore.runtimes import children
@@ -26,13 +26,7 @@ _PIECE = 64 * 1024
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """The first signal becomes KeyboardInterrupt; those that follow are ignored: cleaning up must not be disturbed."""
-
-    def stop(*_: object) -> NoReturn:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    before = interrupt_by(*SIGNALS, once=True)
     try:
         yield
     finally:

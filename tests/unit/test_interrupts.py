@@ -1,0 +1,114 @@
+"""Signals while a command begins: in the middle of an import, right before a system call that blocks, in a daemon."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ckptfs.interrupts import interrupt_by, lines
+from ckptfs.model.oci import Reference
+from ckptfs.mounting import MountRequest, begin
+from tests.support.fake_registry import FakeRegistry, Silent
+
+
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    before = interrupt_by(signal.SIGUSR1, once=True)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_an_import_is_finished_before_a_signal_is_heard(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.1)\nwhole = True\n"
+    )
+    script = """
+import signal, sys, time
+from ckptfs.interrupts import interrupt_by
+interrupt_by(signal.SIGINT)
+try:
+    import slow
+    time.sleep(10)
+except KeyboardInterrupt:
+    sys.exit(7 if sys.modules["slow"].whole else 1)
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    assert subprocess.run([sys.executable, "-c", script], env=environment, check=False).returncode == 7
+
+
+@pytest.mark.usefixtures("_interruptible")
+def test_the_second_signal_is_ignored() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(10)
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
+@pytest.mark.usefixtures("_interruptible")
+def test_a_signal_that_no_system_call_of_ours_hears_is_heard() -> None:
+    """Another thread takes it: as if it had come right before the call, nothing ends that."""
+    reader, writer = os.pipe()
+    taken = threading.Event()
+
+    def take() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+        taken.wait()
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    thread = threading.Thread(target=take)
+    sender = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1))
+    end = threading.Timer(10, os.close, (writer,))  # a wait for ever would be no failure
+    try:
+        for each in (thread, sender, end):
+            each.start()
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            list(lines(reader))
+        assert time.monotonic() - began < 5
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+        end.cancel()
+        taken.set()
+        thread.join()
+        os.close(reader)
+
+
+def test_lines_come_one_by_one() -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "wb", buffering=0) as pipe:
+        found = lines(reader)
+        pipe.write(b"one\ntwo\nth")
+        assert [next(found), next(found)] == [b"one", b"two"]
+        pipe.write(b"ree\nlost")
+    assert list(found) == [b"three"]
+    os.close(reader)
+
+
+def test_a_daemon_that_does_not_serve_yet_ends_at_once(tmp_path: Path) -> None:
+    """Whatever the process that forked it does with the signal."""
+    (tmp_path / "mnt").mkdir()
+    before = interrupt_by(signal.SIGTERM, once=True)
+    try:
+        with FakeRegistry({("/manifests/", None): Silent()}) as registry:
+            pending = begin(
+                MountRequest(
+                    reference=Reference.parse(registry.reference("repo:latest")),
+                    mountpoint=str(tmp_path / "mnt"),
+                    started=time.monotonic(),
+                    cache_dir=tmp_path / "cache",
+                )
+            )
+            pending.cancel()
+            ended = os.waitpid(pending.pid, 0)[1]
+            pending.end()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert os.WTERMSIG(ended) == signal.SIGTERM
