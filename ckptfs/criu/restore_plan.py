@@ -113,6 +113,7 @@ class _Planner:
         self._lazy = lazy
         self._parents = parents
         self._limits = limits
+        self._owners: dict[str, str] = {}  # of pages files, the names of their pagemaps
         self.opaque: list[str] = []
 
     def plan(self) -> RestorePlan:
@@ -144,7 +145,14 @@ class _Planner:
 
     def _pagemap(self, pid: int) -> Pagemap | None:
         data = self._read(f"pagemap-{pid}.img")
-        return parse_pagemap(data, f"pagemap-{pid}.img", self._limits) if data is not None else None
+        return self._owner(f"pagemap-{pid}.img", data) if data is not None else None
+
+    def _owner(self, name: str, data: bytes) -> Pagemap:
+        """A pagemap, to which a pages file belongs: CRIU numbers them as it opens them (criu/image.c)."""
+        pagemap = parse_pagemap(data, name, self._limits)
+        if (other := self._owners.setdefault(pagemap.file, name)) != name:
+            raise FormatError(f"{name}: {pagemap.file} belongs to {other} already")
+        return pagemap
 
     def _private(self, found: _Found) -> tuple[tuple[PageRun, ...], tuple[PageRun, ...], tuple[PageRun, ...]]:
         """The runs of a task's own pages: at fork, at restore, by the lazy-pages daemon."""
@@ -166,7 +174,7 @@ class _Planner:
             kind = parse_name(name)
             if kind is None or kind.kind != "pagemap-shmem" or (data := self._read(name)) is None:
                 continue
-            pagemap = parse_pagemap(data, name, self._limits)
+            pagemap = self._owner(name, data)
             places = _Places(self, pagemap, 0)
             for run in pagemap.runs:
                 places.add("shared", run)

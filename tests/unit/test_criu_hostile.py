@@ -116,9 +116,17 @@ def test_plans_of_damaged_checkpoints(data: st.DataObject, lazy: bool) -> None:
         return
     for run in plan.runs():
         assert 0 <= run.offset < run.offset + run.length <= sizes[run.file]
-    per_task = sorted((run.task, run.file, run.offset, run.offset + run.length) for run in plan.runs())
-    for before, after in pairwise(per_task):
-        assert before[:2] != after[:2] or before[3] <= after[2]
+    for before, after in pairwise(sorted(plan.runs(), key=lambda run: (run.file, run.offset))):
+        assert before.file != after.file or before.offset + before.length <= after.offset
+
+
+def test_two_pagemaps_of_one_pages_file() -> None:
+    images = {name: raw for name, raw in real_images().items() if "shmem" in name or "pages" in name}
+    images["pstree.img"] = real_images()["pstree.img"]
+    mine, others = [name for name in images if name.startswith("pagemap-shmem")][:2]
+    sizes = {name: len(data) for name, data in images.items()}
+    with pytest.raises(FormatError, match=r"pages-\d+.img belongs to pagemap-"):
+        plan_restore({**images, mine: images[others]}.get, sizes, lazy=False)
 
 
 class InMemory:
