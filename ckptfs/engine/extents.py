@@ -114,7 +114,7 @@ class Receiver:
         began = idle = time.monotonic()
         first, waiting = 0.0, 0.0
         try:
-            for piece in blob.stream(start, end - start, attempt=job.attempt):
+            for piece in blob.stream(start, end - start, attempt=job.attempt, patient=self._link.patient):
                 now = time.monotonic()
                 if filled:
                     waiting += now - idle

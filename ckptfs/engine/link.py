@@ -27,6 +27,7 @@ class LinkEstimate:
     extent  bytes that one request of it may ask for, at most.
     jobs    requests of it that may be under way, at most.
     outrun  whether bytes come faster than they are decoded.
+    patient see `be_patient`.
     rate    bytes per second, the best of the last samples; 0 while unknown.
     delay   seconds from request to first bytes, the best of many: those that had the link to themselves. 0: unknown.
     """
@@ -40,7 +41,7 @@ class LinkEstimate:
         self._rates: deque[float] = deque(maxlen=8)
         self._spent: deque[tuple[float, float]] = deque(maxlen=8)
         self.outrun = False
-        self._slack = _SLACK
+        self.patient = False
         self._since: float | None = None
         self._bytes = 0
         self.rate = self.delay = 0.0
@@ -74,9 +75,8 @@ class LinkEstimate:
 
     def be_patient(self, patient: bool) -> None:
         """Whether what arrives is read from front to back, and no process waits for single pages behind it."""
-        slack = _PATIENCE if patient else _SLACK
-        if slack != self._slack:
-            self._slack = slack
+        if patient != self.patient:
+            self.patient = patient
             self._judge()
 
     def busy(self) -> None:
@@ -107,7 +107,7 @@ class LinkEstimate:
             self.window, self.extent = self._ceiling // 2, self._ceiling // 4
             self.jobs = min(self._processors, self._jobs)
             return
-        window = (self.rate or _GUESS) * (self.delay + max(self.delay, self._slack))
+        window = (self.rate or _GUESS) * (self.delay + max(self.delay, _PATIENCE if self.patient else _SLACK))
         self.window = int(min(max(window, _FLOOR), self._ceiling))
         # Each costs the processor, but over a long way more of them beside each other fill the link better:
         # 89 % of it at 200 ms with 4 MiB, 86 % with half of the window.

@@ -121,8 +121,10 @@ class _Counted:
     def read_at(self, offset: int, length: int, *, attempt: int = 0) -> bytes:
         return self._blob.read_at(offset, length, attempt=attempt)
 
-    def stream(self, offset: int, length: int, *, attempt: int = 0) -> Iterator[bytes | memoryview]:
-        for piece in self._blob.stream(offset, length, attempt=attempt):
+    def stream(
+        self, offset: int, length: int, *, attempt: int = 0, patient: bool = False
+    ) -> Iterator[bytes | memoryview]:
+        for piece in self._blob.stream(offset, length, attempt=attempt, patient=patient):
             yield piece
             self.passed += len(piece)
             self._report(len(piece))

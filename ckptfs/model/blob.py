@@ -31,8 +31,13 @@ class Blob(Protocol):
     def read_at(self, offset: int, length: int, *, attempt: int = 0) -> bytes:
         """The bytes [offset, offset + length)."""
 
-    def stream(self, offset: int, length: int, *, attempt: int = 0) -> Iterator[bytes | memoryview]:
-        """The same bytes in pieces, each as soon as it has arrived; at most 1 MiB, and they stay as they are."""
+    def stream(
+        self, offset: int, length: int, *, attempt: int = 0, patient: bool = False
+    ) -> Iterator[bytes | memoryview]:
+        """The same bytes in pieces, each as soon as it has arrived; at most 1 MiB, and they stay as they are.
+
+        `patient`: who waits for some of them waits for a megabyte: fewer, longer pieces are better.
+        """
         for at in range(offset, offset + length, MiB):
             yield self.read_at(at, min(MiB, offset + length - at), attempt=attempt)
 

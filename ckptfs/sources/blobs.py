@@ -52,7 +52,7 @@ class RegistryBlob(DescribedBlob):
     def read_at(self, offset: int, length: int, *, attempt: int = 0) -> bytes:
         return b"".join(self.stream(offset, length, attempt=attempt))
 
-    def stream(self, offset: int, length: int, *, attempt: int = 0) -> Iterator[bytes]:
+    def stream(self, offset: int, length: int, *, attempt: int = 0, patient: bool = False) -> Iterator[bytes]:
         """Pieces of at most 1 MiB. UnavailableError after read_deadline without progress."""
         position, end = offset, offset + length
         if offset < 0 or length < 0 or end > self.size:
@@ -67,7 +67,7 @@ class RegistryBlob(DescribedBlob):
             elsewhere = self._take_spare if rotation.alternatives(route) else None
             first = position
             try:
-                for piece in copy.pieces(position, end, route.attempts, elsewhere):
+                for piece in copy.pieces(position, end, route.attempts, elsewhere, patient=patient):
                     position += len(piece)
                     rotation.progress(len(piece))
                     yield piece
@@ -114,7 +114,13 @@ class _Copy:
         self._location = None
 
     def pieces(
-        self, first: int, end: int, attempts: Attempts, elsewhere: Callable[[int], bool] | None
+        self,
+        first: int,
+        end: int,
+        attempts: Attempts,
+        elsewhere: Callable[[int], bool] | None,
+        *,
+        patient: bool,
     ) -> Iterator[bytes]:
         """The bytes [first, end).
 
@@ -129,7 +135,7 @@ class _Copy:
                 raise StillFilling(f"{self._host.place.host} is still fetching {self._what}")
             with self._host.ask(lambda endpoint: self._open(endpoint, first, end, attempts)) as reply:
                 if not self._whole_for_a_range(reply, first, end):
-                    yield from self._body(reply, first, end)
+                    yield from self._body(reply, first, end, patient=patient)
                     return
             self._gate.closed()
 
@@ -189,13 +195,13 @@ class _Copy:
             )
         return self._host.endpoint.judge(reply, self._what)
 
-    def _body(self, reply: Reply, first: int, end: int) -> Iterator[bytes]:
+    def _body(self, reply: Reply, first: int, end: int, *, patient: bool = False) -> Iterator[bytes]:
         """The bytes [first, end) out of a 206 with exactly these, or out of a 200 with the whole blob."""
         if (reply.header("Content-Encoding") or "identity").lower() != "identity":
             raise UnavailableError(f"{reply.where}: the body is compressed on the way, which was not asked for")
         if reply.status == 206:
             self._check_range(reply, first, end)
-            yield from reply.pieces(end - first)
+            yield from reply.pieces(end - first, patient=patient)
             return
         at = 0
         for piece in reply.pieces(self._size):

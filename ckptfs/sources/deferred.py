@@ -55,8 +55,10 @@ class _DeferredBlob(DescribedBlob):
     def read_at(self, offset: int, length: int, *, attempt: int = 0) -> bytes:
         return self._blob().read_at(offset, length, attempt=attempt)
 
-    def stream(self, offset: int, length: int, *, attempt: int = 0) -> Iterator[bytes | memoryview]:
-        return self._blob().stream(offset, length, attempt=attempt)
+    def stream(
+        self, offset: int, length: int, *, attempt: int = 0, patient: bool = False
+    ) -> Iterator[bytes | memoryview]:
+        return self._blob().stream(offset, length, attempt=attempt, patient=patient)
 
 
 class _Once(Generic[T]):

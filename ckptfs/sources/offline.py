@@ -38,7 +38,9 @@ class _OfflineBlob(DescribedBlob):
     def read_at(self, offset: int, length: int, *, attempt: int = 0) -> bytes:
         raise _not_here(f"a part of layer {self._descriptor.digest}")
 
-    def stream(self, offset: int, length: int, *, attempt: int = 0) -> Iterator[bytes | memoryview]:
+    def stream(
+        self, offset: int, length: int, *, attempt: int = 0, patient: bool = False
+    ) -> Iterator[bytes | memoryview]:
         raise _not_here(f"a part of layer {self._descriptor.digest}")
 
 

@@ -42,7 +42,9 @@ log = logging.getLogger(__name__)
 # Body bytes per read: 64 KiB costs 0.1 ms/MB more, 256 KiB delays a decode by 10 ms at 200 Mbit/s, and what a reset
 # connection had received of a piece is lost
 PIECE = 128 * KiB
+_LONG = 8 * PIECE
 _AT_ONCE = 0.002  # seconds for a piece; where they come so fast fewer and larger ones delay nobody and cost less
+_PATIENCE = 0.25  # the same where nobody waits for less than a megabyte: three bodies at 200 Mbit/s
 _LAST_PIECE = 0.5  # seconds that a body has at least, however long its headers took
 
 T = TypeVar("T")
@@ -88,16 +90,19 @@ class Reply:
         chunked = self.header("Transfer-Encoding") is not None
         return int(value) if value.isascii() and value.isdigit() and len(value) < 19 and not chunked else None
 
-    def pieces(self, length: int) -> Iterator[bytes]:
-        """Exactly `length` body bytes, in pieces of at most 1 MiB. NoAnswer where the body ends early or stalls."""
-        left, most = length, PIECE
+    def pieces(self, length: int, *, patient: bool = False) -> Iterator[bytes]:
+        """Exactly `length` body bytes, in pieces of at most 1 MiB. NoAnswer where the body ends early or stalls.
+
+        `patient`: they may take a while (model/blob.py).
+        """
+        left, most, soon = length, _LONG if patient else PIECE, _PATIENCE if patient else _AT_ONCE
         while left:
             began = time.monotonic()
             piece = self._read(min(left, most))
             if not piece:
                 raise NoAnswer(f"{self.where}: the body ended {left} bytes early")
-            if time.monotonic() - began < _AT_ONCE:
-                most = min(2 * most, 8 * PIECE)
+            if time.monotonic() - began < soon:
+                most = min(2 * most, _LONG)
             else:
                 most = PIECE
             left -= len(piece)

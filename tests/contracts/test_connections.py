@@ -6,8 +6,10 @@ from random import Random
 
 import pytest
 
+from ckptfs.bench.link import ShapedLink
 from ckptfs.errors import NotFoundError, UnavailableError
 from ckptfs.model.oci import Manifest
+from ckptfs.settings import KiB, MiB
 from tests.support.fake_registry import FakeRegistry
 from tests.support.faulty import secure_source
 from tests.support.sources import client
@@ -57,3 +59,19 @@ def test_where_no_connection_can_be_made_the_request_says_so() -> None:
     source.connect()
     with pytest.raises(UnavailableError, match="connection refused"):
         source.resolve()
+
+
+@pytest.mark.parametrize(
+    ("rate", "patient", "first"),
+    [
+        (200e6, False, [128 * KiB]),
+        (200e6, True, [MiB]),
+        (20e6, True, [MiB, 128 * KiB]),  # a megabyte takes 0.4 s
+    ],
+)
+def test_pieces_are_long_where_nobody_waits_for_short_ones(rate: float, patient: bool, first: list[int]) -> None:
+    with FakeRegistry() as registry, ShapedLink(registry.host, rate=rate) as link, client(link.address) as c:
+        registry.add_image("repo", "latest", [(TAR, DATA)])
+        pieces = list(c.layer().stream(0, 2 * MiB, patient=patient))
+        assert b"".join(pieces) == DATA[: 2 * MiB]
+        assert [len(piece) for piece in pieces[: len(first)]] == first

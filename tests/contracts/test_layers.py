@@ -179,7 +179,9 @@ def test_a_stream_gives_entries_and_chunks_as_they_arrive(suffix: str) -> None:
     pieces: list[int] = []
 
     class Counting(BytesBlob):
-        def stream(self, offset: int, length: int, *, attempt: int = 0) -> Iterator[bytes | memoryview]:
+        def stream(
+            self, offset: int, length: int, *, attempt: int = 0, patient: bool = False
+        ) -> Iterator[bytes | memoryview]:
             for piece in super().stream(offset, length):
                 pieces.append(len(piece))
                 yield piece

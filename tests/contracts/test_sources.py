@@ -194,6 +194,7 @@ def test_ranges(case: Case, offset: int, length: int) -> None:
     pieces = [bytes(piece) for piece in blob.stream(offset, length)]
     assert b"".join(pieces) == wanted
     assert all(0 < len(piece) <= 1 << 20 for piece in pieces)
+    assert b"".join(bytes(piece) for piece in blob.stream(offset, length, patient=True)) == wanted
     assert blob.read_at(offset, length, attempt=1) == wanted
 
 

@@ -30,7 +30,9 @@ class BytesBlob:
         self.ranges.append((offset, length))
         return self.data[offset : offset + length]
 
-    def stream(self, offset: int, length: int, *, attempt: int = 0) -> Iterator[bytes | memoryview]:
+    def stream(
+        self, offset: int, length: int, *, attempt: int = 0, patient: bool = False
+    ) -> Iterator[bytes | memoryview]:
         self.ranges.append((offset, length))
         for low in range(offset, offset + length, self.piece):
             yield memoryview(self.data)[low : min(low + self.piece, offset + length)]

@@ -71,7 +71,7 @@ class CountedBlob:
     def read_at(self, offset: int, length: int, *, attempt: int = 0) -> bytes:
         return b"".join(self.stream(offset, length, attempt=attempt))
 
-    def stream(self, offset: int, length: int, *, attempt: int = 0) -> Iterator[bytes]:
+    def stream(self, offset: int, length: int, *, attempt: int = 0, patient: bool = False) -> Iterator[bytes]:
         began = self._counters.began()
         time.sleep(self._delay)
         try:

@@ -42,7 +42,9 @@ class CountedBlob:
         self._count(length)
         return self.inner.read_at(offset, length)
 
-    def stream(self, offset: int, length: int, *, attempt: int = 0) -> Iterator[bytes | memoryview]:
+    def stream(
+        self, offset: int, length: int, *, attempt: int = 0, patient: bool = False
+    ) -> Iterator[bytes | memoryview]:
         self._count(length)
         return self.inner.stream(offset, length)
 

@@ -85,9 +85,11 @@ class _WatchedBlob:
             return bytes(len(data))
         return data
 
-    def stream(self, offset: int, length: int, *, attempt: int = 0) -> Iterator[bytes | memoryview]:
+    def stream(
+        self, offset: int, length: int, *, attempt: int = 0, patient: bool = False
+    ) -> Iterator[bytes | memoryview]:
         self.source.ranges.append((offset, length))
-        return self.inner.stream(offset, length, attempt=attempt)
+        return self.inner.stream(offset, length, attempt=attempt, patient=patient)
 
 
 def opened(layout: Path, cache: Path, use: Use, **source: Any) -> Watched:
