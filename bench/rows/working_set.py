@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from bench.flows import EAGER, restoring, status_of
@@ -27,7 +28,7 @@ _RECORDED = "ckptfs, with profile"
 
 def _measure(lab: Lab) -> None:
     image = lab.image(workload="scattered")
-    recorded = image._replace(repository=image.repository.replace("scattered", "recorded"))
+    recorded = replace(image, repository=image.repository.replace("scattered", "recorded"))
     insecure = ("--src-tls-verify=false", "--dest-tls-verify=false")
     here = [f"docker://{each.reference(lab.registry.host)}" for each in (image, recorded)]
     run("skopeo", "copy", "--quiet", "--preserve-digests", *insecure, *here, timeout=600)
