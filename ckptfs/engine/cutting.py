@@ -13,12 +13,12 @@ Piece: TypeAlias = bytes | memoryview
 
 
 class Cutter:
-    """`chunks`, sorted by offset, may overlap and leave gaps; the body begins at the blob's byte `start`."""
+    """`chunks`, sorted by offset, may overlap and leave gaps. Of the gaps no piece has to come."""
 
-    def __init__(self, chunks: Sequence[Chunk], start: int) -> None:
+    def __init__(self, chunks: Sequence[Chunk]) -> None:
         self._chunks = chunks
         self._at = 0
-        self._filled = start
+        self._filled = 0
         self._pieces: deque[tuple[int, Piece]] = deque()  # what chunks that are not whole yet may need, by offset
 
     @property
@@ -26,10 +26,13 @@ class Cutter:
         """The chunks that have not been whole so far."""
         return self._chunks[self._at :]
 
-    def feed(self, piece: Piece) -> Iterator[tuple[Chunk, memoryview]]:
-        """Each chunk that this piece makes whole, with its encoded bytes. To be exhausted before the next piece."""
-        self._pieces.append((self._filled, piece))
-        self._filled += len(piece)
+    def feed(self, at: int, piece: Piece) -> Iterator[tuple[Chunk, memoryview]]:
+        """Each chunk that this piece, of the blob's byte `at`, makes whole, with its encoded bytes.
+
+        To be exhausted before the next piece. Pieces ascend.
+        """
+        self._pieces.append((at, piece))
+        self._filled = at + len(piece)
         while self._at < len(self._chunks):
             chunk = self._chunks[self._at]
             while self._pieces and self._pieces[0][0] + len(self._pieces[0][1]) <= chunk.offset:

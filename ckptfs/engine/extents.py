@@ -14,7 +14,7 @@ from ckptfs.engine.disk import Buffer
 from ckptfs.engine.link import LinkEstimate
 from ckptfs.engine.memory import MemoryCache
 from ckptfs.engine.regions import RegionClaims
-from ckptfs.engine.schedule import Job
+from ckptfs.engine.schedule import Job, ranges_of
 from ckptfs.engine.waiting import Waiting
 from ckptfs.errors import CkptfsError, FormatError, IntegrityError, UnavailableError
 from ckptfs.layers import Layer
@@ -99,13 +99,12 @@ class Receiver:
         return data is not None
 
     def _receive(self, job: Job, chunks: list[Chunk], blob: Blob, layer: Layer) -> dict[bytes, CkptfsError]:
-        """GET the range that holds `chunks` (sorted by offset), publish each one as it becomes whole.
+        """GET the ranges that hold `chunks` (sorted by offset), publish each one as it becomes whole.
 
         Returns what could not be had; wrong bytes are asked for once more.
         """
-        start = chunks[0].offset
-        end = max(chunk.offset + chunk.size for chunk in chunks)
-        cutter = Cutter(chunks, start)
+        ranges = ranges_of(chunks, apart=job.scattered)
+        cutter = Cutter(chunks)
         filled, told = 0, 0
         bad: list[Chunk] = []
         failures: dict[bytes, CkptfsError] = {}
@@ -114,7 +113,7 @@ class Receiver:
         began = idle = time.monotonic()
         first, waiting = 0.0, 0.0
         try:
-            for piece in blob.stream(start, end - start, attempt=job.attempt, patient=self._link.patient):
+            for at, piece in blob.stream_ranges(ranges, attempt=job.attempt, patient=self._link.patient):
                 now = time.monotonic()
                 if filled:
                     waiting += now - idle
@@ -125,7 +124,7 @@ class Receiver:
                 job.received = filled
                 self._link.received(len(piece), now)
                 ready: list[tuple[bytes, Buffer]] = []
-                for chunk, encoded in cutter.feed(piece):
+                for chunk, encoded in cutter.feed(at, piece):
                     try:
                         data = layer.decode(chunk, encoded)
                     except (IntegrityError, FormatError) as error:

@@ -51,7 +51,7 @@ class Fetcher:
         self.memory = memory
         self.settings = settings
         self.link = LinkEstimate(settings.sizes)
-        self.scheduler = Scheduler(settings.sizes)
+        self.scheduler = Scheduler(settings.sizes, ranges_at_once=self._ranges_at_once)
         self.disk_hits = 0
         self.prefetched_bytes = 0
         self.prefetched_used = 0
@@ -308,6 +308,9 @@ class Fetcher:
         if data is not None:
             self._waiting.deliver([(chunk.key, data)])
         return data is not None
+
+    def _ranges_at_once(self, layer: int) -> int:
+        return self._layers[layer][0].ranges_at_once
 
     def _kick(self) -> None:
         self._wake.set()

@@ -18,7 +18,7 @@ from ckptfs.image.opened import OpenImage
 from ckptfs.layers import select_format
 from ckptfs.layers.stream import StreamLayer
 from ckptfs.model.annotations import INDEX_ARTIFACT, INDEX_BLOB, INDEX_LAYER
-from ckptfs.model.blob import Blob
+from ckptfs.model.blob import Blob, DescribedBlob
 from ckptfs.model.layer_index import LayerIndex, encode_layer_index
 from ckptfs.model.oci import Descriptor, Digest, Manifest
 from ckptfs.model.toc import Chunk
@@ -108,12 +108,11 @@ async def publish_when_streamed(image: OpenImage, sink: Sink) -> None:
         image.errors.append(f"the index is not published: {error}")
 
 
-class _Counted:
+class _Counted(DescribedBlob):
     """A blob that tells how much of it has been streamed."""
 
     def __init__(self, blob: Blob, report: Callable[[int], None]) -> None:
-        self.descriptor = blob.descriptor
-        self.size = blob.size
+        super().__init__(blob.descriptor)
         self.passed = 0
         self._blob = blob
         self._report = report

@@ -1,7 +1,7 @@
 """Blob: bytes at an offset, wherever they lie."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from ckptfs.model.oci import Descriptor
@@ -40,6 +40,20 @@ class Blob(Protocol):
         """
         for at in range(offset, offset + length, MiB):
             yield self.read_at(at, min(MiB, offset + length - at), attempt=attempt)
+
+    @property
+    def ranges_at_once(self) -> int:
+        """How many ranges `stream_ranges` can have for the price of one, as far as is known."""
+        return 1
+
+    def stream_ranges(
+        self, ranges: Sequence[tuple[int, int]], *, attempt: int = 0, patient: bool = False
+    ) -> Iterator[tuple[int, bytes | memoryview]]:
+        """The bytes of ranges [start, end), ascending: pieces with their offsets, each byte once."""
+        for start, end in ranges:
+            for piece in self.stream(start, end - start, attempt=attempt, patient=patient):
+                yield start, piece
+                start += len(piece)
 
 
 class DescribedBlob(Blob):

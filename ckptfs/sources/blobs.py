@@ -16,11 +16,12 @@ from ckptfs.errors import CkptfsError, IntegrityError, UnavailableError
 from ckptfs.model.blob import DescribedBlob
 from ckptfs.model.oci import Descriptor
 from ckptfs.settings import MiB
+from ckptfs.sources import byteranges
 from ckptfs.sources.endpoint import Endpoint
 from ckptfs.sources.mirrors import Host, Rotation, StillFilling
 from ckptfs.sources.origin import Reach
 from ckptfs.sources.pull_through import NoRanges, RangeGate
-from ckptfs.sources.retry import Attempts
+from ckptfs.sources.retry import Attempts, NoAnswer
 from ckptfs.sources.transport import Reply, Transport
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 _WHOLE = 8 * MiB  # a whole blob in place of a range is taken up to this size (200 to a Range request)
 _EXPIRED = (400, 401, 403, 404, 410)  # what storage services answer to a signed URL that is too old
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)\Z")
+_MANY = 24  # ranges of one request: they are the working set's first, and a wave of them shares the connections
 _ELSEWHERE = 400  # while a mirror still fetches a blob, one part in so many of it may be taken from elsewhere
 
 
@@ -77,6 +79,41 @@ class RegistryBlob(DescribedBlob):
                 rotation.failed(route, error)
             finally:
                 self._served.append((first, position, route.host))
+
+    @property
+    def ranges_at_once(self) -> int:
+        return _MANY if self._host_of_many() is not None else 1
+
+    def stream_ranges(
+        self, ranges: Sequence[tuple[int, int]], *, attempt: int = 0, patient: bool = False
+    ) -> Iterator[tuple[int, bytes | memoryview]]:
+        """With one request where that is possible: docker-registry reads 4 MiB for each, however small, in 5 ms.
+
+        What cannot be had in that way is asked for range by range, with all that `stream` does about faults.
+        """
+        done = 0
+        host = self._host_of_many() if 1 < len(ranges) <= _MANY and not attempt else None
+        if host is not None:
+            try:
+                for start, data in self._copies[host].several(ranges):
+                    self._served.append((start, start + len(data), host))
+                    yield start, data
+                    done += 1
+            except NoAnswer:  # says something of the host, nothing of several ranges
+                self._transport.standing.failed(host.netloc, self._transport.clock.now())
+            except CkptfsError as error:
+                log.info("%s; one range at a time", error)
+                host.without_many_ranges(self._transport.clock.now())
+        yield from super().stream_ranges(ranges[done:], attempt=attempt, patient=patient)
+
+    def _host_of_many(self) -> Host | None:
+        """Who may be asked for several ranges: the host that sent the last one, if it is well or the only one."""
+        now, alone = self._transport.clock.now(), len(self._copies) == 1
+        for first, last, host in reversed(list(self._served)):
+            if first < last:
+                well = alone or not self._transport.standing.avoided(host.netloc, now)
+                return host if well and host.has_many_ranges(now) else None
+        return None
 
     def _distrust(self, start: int, end: int) -> Host | None:
         """The bytes [start, end) were wrong: note it of the host that they came from."""
@@ -133,7 +170,7 @@ class _Copy:
                 first, attempts, lambda: elsewhere is not None and elsewhere(end - first)
             ):
                 raise StillFilling(f"{self._host.place.host} is still fetching {self._what}")
-            with self._host.ask(lambda endpoint: self._open(endpoint, first, end, attempts)) as reply:
+            with self._host.ask(lambda endpoint: self._open(endpoint, [(first, end)], attempts)) as reply:
                 if not self._whole_for_a_range(reply, first, end):
                     yield from self._body(reply, first, end, patient=patient)
                     return
@@ -151,14 +188,28 @@ class _Copy:
 
     def _has_ranges(self, offset: int, attempts: Attempts) -> bool:
         """Ask for one byte; an answer with more is not received."""
-        with self._host.ask(lambda endpoint: self._open(endpoint, offset, offset + 1, attempts, probe=True)) as reply:
+        wanted = [(offset, offset + 1)]
+        with self._host.ask(lambda endpoint: self._open(endpoint, wanted, attempts, probe=True)) as reply:
             if self._whole_for_a_range(reply, offset, offset + 1):
                 return False
             return bool(b"".join(self._body(reply, offset, offset + 1)))
 
-    def _open(self, endpoint: Endpoint, first: int, end: int, attempts: Attempts, *, probe: bool = False) -> Reply:
-        """The reply to a GET of [first, end), with a status that promises a body."""
-        headers = {} if (first, end) == (0, self._size) else {"Range": f"bytes={first}-{end - 1}"}
+    def several(self, ranges: Sequence[tuple[int, int]]) -> Sequence[tuple[int, memoryview]]:
+        """All of the ranges with one request, or an error: there is one try, and no part of an answer is taken."""
+        attempts = self._transport.attempts(self._transport.settings.timeouts.read_deadline)
+        with self._host.ask(lambda endpoint: self._open(endpoint, ranges, attempts)) as reply:
+            self._refuse_encoded(reply)
+            boundary = byteranges.boundary_of(reply.header("Content-Type")) if reply.status == 206 else None
+            if boundary is None:
+                raise UnavailableError(f"{reply.where}: not the ranges that were asked for")
+            body = reply.read(byteranges.most_bytes(ranges), "reply")
+        return byteranges.parts(body, boundary, ranges, self._size)
+
+    def _open(
+        self, endpoint: Endpoint, ranges: Sequence[tuple[int, int]], attempts: Attempts, *, probe: bool = False
+    ) -> Reply:
+        """The reply to a GET of these ranges, with a status that promises a body."""
+        headers = {} if ranges == [(0, self._size)] else {"Range": byteranges.header(ranges)}
         location = self._location
         if location is not None:
             reply = endpoint.fetch(location.url, location.reach, attempts, headers, narrow=probe)
@@ -197,8 +248,7 @@ class _Copy:
 
     def _body(self, reply: Reply, first: int, end: int, *, patient: bool = False) -> Iterator[bytes]:
         """The bytes [first, end) out of a 206 with exactly these, or out of a 200 with the whole blob."""
-        if (reply.header("Content-Encoding") or "identity").lower() != "identity":
-            raise UnavailableError(f"{reply.where}: the body is compressed on the way, which was not asked for")
+        self._refuse_encoded(reply)
         if reply.status == 206:
             self._check_range(reply, first, end)
             yield from reply.pieces(end - first, patient=patient)
@@ -209,6 +259,10 @@ class _Copy:
             at += len(piece)
             if lo < hi:
                 yield piece[lo:hi]
+
+    def _refuse_encoded(self, reply: Reply) -> None:
+        if (reply.header("Content-Encoding") or "identity").lower() != "identity":
+            raise UnavailableError(f"{reply.where}: the body is compressed on the way, which was not asked for")
 
     def _check_range(self, reply: Reply, first: int, end: int) -> None:
         match = _CONTENT_RANGE.match((reply.header("Content-Range") or "").strip())

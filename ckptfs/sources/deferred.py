@@ -5,7 +5,7 @@ urllib3 and what speaks to registries take 60 ms to import, a quarter of a mount
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from ckptfs.model.blob import Blob, DescribedBlob
@@ -59,6 +59,15 @@ class _DeferredBlob(DescribedBlob):
         self, offset: int, length: int, *, attempt: int = 0, patient: bool = False
     ) -> Iterator[bytes | memoryview]:
         return self._blob().stream(offset, length, attempt=attempt, patient=patient)
+
+    @property
+    def ranges_at_once(self) -> int:
+        return self._blob().ranges_at_once
+
+    def stream_ranges(
+        self, ranges: Sequence[tuple[int, int]], *, attempt: int = 0, patient: bool = False
+    ) -> Iterator[tuple[int, bytes | memoryview]]:
+        return self._blob().stream_ranges(ranges, attempt=attempt, patient=patient)
 
 
 class _Once(Generic[T]):

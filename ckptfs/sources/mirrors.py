@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _NO_RANGES_FOR = 60.0  # seconds in which a host that serves whole blobs only is not asked for ranges again
+_ONE_RANGE_FOR = 300.0  # the same for several ranges at once: finding out costs a connection
 
 
 class Host:
@@ -35,7 +36,7 @@ class Host:
         self.place = place
         self._transport = transport
         self._credentials = credentials
-        self._no_ranges_until = float("-inf")
+        self._no_ranges_until = self._one_range_until = float("-inf")
         self._endpoint = self._open(place.scheme or "https")
 
     @property
@@ -64,6 +65,14 @@ class Host:
     def without_ranges(self, now: float) -> None:
         """It sends whole blobs in place of ranges; for a minute that is taken for how it is."""
         self._no_ranges_until = now + _NO_RANGES_FOR
+
+    def has_many_ranges(self, now: float) -> bool:
+        """Whether it may be asked for several ranges with one request."""
+        return now >= self._one_range_until
+
+    def without_many_ranges(self, now: float) -> None:
+        """It did not answer that well; for five minutes it is asked for one range at a time."""
+        self._one_range_until = now + _ONE_RANGE_FOR
 
     def _open(self, scheme: str) -> Endpoint:
         place, transport = self.place, self._transport

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckptfs.layers import Layer, LayerFormat, select_format
+from ckptfs.model.blob import Blob
 from ckptfs.model.oci import Descriptor, Digest
 from ckptfs.model.toc import Chunk, Entry, Extent, Inode
 
@@ -20,6 +21,9 @@ class BytesBlob:
     descriptor: Descriptor
     piece: int = 64 * 1024
     ranges: list[tuple[int, int]] = field(default_factory=list)
+    ranges_at_once: int = 1
+
+    stream_ranges = Blob.stream_ranges
 
     @property
     def size(self) -> int:

@@ -54,7 +54,7 @@ class CountedSource:
         return CountedBlob(self.source.blob(descriptor), self.counters, self.delay)
 
 
-class CountedBlob:
+class CountedBlob(Blob):
     def __init__(self, blob: Blob, counters: NetworkCounters, delay: float) -> None:
         self._blob = blob
         self._counters = counters

@@ -102,6 +102,7 @@ class FakeRegistry:
         self.identity_tokens = identity_tokens
         self.token_life = token_life
         self.referrers = referrers
+        self.many_ranges = True  # False: a request for several ranges is answered with the whole blob
         self.denying = False  # True: the token server refuses everybody
         self.is_storage = storage_of is not None
         self.blobs: dict[str, bytes] = storage_of.blobs if storage_of is not None else {}

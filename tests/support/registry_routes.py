@@ -130,6 +130,10 @@ class Handler(BaseHTTPRequestHandler):
         if data is None or not owned:
             self._error(404, "BLOB_UNKNOWN")
             return
+        several = re.fullmatch(r"bytes=(\d+-\d+(?:,\d+-\d+)+)", self.headers.get("Range", ""))
+        if several is not None and self.registry.many_ranges:
+            self._parts(data, [tuple(map(int, each.split("-"))) for each in several[1].split(",")])
+            return
         wanted = re.match(r"bytes=(\d+)-(\d+)$", self.headers.get("Range", ""))
         if wanted is None or isinstance(self.fault, Full200):
             self._reply(200, data, {"Accept-Ranges": "bytes"})
@@ -143,6 +147,17 @@ class Handler(BaseHTTPRequestHandler):
         extra = self.fault.extra if isinstance(self.fault, TooLong) else 0
         content = {"Content-Range": f"bytes {first}-{last}/{len(data)}"}
         self._reply(206, data[first : last + 1] + bytes(extra), content)
+
+    def _parts(self, data: bytes, ranges: list[tuple[int, ...]]) -> None:
+        """Several ranges, as Go's net/http answers."""
+        shift = self.fault.shift if isinstance(self.fault, WrongRange) else 0
+        body = b""
+        for first, last in ranges:
+            place = b"bytes %d-%d/%d" % (first + shift, last + shift, len(data))
+            head = b"\r\n--b0undary\r\nContent-Range: %s\r\nContent-Type: application/octet-stream\r\n\r\n" % place
+            body += head + data[first + shift : last + shift + 1]
+        body = body.removeprefix(b"\r\n") + b"\r\n--b0undary--\r\n"
+        self._reply(206, body, {"Content-Type": "multipart/byteranges; boundary=b0undary"})
 
     def _referrers(self, digest: str) -> None:
         if not self.registry.referrers:

@@ -23,12 +23,12 @@ places = st.tuples(st.integers(0, len(BODY) - 1), st.integers(1, 300)).map(
 def test_any_pieces_give_every_chunk_once(chunks: list[Chunk], cuts: list[int]) -> None:
     """Gaps, overlaps and chunks inside others, as eStargz and gzip have them, and pieces of any size."""
     chunks.sort(key=lambda chunk: chunk.offset)
-    cutter = Cutter(chunks, START)
+    cutter = Cutter(chunks)
     found, at = [], 0
     for size in [*cuts, len(BODY)]:
         piece = BODY[at : at + size]
         at += len(piece)
-        for chunk, encoded in cutter.feed(piece):
+        for chunk, encoded in cutter.feed(START + at - len(piece), piece):
             lo = chunk.offset - START
             assert lo + chunk.size <= at
             assert bytes(encoded) == BODY[lo : lo + chunk.size]
@@ -38,16 +38,26 @@ def test_any_pieces_give_every_chunk_once(chunks: list[Chunk], cuts: list[int]) 
 
 
 def test_a_chunk_that_lies_whole_in_a_piece_is_not_copied() -> None:
-    cutter = Cutter([_chunk(10, 20), _chunk(90, 20)], START)
-    ((_, first),) = cutter.feed(BODY[:100])
+    cutter = Cutter([_chunk(10, 20), _chunk(90, 20)])
+    ((_, first),) = cutter.feed(START, BODY[:100])
     assert first.obj is not None
     assert len(first.obj) == 100
-    ((_, second),) = cutter.feed(BODY[100:200])
+    ((_, second),) = cutter.feed(START + 100, BODY[100:200])
     assert bytes(second) == BODY[90:110]
 
 
 def test_pieces_that_nobody_needs_any_more_are_let_go() -> None:
-    cutter = Cutter([_chunk(0, 10), _chunk(500, 10)], START)
+    cutter = Cutter([_chunk(0, 10), _chunk(500, 10)])
     for at in range(0, 500, 50):
-        list(cutter.feed(BODY[at : at + 50]))
+        list(cutter.feed(START + at, BODY[at : at + 50]))
         assert len(cutter._pieces) <= 1
+
+
+def test_what_nobody_needs_need_not_come() -> None:
+    first, second = _chunk(10, 20), _chunk(90, 20)
+    cutter = Cutter([first, second])
+    assert list(cutter.feed(START + 10, BODY[10:25])) == []
+    ((chunk, encoded),) = cutter.feed(START + 25, BODY[25:30])
+    assert (chunk, bytes(encoded)) == (first, BODY[10:30])
+    ((chunk, encoded),) = cutter.feed(START + 90, BODY[90:110])
+    assert (chunk, bytes(encoded)) == (second, BODY[90:110])

@@ -25,7 +25,7 @@ PAGES = b"checkpoint/pages-1.img"
 
 
 @dataclass
-class CountedBlob:
+class CountedBlob(Blob):
     inner: Blob
     ranges: list[int]
     gone: bool = False

@@ -1,9 +1,11 @@
 """The scheduler's decisions: order, extents, room on the link. No I/O, no clock."""
 
+from itertools import pairwise
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptfs.engine.schedule import Job, Priority, Scheduler
+from ckptfs.engine.schedule import Job, Priority, Scheduler, ranges_of
 from ckptfs.model.toc import Chunk
 from ckptfs.settings import KiB, MiB, Sizes
 
@@ -165,3 +167,32 @@ def test_everything_wanted_is_fetched_exactly_once(wants: list[tuple[int, Priori
     for job in jobs:
         assert job.chunks == sorted(job.chunks, key=lambda c: c.offset)
         assert job.start == job.chunks[0].offset and job.end >= job.chunks[-1].offset + SIZE
+
+
+def test_small_chunks_anywhere_are_asked_for_together_where_that_is_possible() -> None:
+    scheduler = Scheduler(Sizes(), ranges_at_once=lambda layer: 4 if layer == 0 else 1)
+    small = [chunk(number, size=8 * KiB) for number in (90, 10, 50, 30, 70, 20)]
+    for one in [*small[:2], chunk(60, layer=1, size=8 * KiB), chunk(80), *small[2:]]:
+        scheduler.want(one, Priority.PREFETCH)
+    first, *others = drain(scheduler)
+    assert first.scattered
+    assert numbers(first) == [10, 30, 50, 90]  # the queue's first four, by place
+    assert first.size == 4 * 8 * KiB  # not what is between them
+    assert [numbers(job) for job in others] == [[60], [80], [20, 70]]
+
+
+def test_who_waits_for_a_chunk_does_not_wait_for_others_far_away() -> None:
+    scheduler = Scheduler(Sizes(), ranges_at_once=lambda _: 4)
+    for number in (10, 50):
+        scheduler.want(chunk(number, size=8 * KiB), Priority.DEMAND)
+        scheduler.want(chunk(number + 100, size=8 * KiB), Priority.BACKGROUND)
+    assert all(not job.scattered and len(job.chunks) == 1 for job in drain(scheduler))
+
+
+@given(st.lists(st.integers(0, 200), min_size=1, unique=True), st.booleans())
+def test_ranges_hold_their_chunks_and_ascend(places: list[int], apart: bool) -> None:
+    chunks = [Chunk(b"%d" % place, 0, place * 700, 1000, 1000) for place in sorted(places)]
+    ranges = ranges_of(chunks, apart=apart)
+    assert all(any(start <= c.offset and c.offset + c.size <= end for start, end in ranges) for c in chunks)
+    assert all(before[1] < after[0] for before, after in pairwise(ranges))
+    assert apart or len(ranges) == 1

@@ -65,7 +65,7 @@ class Watched:
 
 
 @dataclass
-class _WatchedBlob:
+class _WatchedBlob(Blob):
     inner: Blob
     source: Watched
 
