@@ -11,10 +11,11 @@ import select
 import signal
 from collections.abc import Iterator, Mapping
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 _LOOK = 100  # milliseconds that a signal can be late where we wait
 _AGAIN = 0.005  # seconds until a signal that came at the wrong moment is looked at again; modules take 1 to 100 ms
+_MOST = 400  # times that it is: a disk that hangs must not keep us alive
 
 
 def interrupt_by(*numbers: int, once: bool = False) -> Mapping[int, Any]:
@@ -22,18 +23,19 @@ def interrupt_by(*numbers: int, once: bool = False) -> Mapping[int, Any]:
 
     `once`: those that follow the first are ignored. Uses SIGALRM as well.
     """
+    waited = 0
 
-    def stop() -> NoReturn:
+    def handler(_: int, frame: FrameType | None) -> None:
+        nonlocal waited
+        if waited < _MOST and _importing(frame):
+            waited += 1
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN)
+            return
+        waited = 0
         if once:
             for number in numbers:
                 signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
-
-    def handler(_: int, frame: FrameType | None) -> None:
-        if _importing(frame):
-            signal.setitimer(signal.ITIMER_REAL, _AGAIN)
-        else:
-            stop()
 
     return {number: signal.signal(number, handler) for number in (*numbers, signal.SIGALRM)}
 

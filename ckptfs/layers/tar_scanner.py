@@ -231,14 +231,15 @@ class TarScanner:
     def _gnu_sparse(self, block: bytes) -> Generator[int, bytes, tuple[int, SparseMap]]:
         """Old GNU format: four pieces in the header, 21 in each block that follows while byte 482 or 504 says so."""
         size, sparse, more = number(block[483:495]), gnu_sparse_block(block, 386, 4), block[482]
-        room = self._limits.pax_header_bytes
+        blocks: list[bytes] = []
         while more:
-            room -= BLOCK
-            if room < 0:
+            if len(blocks) * BLOCK >= self._limits.pax_header_bytes:
                 raise LimitExceeded("the map of a sparse file is longer than any tool writes")
             block = yield BLOCK
-            sparse += gnu_sparse_block(block, 0, 21)
+            blocks.append(block)
             more = block[504]
+        for block in blocks:  # only now: what is refused costs nothing
+            sparse += gnu_sparse_block(block, 0, 21)
         return size, sparse
 
     def _pax_sparse_1(self, payload: int) -> Generator[int, bytes, SparseMap]:
