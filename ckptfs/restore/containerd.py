@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from ckptfs.restore.flow import Flow, RestoreRequest
 from ckptfs.restore.supervise import Relay, Watch
 
 _RUNTIME = "runc"  # crun takes no configuration file for criu
+_LATE, _STEP = 1.0, 0.05  # seconds for a restore that was given up to show itself, and between two looks
 
 
 def refuse_options(request: RestoreRequest) -> None:
@@ -47,7 +49,8 @@ def finish(flow: Flow) -> None:
     engine = Containerd()
     flow.stack.callback(engine.close)
     engine.create_container(flow.name, json.dumps(bundle.spec).encode())
-    flow.stack.callback(_forget, engine, flow.name, flow.place.path)
+    begun = False
+    flow.stack.callback(lambda: _forget(engine, flow.name, flow.place.path, begun=begun))
     with _pipes(flow, bundle.terminal) as (stdout, stderr, relays):
         engine.create_task(
             flow.name, flow.images, work, stdout, stderr, binary=_RUNTIME, terminal=bundle.terminal and bool(stdout)
@@ -57,6 +60,7 @@ def finish(flow: Flow) -> None:
             lazy.listen()
         try:
             pid = engine.start(flow.name)
+            begun = True
         except RestoreError as error:
             said = runtimes.criu_complaint(work / "restore.log") or error.message
             hint = f"the logs are in {work} (stay with --keep)"
@@ -80,12 +84,12 @@ def bury(place: Sequence[str], name: str) -> None:
             engine.close()
 
 
-def _forget(engine: Containerd, name: str, place: Path) -> None:
-    """Whatever there is of it: a restore under way, a task, a container."""
-    for pid in _restoring(place):
-        for criu in runtimes.children(pid):  # runc tidies up when its criu dies
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(criu, signal.SIGKILL)
+def _forget(engine: Containerd, name: str, place: Path, *, begun: bool) -> None:
+    """Whatever there is of it: a restore under way, a task, a container.
+
+    Not `begun`: containerd may go on with a call that we no longer wait for, and its runc makes cgroups.
+    """
+    _end_restores(place)
     with contextlib.suppress(CkptfsError):
         engine.kill(name, signal.SIGKILL)
         engine.wait(name)
@@ -93,7 +97,18 @@ def _forget(engine: Containerd, name: str, place: Path) -> None:
         engine.delete_task(name)
     with contextlib.suppress(CkptfsError):
         engine.delete_container(name)
+    until = time.monotonic() + (0.0 if begun else _LATE)
+    while time.monotonic() < until:
+        _end_restores(place)
+        time.sleep(_STEP)
     runtimes.remove_cgroups(name)
+
+
+def _end_restores(place: Path) -> None:
+    for pid in _restoring(place):
+        for criu in runtimes.children(pid):  # runc tidies up when its criu dies
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(criu, signal.SIGKILL)
 
 
 def _restoring(place: Path) -> Iterator[int]:
