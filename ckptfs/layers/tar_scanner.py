@@ -233,7 +233,7 @@ class TarScanner:
         size, sparse, more = number(block[483:495]), gnu_sparse_block(block, 386, 4), block[482]
         blocks: list[bytes] = []
         while more:
-            if len(blocks) * BLOCK >= self._limits.pax_header_bytes:
+            if (len(blocks) + 1) * BLOCK > self._limits.pax_header_bytes:
                 raise LimitExceeded("the map of a sparse file is longer than any tool writes")
             block = yield BLOCK
             blocks.append(block)
