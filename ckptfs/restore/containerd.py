@@ -49,8 +49,8 @@ def finish(flow: Flow) -> None:
     engine = Containerd()
     flow.stack.callback(engine.close)
     engine.create_container(flow.name, json.dumps(bundle.spec).encode())
-    begun = False
-    flow.stack.callback(lambda: _forget(engine, flow.name, flow.place.path, begun=begun))
+    answered = False
+    flow.stack.callback(lambda: _forget(engine, flow.name, flow.place.path, answered=answered))
     with _pipes(flow, bundle.terminal) as (stdout, stderr, relays):
         engine.create_task(
             flow.name, flow.images, work, stdout, stderr, binary=_RUNTIME, terminal=bundle.terminal and bool(stdout)
@@ -60,8 +60,9 @@ def finish(flow: Flow) -> None:
             lazy.listen()
         try:
             pid = engine.start(flow.name)
-            begun = True
+            answered = True
         except RestoreError as error:
+            answered = True
             said = runtimes.criu_complaint(work / "restore.log") or error.message
             hint = f"the logs are in {work} (stay with --keep)"
             raise RestoreError(f"containerd could not restore: {said}", hint=hint) from None
@@ -84,10 +85,10 @@ def bury(place: Sequence[str], name: str) -> None:
             engine.close()
 
 
-def _forget(engine: Containerd, name: str, place: Path, *, begun: bool) -> None:
+def _forget(engine: Containerd, name: str, place: Path, *, answered: bool) -> None:
     """Whatever there is of it: a restore under way, a task, a container.
 
-    Not `begun`: containerd may go on with a call that we no longer wait for, and its runc makes cgroups.
+    Not `answered`: containerd may go on with a restore that we no longer wait for, and its runc makes cgroups.
     """
     _end_restores(place)
     with contextlib.suppress(CkptfsError):
@@ -97,7 +98,7 @@ def _forget(engine: Containerd, name: str, place: Path, *, begun: bool) -> None:
         engine.delete_task(name)
     with contextlib.suppress(CkptfsError):
         engine.delete_container(name)
-    until = time.monotonic() + (0.0 if begun else _LATE)
+    until = time.monotonic() + (0.0 if answered else _LATE)
     while time.monotonic() < until:
         _end_restores(place)
         time.sleep(_STEP)
