@@ -19,6 +19,8 @@ ENOENT is never made from an error: to CRIU it means "this image is empty".
 """
 
 import errno as _errno
+from collections.abc import Mapping
+from typing import Any
 
 
 class CkptfsError(Exception):
@@ -90,6 +92,20 @@ class CacheError(CkptfsError):
 
 class RestoreError(CkptfsError):
     exit_code = 8
+
+
+def told(error: BaseException) -> dict[str, Any]:
+    """{error, hint, code}: JSON values, of which another process makes the same error again with `rebuilt`."""
+    if isinstance(error, CkptfsError):
+        return {"error": error.message, "hint": error.hint, "code": error.exit_code}
+    return {"error": f"internal error: {error!r}", "hint": "", "code": CkptfsError.exit_code}
+
+
+def rebuilt(message: Mapping[str, Any]) -> CkptfsError:
+    """What `told` has said, with its exit code."""
+    error = CkptfsError(message["error"], hint=message["hint"])
+    error.exit_code = message["code"]
+    return error
 
 
 def only_error(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, Self
 
 from ckptfs import standby
 from ckptfs.control.client import MountFiles, ask, ensure_runtime_dir, known_mounts, prune_logs
-from ckptfs.errors import CkptfsError, MountError, UnavailableError
+from ckptfs.errors import CkptfsError, MountError, UnavailableError, rebuilt, told
 from ckptfs.fuse.mountpoint import canonical, detach, mount_at, overlays_over, prepare
 from ckptfs.hardening import harden, reuse_memory
 from ckptfs.interrupts import lines
@@ -295,16 +295,15 @@ def _serve(request: Request, claim: _Lock, writer: int) -> NoReturn:
     code = 0
     try:
         _run(request, claim, writer)
-    except CkptfsError as error:
-        code = error.exit_code
-        with contextlib.suppress(OSError):
-            os.write(writer, json.dumps({"error": error.message, "hint": error.hint, "code": code}).encode() + b"\n")
-        log.error("%s", error)
     except BaseException as error:
-        code = 1
-        log.exception("the daemon ends")
+        message = told(error)
+        code = message["code"]
         with contextlib.suppress(OSError):
-            os.write(writer, json.dumps({"error": f"internal error: {error!r}", "code": 1}).encode() + b"\n")
+            os.write(writer, json.dumps(message).encode() + b"\n")
+        if isinstance(error, CkptfsError):
+            log.error("%s", error)
+        else:
+            log.exception("the daemon ends")
     finally:
         logging.shutdown()
         os._exit(code)
@@ -336,7 +335,7 @@ class Pending:
         if "error" in message:
             os.waitpid(self.pid, 0)
             self._files.log.unlink(missing_ok=True)  # all that it says is said here
-            raise _rebuilt(message)
+            raise rebuilt(message)
         return dict(message)
 
     def cancel(self) -> None:
@@ -362,13 +361,6 @@ class Pending:
         with contextlib.suppress(MountError), _Lock(self._path) as lock:
             lock.remove()
         self._files.log.unlink(missing_ok=True)
-
-
-def _rebuilt(message: dict[str, Any]) -> CkptfsError:
-    """The daemon's error with the daemon's exit code."""
-    error = CkptfsError(message["error"], hint=message.get("hint", ""))
-    error.exit_code = message["code"]
-    return error
 
 
 def _run(request: Request, claim: _Lock, writer: int | None) -> None:

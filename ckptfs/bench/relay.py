@@ -18,7 +18,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar, Self
 
-from ckptfs.errors import CkptfsError, UnavailableError
+from ckptfs.errors import CkptfsError, UnavailableError, rebuilt, told
 from ckptfs.model.oci import Descriptor, Index, Manifest, Reference, parse_document
 from ckptfs.settings import MiB, Settings
 from ckptfs.sources import Source, open_source
@@ -47,11 +47,12 @@ class Relay:
         self._process = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, text=True, process_group=0)
         assert self._process.stdout is not None
         try:
-            said = json.loads(self._process.stdout.readline() or '{"error": "the image cannot be served"}')
+            line = self._process.stdout.readline()
+            if not line:
+                raise UnavailableError("the image cannot be served", hint="`ckptfs ls REF` must work")
+            said = json.loads(line)
             if "error" in said:
-                error = CkptfsError(said["error"], hint=said.get("hint", "`ckptfs ls REF` must work"))
-                error.exit_code = said.get("code", UnavailableError.exit_code)
-                raise error
+                raise rebuilt(said)
         except BaseException:
             self.__exit__()
             raise
@@ -203,7 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
         handler = type("Handler", (_Handler,), {"image": _Image(source)})
     except CkptfsError as error:
         if options.control:
-            print(json.dumps({"error": error.message, "hint": error.hint, "code": error.exit_code}), flush=True)
+            print(json.dumps(told(error)), flush=True)
         else:
             print(f"ckptfs: {error}", file=sys.stderr)
         return error.exit_code

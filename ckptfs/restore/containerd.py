@@ -48,9 +48,9 @@ def finish(flow: Flow) -> None:
     bundle.spec.setdefault("annotations", {})[CRIU_CONFIG] = str(config)
     engine = Containerd()
     flow.stack.callback(engine.close)
-    engine.create_container(flow.name, json.dumps(bundle.spec).encode())
-    answered = False
-    flow.stack.callback(lambda: _forget(engine, flow.name, flow.place.path, answered=answered))
+    flow.place.record(name=flow.name, containerd=engine.place)
+    flow.stack.push(lambda kind, _, __: _forget(engine, flow.name, flow.place.path, late=_unanswered(kind)))
+    engine.create_container(flow.name, json.dumps(bundle.spec).encode(), owner=str(flow.place.path))
     with _pipes(flow, bundle.terminal) as (stdout, stderr, relays):
         engine.create_task(
             flow.name, flow.images, work, stdout, stderr, binary=_RUNTIME, terminal=bundle.terminal and bool(stdout)
@@ -60,9 +60,7 @@ def finish(flow: Flow) -> None:
             lazy.listen()
         try:
             pid = engine.start(flow.name)
-            answered = True
         except RestoreError as error:
-            answered = True
             said = runtimes.criu_complaint(work / "restore.log") or error.message
             hint = f"the logs are in {work} (stay with --keep)"
             raise RestoreError(f"containerd could not restore: {said}", hint=hint) from None
@@ -74,35 +72,46 @@ def finish(flow: Flow) -> None:
         flow.tell("ended", exit_code=engine.wait(flow.name), ended_ms=flow.now())
 
 
-def bury(place: Sequence[str], name: str) -> None:
-    """A container that has ended after its restore was killed; `place` is where containerd was."""
-    with contextlib.suppress(CkptfsError, ImportError):
-        engine = Containerd(place)
-        try:
-            engine.delete_task(name)
-        finally:
-            engine.delete_container(name)
-            engine.close()
+def bury(containerd: Sequence[str], name: str, place: Path) -> None:
+    """A container whose restore in `place` was killed; `containerd` is where that was."""
+    with contextlib.suppress(ImportError):
+        engine = Containerd(containerd)
+        _forget(engine, name, place, late=False)
+        engine.close()
 
 
-def _forget(engine: Containerd, name: str, place: Path, *, answered: bool) -> None:
+def _unanswered(kind: type[BaseException] | None) -> bool:
+    """Whether what ended a restore may have left a call that containerd goes on with."""
+    return kind is not None and not issubclass(kind, RestoreError)
+
+
+def _forget(engine: Containerd, name: str, place: Path, *, late: bool) -> None:
     """Whatever there is of it: a restore under way, a task, a container.
 
-    Not `answered`: containerd may go on with a restore that we no longer wait for, and its runc makes cgroups.
+    `late`: there may be more in a moment, from a call that we no longer wait for (runc makes cgroups, too).
     """
-    _end_restores(place)
+    until = time.monotonic() + (_LATE if late else 0.0)
+    ours = False
+    while True:
+        _end_restores(place)
+        with contextlib.suppress(CkptfsError):
+            if engine.has(name, owner=str(place)):
+                ours = True
+                _remove(engine, name)
+        if time.monotonic() >= until:
+            break
+        time.sleep(_STEP)
+    if ours:
+        runtimes.remove_cgroups(name)
+
+
+def _remove(engine: Containerd, name: str) -> None:
     with contextlib.suppress(CkptfsError):
         engine.kill(name, signal.SIGKILL)
         engine.wait(name)
     with contextlib.suppress(CkptfsError):
         engine.delete_task(name)
-    with contextlib.suppress(CkptfsError):
-        engine.delete_container(name)
-    until = time.monotonic() + (0.0 if answered else _LATE)
-    while time.monotonic() < until:
-        _end_restores(place)
-        time.sleep(_STEP)
-    runtimes.remove_cgroups(name)
+    engine.delete_container(name)
 
 
 def _end_restores(place: Path) -> None:

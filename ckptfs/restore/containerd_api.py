@@ -1,6 +1,6 @@
 """containerd's API as far as a restore needs it: a container, its task, and what becomes of it.
 
-Owns seven calls and their messages (api/services/{containers,tasks}/v1 and runtime/v2/runc/options/oci.proto of
+Owns eight calls and their messages (api/services/{containers,tasks}/v1 and runtime/v2/runc/options/oci.proto of
 containerd), encoded by hand: they are a dozen fields. `ctr` cannot say where the CRIU images are, the API can
 (criu_image_path). Needs grpcio, which is imported only here. Called by containerd.py.
 """
@@ -19,6 +19,7 @@ _SOCKET = "/run/containerd/containerd.sock"
 _RUNTIME = "io.containerd.runc.v2"
 _SPEC_TYPE = "types.containerd.io/opencontainers/runtime-spec/1/Spec"
 _OPTIONS_TYPE = "containerd.runc.v1.Options"
+_OWNER = "dev.ckptfs.restore"  # label of a container: the directory of the restore that has made it
 _PATIENCE = 30.0  # seconds for a call that does not wait for a restore
 
 
@@ -54,11 +55,18 @@ class Containerd:
     def close(self) -> None:
         self._channel.close()
 
-    def create_container(self, name: str, spec: bytes) -> None:
+    def create_container(self, name: str, spec: bytes, *, owner: str) -> None:
         """A container without a snapshot: its root file system is where the spec says."""
+        label = _string(1, _OWNER) + _string(2, owner)
         runtime = _string(1, _RUNTIME)
-        container = _string(1, name) + _bytes(4, runtime) + _bytes(5, _any(_SPEC_TYPE, spec))
+        container = _string(1, name) + _bytes(2, label) + _bytes(4, runtime) + _bytes(5, _any(_SPEC_TYPE, spec))
         self._call("containers.v1.Containers/Create", _bytes(1, container))
+
+    def has(self, name: str, *, owner: str) -> bool:
+        """Whether it has the container that was made for `owner`; one of that name may be somebody else's."""
+        answer = self._call("containers.v1.Containers/List", _string(1, f'id=="{name}"'))
+        labels = [label for container in answer.messages(1) for label in container.messages(2)]
+        return any(label.text(1, "") == _OWNER and label.text(2, "") == owner for label in labels)
 
     def create_task(
         self, name: str, images: Path, work: Path, stdout: str, stderr: str, *, binary: str, terminal: bool

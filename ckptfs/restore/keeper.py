@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from ckptfs.control.ready import notify
-from ckptfs.errors import CkptfsError
+from ckptfs.errors import CkptfsError, rebuilt, told
 from ckptfs.interrupts import lines
 from ckptfs.restore.flow import Report, RestoreRequest, begun
 
@@ -60,9 +60,7 @@ def restore_detached(request: RestoreRequest, report: Report) -> None:
             message = json.loads(line)
             if "error" in message:
                 os.waitpid(child, 0)
-                error = CkptfsError(message["error"], hint=message["hint"])
-                error.exit_code = message["code"]
-                raise error
+                raise rebuilt(message)
             report(message.pop("event"), **message)
             if "pid" in message:
                 return
@@ -99,11 +97,9 @@ def _keep(request: RestoreRequest, writer: int) -> None:
             os.dup2(null, descriptor)
         os.chdir("/")
         restore(request, report)
-    except CkptfsError as error:
-        code = error.exit_code
-        send({"error": error.message, "hint": error.hint, "code": code})
     except BaseException as error:
-        code = 1
-        send({"error": f"internal error: {error!r}", "hint": "", "code": code})
+        message = told(error)
+        code = message["code"]
+        send(message)
     finally:
         os._exit(code)

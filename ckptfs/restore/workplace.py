@@ -140,7 +140,7 @@ def _bury(path: Path) -> None:
     if state.get("containerd"):
         from ckptfs.restore.containerd import bury
 
-        bury(state["containerd"], state["name"])
+        bury(state["containerd"], state["name"], path)
     if state.get("name"):
         remove_cgroups(state["name"])
     clear(path)

@@ -121,7 +121,7 @@ def test_the_name_is_taken(pushed: Pushed, containerd: Containerd, tmp_path: Pat
         assert containerd.pid("taken")  # it was not touched
 
 
-@pytest.mark.parametrize("seconds", [1.0, 2.0])
+@pytest.mark.parametrize("seconds", [0.7, 1.0, 2.0])
 def test_interrupted_on_the_way(
     seconds: float, pushed: Pushed, containerd: Containerd, registry: DockerRegistry, tmp_path: Path
 ) -> None:
