@@ -44,6 +44,7 @@ class Limits(NamedTuple):
     criu_record_bytes: int = 16 * MiB  # mm of a process with 65530 mappings (vm.max_map_count) is 4 MB
     criu_records: int = 4_000_000
     increments: int = 8  # checkpoints that one restore reads: `push --parent` writes a whole one after so many
+    predumps: int = 64  # checkpoints that CRIU's `parent` links lead through, one after another
     increment_bytes: int = 256 * MiB  # all pagemaps of a checkpoint and of those that it stands on
     process_depth: int = 256  # generations in a process tree
     dump_bytes: int = 16 * MiB  # config.dump, spec.dump and their like

@@ -144,4 +144,4 @@ def _order(image: OpenImage, *, eager_only: bool) -> "RestoreOrder":
         data = image.reader.cached(inode, 0, inode.size)
         return bytes(data) if data is not None else None
 
-    return RestoreOrder(read_now, eager_only=eager_only)
+    return RestoreOrder(read_now, image.options.settings.limits, eager_only=eager_only)

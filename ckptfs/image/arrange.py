@@ -24,7 +24,6 @@ from ckptfs.image.views import (
     criu_descriptors,
     gathering,
     images_directory,
-    parent_link,
     recognise,
     spec_of,
 )
@@ -33,6 +32,7 @@ from ckptfs.model.annotations import PARENT
 from ckptfs.model.blob import Blob
 from ckptfs.model.index import ImageIndex, IndexedLayer
 from ckptfs.model.oci import Descriptor, Manifest, Reference, parse_json
+from ckptfs.model.parents import parent_link
 from ckptfs.model.toc import Entry, Inode
 from ckptfs.model.tree import Node, Tree
 

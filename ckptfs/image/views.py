@@ -15,6 +15,7 @@ from enum import StrEnum
 
 from ckptfs.errors import FormatError
 from ckptfs.model.oci import Descriptor, parse_json
+from ckptfs.model.parents import parent_images
 from ckptfs.model.toc import Inode
 from ckptfs.model.tree import Node, Tree
 
@@ -57,17 +58,6 @@ def images_directory(tree: Tree) -> bytes | None:
     parents = {parent_images(node) for node in found}
     paths = sorted((n.path for n in found), key=lambda path: (path in parents, path.count(b"/") + bool(path), path))
     return paths[0] if paths else None
-
-
-def parent_images(directory: Node) -> bytes | None:
-    """Where the `parent` link of an increment leads (criu/image.c: open_parent), as a path; None without one."""
-    link = parent_link(directory)
-    return posixpath.normpath(posixpath.join(directory.path, link)) if link else None
-
-
-def parent_link(directory: Node) -> bytes | None:
-    link = directory.children.get(b"parent")
-    return link.inode.target if link is not None and link.inode is not None else None
 
 
 def gathering(

@@ -12,9 +12,10 @@ from itertools import takewhile
 
 from ckptfs.criu.restore_plan import PageRun, RestorePlan, plan_restore
 from ckptfs.errors import FormatError
+from ckptfs.model.parents import parent_images
 from ckptfs.model.toc import Chunk, Inode, overlapping
 from ckptfs.model.tree import Node, Tree
-from ckptfs.settings import KiB
+from ckptfs.settings import KiB, Limits
 
 _SHORT = 128 * KiB  # a run of lazy pages that can be a stack or the data of a program
 _SMALL = 32 * KiB  # encoded: a chunk that holds little else
@@ -28,18 +29,22 @@ ReadNow = Callable[[Inode], bytes | None]
 class RestoreOrder:
     """`read_now` gives a metadata file's bytes if this node has them, else None; asked once, when a plan is made."""
 
-    def __init__(self, read_now: ReadNow, *, eager_only: bool) -> None:
+    def __init__(self, read_now: ReadNow, limits: Limits, *, eager_only: bool) -> None:
         self._read_now = read_now
+        self._limits = limits
         self._eager_only = eager_only
 
     def plan(self, tree: Tree) -> Iterator[Chunk]:
         """Chunks of the pages files of every checkpoint in the tree; nothing of a checkpoint that cannot be read."""
         for directory in _checkpoints(tree):
-            files = {os.fsdecode(path): inode for path, inode in _files(directory)}
+            parents = list(_parents(tree, directory, self._limits.predumps))
+            files = dict(_files(directory))
+            for name, parent in parents:
+                files |= {f"{name}/{file}": inode for file, inode in _files(parent)}
+            sizes = {name: inode.size for name, inode in files.items()}
+            names = [name for name, _ in parents]
             try:
-                plan = plan_restore(
-                    self._reader(files), {name: inode.size for name, inode in files.items()}, lazy=True, parents=()
-                )
+                plan = plan_restore(self._reader(files), sizes, lazy=True, parents=names, limits=self._limits)
             except FormatError:
                 continue  # criu will say what is wrong with it; reading in file order is still right
             yield from _chunks(files, self._runs(plan))
@@ -107,7 +112,18 @@ def _checkpoints(tree: Tree) -> Iterator[Node]:
             yield node
 
 
-def _files(directory: Node) -> Iterator[tuple[bytes, Inode]]:
+def _parents(tree: Tree, directory: Node, most: int) -> Iterator[tuple[str, Node]]:
+    """(name, directory) of the checkpoints that this one was dumped on top of, nearest first, by its `parent` links."""
+    for level in range(1, most + 1):
+        path = parent_images(directory)
+        found = tree.find(path) if path else None
+        if found is None:
+            return
+        directory = found
+        yield "/".join(["parent"] * level), directory
+
+
+def _files(directory: Node) -> Iterator[tuple[str, Inode]]:
     for node in directory.visible_children():
         if node.inode is not None and node.inode.is_file:
-            yield node.name, node.inode
+            yield os.fsdecode(node.name), node.inode
