@@ -82,7 +82,8 @@ class Unpacked:
         if directory:
             tree.add([Entry(directory, Inode(stat.S_IFDIR | 0o755, mtime_ns=inode.mtime_ns))], self._rank)
         tree.begin(self._rank, directory)
-        layer = TarFormat().open(InodeBlob(image.reader, inode, _TAR), image.fetcher.next_layer)
+        blob = InodeBlob(image.reader, inode, _TAR)
+        layer = TarFormat().open(blob, image.fetcher.next_layer, image.options.settings)
         self._scan = LayerScan(layer, image.fetcher, self._arrived, self._ended)
         image.add_scan(self._rank, self._scan)
 

@@ -144,11 +144,11 @@ class OpenImage:
         `indexed` is what the image's own index says of the layer, `side` what was found elsewhere (side.py).
         IntegrityError when strict and the layer cannot be verified.
         """
-        descriptor, index = blob.descriptor, self.fetcher.next_layer
+        descriptor, index, settings = blob.descriptor, self.fetcher.next_layer, self.options.settings
         layer: Layer
         known: Sequence[Entry] | None
         if indexed is not None:
-            layer, known = open_indexed(blob, index, indexed.chunk_digest), indexed.entries
+            layer, known = open_indexed(blob, index, settings, indexed.chunk_digest), indexed.entries
             self.chunk_digests[index] = indexed.chunk_digest
             for file in indexed.files:
                 self.tables.add(file, blob, index)
@@ -156,7 +156,7 @@ class OpenImage:
             layer = beside = side.open(blob, index)
             known = beside.entries if beside.entries is not None else self.memory.entries(layer, index, descriptor)
         else:
-            layer = select_format(descriptor).open(blob, index)
+            layer = select_format(descriptor).open(blob, index, settings)
             known = self.memory.entries(layer, index, descriptor)
         if self.options.strict and layer.verification != "chunk":
             raise IntegrityError(
@@ -198,7 +198,7 @@ class OpenImage:
         from ckptfs.layers.tar import TarFormat
 
         descriptor, number = blob.descriptor, self.fetcher.next_layer
-        layer = TarFormat().open(blob, number)
+        layer = TarFormat().open(blob, number, self.options.settings)
         self.fetcher.add_layer(blob, layer)
         self._layers[number] = (descriptor, layer)
         # A grid of its own: the chunks of a compressed layer are cut from the decoded stream and have the digest's.

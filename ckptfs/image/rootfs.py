@@ -18,6 +18,7 @@ from ckptfs.layers import select_format
 from ckptfs.model.annotations import BASE_DIGEST, BASE_NAME, DELTA_ROLE, ROLE, ROOTFS_DIGEST
 from ckptfs.model.oci import Descriptor, Digest, Reference, parse_json
 from ckptfs.model.tree import Tree
+from ckptfs.settings import Settings
 from ckptfs.sources import Source
 from ckptfs.sources.offline import offline
 
@@ -65,17 +66,18 @@ async def base_directories(image: OpenImage, open_source: OpenSource | None, bas
         elif base is not None:
             source, resolved = await _open(image, open_source, base)
             layers = list(resolved.manifest.layers)
-        return await trio.to_thread.run_sync(_names, source, layers, abandon_on_cancel=True)
+        return await trio.to_thread.run_sync(_names, source, layers, image.options.settings, abandon_on_cancel=True)
     except CkptfsError as error:
         log.warning("directories above the delta are shown as root's, 0755: %s", error)
         return None
 
 
-def _names(source: Source, layers: Sequence[Descriptor]) -> Tree:
+def _names(source: Source, layers: Sequence[Descriptor], settings: Settings) -> Tree:
     tree = Tree()
     for rank, descriptor in enumerate(layers, start=1):
         tree.begin(rank)
-        tree.add(select_format(descriptor).open(source.blob(descriptor), 0).scan(lambda chunk, data: None), rank)
+        layer = select_format(descriptor).open(source.blob(descriptor), 0, settings)
+        tree.add(layer.scan(lambda chunk, data: None), rank)
         tree.finish(rank)
     return tree
 

@@ -12,6 +12,7 @@ from ckptfs.layers.zstd_chunked import ZstdChunkedFormat
 from ckptfs.model.blob import Blob
 from ckptfs.model.chunk_digest import ChunkDigest
 from ckptfs.model.oci import Descriptor
+from ckptfs.settings import Settings
 
 __all__ = ["Emit", "Layer", "LayerFormat", "Verification", "formats", "may_be_indexed", "open_indexed", "select_format"]
 
@@ -23,11 +24,10 @@ def formats() -> tuple[LayerFormat, ...]:
     Imported when somebody asks for one: an image whose index tells all chunks need not wait for the others (7 ms).
     """
     from ckptfs.layers.estargz import EStargzFormat
-    from ckptfs.layers.gzip import GzipFormat
+    from ckptfs.layers.stream import StreamFormat
     from ckptfs.layers.tar import TarFormat
-    from ckptfs.layers.zstd import ZstdFormat
 
-    return ZstdChunkedFormat(), EStargzFormat(), GzipFormat(), ZstdFormat(), TarFormat()
+    return ZstdChunkedFormat(), EStargzFormat(), StreamFormat("gzip"), StreamFormat("zstd"), TarFormat()
 
 
 def select_format(descriptor: Descriptor) -> LayerFormat:
@@ -51,10 +51,10 @@ def may_be_indexed(descriptor: Descriptor) -> bool:
     return ZstdChunkedFormat().matches(descriptor) and not is_encrypted(descriptor.media_type)
 
 
-def open_indexed(blob: Blob, layer: int, chunk_digest: ChunkDigest) -> Layer:
+def open_indexed(blob: Blob, layer: int, settings: Settings, chunk_digest: ChunkDigest) -> Layer:
     """A layer whose chunks come from an image's index, with such digests. FormatError where there can be none."""
     if not may_be_indexed(blob.descriptor):
         raise FormatError(f"the index tells chunks of layer {blob.descriptor.digest}, which has none")
-    opened = ZstdChunkedFormat().open(blob, layer)
+    opened = ZstdChunkedFormat().open(blob, layer, settings)
     opened.chunk_digest = chunk_digest
     return opened

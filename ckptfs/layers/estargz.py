@@ -31,14 +31,11 @@ _EXTRA = 10  # where the extra field begins
 class EStargzFormat:
     name = "estargz"
 
-    def __init__(self, settings: Settings | None = None) -> None:
-        self.settings = settings or Settings()
-
     def matches(self, descriptor: Descriptor) -> bool:
         return compression_of(descriptor.media_type) == "gzip" and ANNOTATION_TOC_DIGEST in descriptor.annotations
 
-    def open(self, blob: Blob, layer: int) -> "EStargzLayer":
-        return EStargzLayer(blob, layer, self.settings)
+    def open(self, blob: Blob, layer: int, settings: Settings) -> "EStargzLayer":
+        return EStargzLayer(blob, layer, settings)
 
 
 class ExternalTable(NamedTuple):

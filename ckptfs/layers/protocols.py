@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 from ckptfs.model.blob import Blob
 from ckptfs.model.oci import Descriptor
 from ckptfs.model.toc import Chunk, Entry
+from ckptfs.settings import Settings
 
 Verification = Literal["chunk", "transport"]
 
@@ -47,7 +48,7 @@ class LayerFormat(Protocol):
     def matches(self, descriptor: Descriptor) -> bool:
         """Whether this format reads such a layer, judged by media type and annotations alone."""
 
-    def open(self, blob: Blob, layer: int) -> Layer:
+    def open(self, blob: Blob, layer: int, settings: Settings) -> Layer:
         """`layer` is what the chunks' `layer` field will say. Does no I/O."""
 
 
@@ -62,4 +63,4 @@ class SideDocument(Protocol):
     """What is known of a layer from outside of it: an index, a zTOC, a table of frames. Parsed and checked already."""
 
     def open(self, blob: Blob, layer: int) -> SideLayer:
-        """Like `LayerFormat.open`; raises nothing."""
+        """Like `LayerFormat.open`, with the settings that the document was parsed with; raises nothing."""

@@ -1,6 +1,6 @@
-"""Layers that can only be read from the front: one pass over the blob feeds every reader.
+"""gzip and zstd layers without an index of their own, which can only be read from the front.
 
-Owns the machinery that gzip.py and zstd.py share: hash, decompress, cut to the grid, scan. Judges the compression by
+One pass over the blob feeds every reader: hash, decompress, cut to the grid, scan. Judges the compression by
 the bytes, because media types are often wrong about it. What one pass has learnt can be kept, as a `LayerIndex`.
 """
 
@@ -8,12 +8,13 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from ckptfs.errors import FormatError, IntegrityError
 from ckptfs.layers.compression import DECOMPRESS, MAGIC_BYTES, Bytes, sniff
 from ckptfs.layers.grid import Grid, segments_of, stream_unit
 from ckptfs.layers.gzip_index import PointFinder, can_find_points
+from ckptfs.layers.media_types import compression_of
 from ckptfs.layers.protocols import Emit, Verification
 from ckptfs.layers.tar_scanner import TarScanner
 from ckptfs.model.blob import Blob
@@ -23,6 +24,19 @@ from ckptfs.model.toc import Chunk, Entry
 from ckptfs.settings import Settings
 
 _NATURE: dict[str, Compression] = {"tar": "none", "gzip": "gzip", "zstd": "zstd"}  # by the layer's format
+
+
+class StreamFormat:
+    """Layers of one compression; podman and buildah write zstd as one frame."""
+
+    def __init__(self, name: Literal["gzip", "zstd"]) -> None:
+        self.name = name
+
+    def matches(self, descriptor: Descriptor) -> bool:
+        return compression_of(descriptor.media_type) == self.name
+
+    def open(self, blob: Blob, layer: int, settings: Settings) -> "StreamLayer":
+        return StreamLayer(self.name, blob, layer, settings)
 
 
 class StreamLayer:

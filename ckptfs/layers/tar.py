@@ -20,14 +20,11 @@ from ckptfs.settings import Settings
 class TarFormat:
     name = "tar"
 
-    def __init__(self, settings: Settings | None = None) -> None:
-        self.settings = settings or Settings()
-
     def matches(self, descriptor: Descriptor) -> bool:
         return compression_of(descriptor.media_type) == "none"
 
-    def open(self, blob: Blob, layer: int) -> "TarLayer":
-        return TarLayer(blob, layer, self.settings)
+    def open(self, blob: Blob, layer: int, settings: Settings) -> "TarLayer":
+        return TarLayer(blob, layer, settings)
 
 
 class TarLayer:

@@ -29,14 +29,11 @@ _CRFS = 1  # the only type of table that is defined
 class ZstdChunkedFormat:
     name = "zstd:chunked"
 
-    def __init__(self, settings: Settings | None = None) -> None:
-        self.settings = settings or Settings()
-
     def matches(self, descriptor: Descriptor) -> bool:
         return compression_of(descriptor.media_type) == "zstd" and _prefix(descriptor.annotations) is not None
 
-    def open(self, blob: Blob, layer: int) -> "ZstdChunkedLayer":
-        return ZstdChunkedLayer(blob, layer, self.settings)
+    def open(self, blob: Blob, layer: int, settings: Settings) -> "ZstdChunkedLayer":
+        return ZstdChunkedLayer(blob, layer, settings)
 
 
 class TablePosition(NamedTuple):

@@ -43,7 +43,7 @@ class LayerFiles:
         try:
             for number, blob in enumerate(blobs):
                 rank = number + 1
-                layer = select_format(blob.descriptor).open(blob, number)
+                layer = select_format(blob.descriptor).open(blob, number, settings)
                 self.tree.begin(rank)
                 reader: _ChunkReader
                 if layer.sequential and not names_only:

@@ -38,7 +38,7 @@ class ParentImage:
         """FormatError when the manifest has an index that is none."""
         self.source = source
         self.manifest = manifest
-        self._limits = settings.limits
+        self._settings = settings
         self.layers: Sequence[IndexedLayer] = ()
         self._files: dict[bytes, tuple[IndexedFile, int]] = {}
         self._opened: dict[int, Layer] = {}
@@ -79,7 +79,7 @@ class ParentImage:
         if found is None or found[0].entry.inode is None or not found[0].entry.inode.is_file:
             return None
         file, inode = found[0], found[0].entry.inode
-        if inode.size > self._limits.criu_image_bytes:
+        if inode.size > self._settings.limits.criu_image_bytes:
             raise FormatError(f"{path.decode('utf-8', 'replace')!r} of the parent has {inode.size} bytes")
         if file.content is not None:
             return file.content
@@ -95,7 +95,7 @@ class ParentImage:
         if file.cells is None:
             return self._extents(file, layer)
         blob = self.source.blob(self.manifest.layers[layer])
-        return read_cells(file, self._table(file.cells, layer), layer, blob.size, self._limits)
+        return read_cells(file, self._table(file.cells, layer), layer, blob.size, self._settings.limits)
 
     def chunk_digest(self, path: bytes) -> ChunkDigest:
         """What the digests of `pieces` are."""
@@ -139,7 +139,7 @@ class ParentImage:
         data = memoryview(blob.read_at(start, last.offset + last.size - start, attempt=attempt))
         opened = self._opened.get(layer)
         if opened is None:
-            opened = self._opened[layer] = open_indexed(blob, layer, self.layers[layer].chunk_digest)
+            opened = self._opened[layer] = open_indexed(blob, layer, self._settings, self.layers[layer].chunk_digest)
         chunks = (extent.chunk for extent in extents)
         return [bytes(opened.decode(c, data[c.offset - start : c.offset - start + c.size])) for c in chunks]
 
@@ -147,7 +147,7 @@ class ParentImage:
         inode = file.entry.inode
         if inode is not None and file.table is not None and not inode.extents:
             size = self.manifest.layers[layer].size
-            load_table(file, self._table(file.table, layer), layer, size, self._limits)
+            load_table(file, self._table(file.table, layer), layer, size, self._settings.limits)
         return inode.extents if inode is not None else ()
 
     def _table(self, table: Table, layer: int) -> bytes:
@@ -158,7 +158,7 @@ class ParentImage:
         if text is None:
             return None
         try:
-            index = decode_index(base64.b64decode(text, validate=True), limits=self._limits, with_rows=True)
+            index = decode_index(base64.b64decode(text, validate=True), limits=self._settings.limits, with_rows=True)
         except binascii.Error:
             raise FormatError(f"the index of {self.source.reference} is not base64") from None
         described = [(layer.digest, layer.size) for layer in index.layers]

@@ -15,7 +15,7 @@ from ckptfs.layers import formats, select_format
 from ckptfs.model.oci import Descriptor, Digest
 from ckptfs.model.toc import Chunk, Entry
 from ckptfs.model.toc_document import decode_toc, encode_toc
-from ckptfs.settings import KiB, MiB
+from ckptfs.settings import KiB, MiB, Settings
 from tests.support import golden
 from tests.support.blobs import TAR, BytesBlob, ScannedLayer, blob_of, layout_layer
 from tests.support.tars import END, member
@@ -194,7 +194,7 @@ def test_a_stream_gives_entries_and_chunks_as_they_arrive(suffix: str) -> None:
         position += len(data)
 
     seen: list[Entry] = []
-    for entry in select_format(blob.descriptor).open(Counting(blob.data, blob.descriptor), 0).scan(emit):
+    for entry in select_format(blob.descriptor).open(Counting(blob.data, blob.descriptor), 0, Settings()).scan(emit):
         if not seen:
             assert sum(pieces) <= (1024 if suffix == "+gzip" else 512) * KiB  # a chunk of the grid
         seen.append(entry)
@@ -222,7 +222,7 @@ def test_a_damaged_stream_with_the_right_digest_is_the_images_fault() -> None:
 
 def test_streamed_chunks_are_not_decoded_one_by_one() -> None:
     blob = blob_of(b"", TAR + "+gzip")
-    layer = select_format(blob.descriptor).open(blob, 0)
+    layer = select_format(blob.descriptor).open(blob, 0, Settings())
     with pytest.raises(FormatError):
         layer.decode(Chunk(b"", 0, 0, 1, 1), memoryview(b"x"))
 
@@ -263,7 +263,7 @@ def test_a_table_of_contents_is_asked_for_elsewhere_when_it_is_damaged() -> None
 def test_chunks_carry_the_number_of_their_layer() -> None:
     for item in FOUND:
         blob = layout_layer(CORPUS / f"{item}.oci")
-        layer = select_format(blob.descriptor).open(blob, 7)
+        layer = select_format(blob.descriptor).open(blob, 7, Settings())
         for entry in layer.scan(lambda chunk, data: None):
             assert all(extent.chunk.layer == 7 for extent in (entry.inode.extents if entry.inode else ()))
 

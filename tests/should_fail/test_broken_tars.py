@@ -123,9 +123,9 @@ def test_extension_headers_at_the_limit_and_one_past_it() -> None:
     fill = record(b"comment", b"x" * (2048 - len(record(b"comment", b"")) - 2))
     assert len(fill) == 2048
     blob = blob_of(member(b"pax", fill, flag=b"x") + member(b"x") + END)
-    assert len(ScannedLayer.of(blob, TarFormat(settings)).entries) == 1
+    assert len(ScannedLayer.of(blob, TarFormat(), settings).entries) == 1
     with pytest.raises(LimitExceeded):
-        ScannedLayer.of(blob_of(member(b"pax", fill + b"0", flag=b"x") + END), TarFormat(settings))
+        ScannedLayer.of(blob_of(member(b"pax", fill + b"0", flag=b"x") + END), TarFormat(), settings)
 
 
 def test_xattrs_at_the_limit_and_one_past_it() -> None:
@@ -142,9 +142,9 @@ def test_xattrs_at_the_limit_and_one_past_it() -> None:
 
 def test_entries_at_the_limit_and_one_past_it() -> None:
     settings = with_limits(toc_entries=3)
-    assert len(ScannedLayer.of(blob_of(member(b"x") * 3 + END), TarFormat(settings)).entries) == 3
+    assert len(ScannedLayer.of(blob_of(member(b"x") * 3 + END), TarFormat(), settings).entries) == 3
     with pytest.raises(LimitExceeded):
-        ScannedLayer.of(blob_of(member(b"x") * 4 + END), TarFormat(settings))
+        ScannedLayer.of(blob_of(member(b"x") * 4 + END), TarFormat(), settings)
 
 
 @pytest.mark.parametrize("device", [(-1, 0), (0, -1), (1 << 32, 0), (b"x" * 8, 0)])

@@ -13,7 +13,7 @@ from ckptfs.layers.grid import Grid
 from ckptfs.layers.tar_scanner import TarScanner
 from ckptfs.model.toc import Entry
 from ckptfs.model.toc_document import decode_toc, encode_toc
-from ckptfs.settings import KiB, Limits
+from ckptfs.settings import KiB, Limits, Settings
 from tests.support.blobs import TAR, BytesBlob, ScannedLayer, blob_of
 from tests.support.tars import END, gnu_long, gnu_sparse, header, member, padded, pax
 from tests.support.tocs import PAYLOAD, entry, estargz, sha256, table, zstd_chunked
@@ -61,7 +61,7 @@ def sound(entries: list[Entry]) -> None:
 def scan(blob: BytesBlob) -> None:
     entries: list[Entry] = []
     try:
-        layer = select_format(blob.descriptor).open(blob, 0)
+        layer = select_format(blob.descriptor).open(blob, 0, Settings())
         entries.extend(layer.scan(lambda chunk, data: None))
     except (FormatError, IntegrityError):
         pass

@@ -11,10 +11,9 @@ import zstandard
 
 from ckptfs.errors import FormatError, LimitExceeded
 from ckptfs.layers.grid import Grid
-from ckptfs.layers.gzip import GzipFormat
+from ckptfs.layers.stream import StreamFormat
 from ckptfs.layers.tar import TarFormat
 from ckptfs.layers.tar_scanner import TarScanner
-from ckptfs.layers.zstd import ZstdFormat
 from ckptfs.model.toc import Entry, Inode
 from ckptfs.model.tree import Tree
 from ckptfs.settings import KiB, Limits, MiB, Settings
@@ -145,9 +144,9 @@ def test_a_size_in_a_pax_header_that_is_no_number(size: bytes) -> None:
 def test_a_size_at_the_limit_and_one_past_it() -> None:
     settings = with_limits(file_bytes=1000)
     blob = blob_of(member(b"x", bytes(1000)) + END)
-    assert len(ScannedLayer.of(blob, TarFormat(settings)).entries) == 1
+    assert len(ScannedLayer.of(blob, TarFormat(), settings).entries) == 1
     with pytest.raises(FormatError, match="size"):
-        ScannedLayer.of(blob_of(member(b"x", bytes(1001)) + END), TarFormat(settings))
+        ScannedLayer.of(blob_of(member(b"x", bytes(1001)) + END), TarFormat(), settings)
 
 
 @pytest.mark.row("M3")
@@ -156,7 +155,7 @@ def test_a_stream_that_claims_exabytes_costs_nothing() -> None:
     blob = blob_of(data, TAR + "+gzip")
     found: list[Entry] = []
     with peak_memory() as peak, pytest.raises(FormatError, match="cut off"):
-        found.extend(GzipFormat().open(blob, 0).scan(lambda chunk, piece: None))
+        found.extend(StreamFormat("gzip").open(blob, 0, Settings()).scan(lambda chunk, piece: None))
     assert peak.grown < 16 * MiB
 
 
@@ -243,7 +242,7 @@ def test_a_bomb_is_streamed_chunk_by_chunk(kind: str, record_property: Figure) -
     assert blob.size < size / 500
     total = 0
     with peak_memory() as peak:
-        layer = (GzipFormat() if kind == "gzip" else ZstdFormat()).open(blob, 0)
+        layer = StreamFormat(kind).open(blob, 0, Settings())
 
         def count(chunk: object, data: bytes) -> None:
             nonlocal total
@@ -265,9 +264,9 @@ def test_a_zstd_window_at_the_limit_and_one_past_it() -> None:
         return compressor.compress(data) + compressor.flush()
 
     settings = with_limits(zstd_window_bytes=1 << 20)
-    assert len(ScannedLayer.of(blob_of(packed(20), TAR + "+zstd"), ZstdFormat(settings)).entries) == 1
+    assert len(ScannedLayer.of(blob_of(packed(20), TAR + "+zstd"), StreamFormat("zstd"), settings).entries) == 1
     with pytest.raises(LimitExceeded, match="window"):
-        ScannedLayer.of(blob_of(packed(21), TAR + "+zstd"), ZstdFormat(settings))
+        ScannedLayer.of(blob_of(packed(21), TAR + "+zstd"), StreamFormat("zstd"), settings)
 
 
 # M5: the same path twice

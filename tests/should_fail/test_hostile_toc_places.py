@@ -153,7 +153,7 @@ def test_a_table_larger_than_the_first_read() -> None:
     noise = random.Random(1).randbytes(300_000).hex()
     toc = table([entry(endOffset=None), {"type": "dir", "name": "d", "noise": noise}])
     blob = estargz(toc)
-    scanned = ScannedLayer.of(blob, EStargzFormat(settings))
+    scanned = ScannedLayer.of(blob, EStargzFormat(), settings)
     assert len(blob.ranges) == 2 and blob.ranges[0][1] == 64 * KiB
     assert blob.ranges[1][0] + blob.ranges[1][1] == blob.ranges[0][0], "no byte is read twice"
     index = scanned.entries[-1].inode

@@ -119,7 +119,7 @@ def test_a_table_that_decompresses_to_a_gigabyte() -> None:
     blob = estargz(toc, index=header(b"stargz.index.json", 512 * MiB) + bytes(2 * MiB))
     blob.descriptor = blob.descriptor._replace(annotations={STARGZ: sha256(toc)})
     with peak_memory() as peak, pytest.raises(LimitExceeded):
-        ScannedLayer.of(blob, EStargzFormat(settings))
+        ScannedLayer.of(blob, EStargzFormat(), settings)
     assert peak.grown < 16 * MiB
 
 
@@ -304,23 +304,23 @@ def test_a_chunk_at_the_limit_and_one_past_it() -> None:
     for limit, good in ((len(PAYLOAD), True), (len(PAYLOAD) - 1, False)):
         settings = with_limits(chunk_bytes=limit)
         for blob, layer_format in (
-            (zstd_chunked(toc), ZstdChunkedFormat(settings)),
-            (estargz(toc), EStargzFormat(settings)),
+            (zstd_chunked(toc), ZstdChunkedFormat()),
+            (estargz(toc), EStargzFormat()),
         ):
             if good:
-                assert ScannedLayer.of(blob, layer_format).entries
+                assert ScannedLayer.of(blob, layer_format, settings).entries
                 continue
             with pytest.raises(LimitExceeded, match="chunk"):
-                ScannedLayer.of(blob, layer_format)
+                ScannedLayer.of(blob, layer_format, settings)
 
 
 @pytest.mark.row("M7")
 def test_entries_at_the_limit_and_one_past_it() -> None:
     settings = with_limits(toc_entries=3)
     rows = [{"type": "dir", "name": str(i)} for i in range(4)]
-    assert len(ScannedLayer.of(zstd_chunked(table(rows[:3])), ZstdChunkedFormat(settings)).entries) == 3
+    assert len(ScannedLayer.of(zstd_chunked(table(rows[:3])), ZstdChunkedFormat(), settings).entries) == 3
     with pytest.raises(LimitExceeded):
-        ScannedLayer.of(zstd_chunked(table(rows)), ZstdChunkedFormat(settings))
+        ScannedLayer.of(zstd_chunked(table(rows)), ZstdChunkedFormat(), settings)
 
 
 @pytest.mark.row("M7")
@@ -328,14 +328,14 @@ def test_entries_at_the_limit_and_one_past_it() -> None:
 def test_a_table_at_the_limit_and_one_past_it(limit: str) -> None:
     toc = table([{"type": "dir", "name": "x" * 100, "noise": random.Random(1).randbytes(5000).hex()}])
     size = len(toc) if limit == "toc_bytes" else len(zstandard.ZstdCompressor().compress(toc))
-    assert ScannedLayer.of(zstd_chunked(toc), ZstdChunkedFormat(with_limits(**{limit: size}))).entries
+    assert ScannedLayer.of(zstd_chunked(toc), ZstdChunkedFormat(), with_limits(**{limit: size})).entries
     with pytest.raises(LimitExceeded):
-        ScannedLayer.of(zstd_chunked(toc), ZstdChunkedFormat(with_limits(**{limit: size - 1})))
+        ScannedLayer.of(zstd_chunked(toc), ZstdChunkedFormat(), with_limits(**{limit: size - 1}))
     member_size = len(gzip.compress(member(b"stargz.index.json", toc) + END))
     size = len(member(b"stargz.index.json", toc) + END) if limit == "toc_bytes" else member_size
-    assert ScannedLayer.of(estargz(toc), EStargzFormat(with_limits(**{limit: size}))).entries
+    assert ScannedLayer.of(estargz(toc), EStargzFormat(), with_limits(**{limit: size})).entries
     with pytest.raises(LimitExceeded):
-        ScannedLayer.of(estargz(toc), EStargzFormat(with_limits(**{limit: size - 1})))
+        ScannedLayer.of(estargz(toc), EStargzFormat(), with_limits(**{limit: size - 1}))
 
 
 @pytest.mark.row("M7")

@@ -9,6 +9,7 @@ from ckptfs.layers import Layer, LayerFormat, select_format
 from ckptfs.model.blob import Blob
 from ckptfs.model.oci import Descriptor, Digest
 from ckptfs.model.toc import Chunk, Entry, Extent, Inode
+from ckptfs.settings import Settings
 
 TAR = "application/vnd.oci.image.layer.v1.tar"
 
@@ -68,8 +69,10 @@ class ScannedLayer:
     emitted: dict[bytes, bytes] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, blob: BytesBlob, layer_format: LayerFormat | None = None) -> "ScannedLayer":
-        layer = (layer_format or select_format(blob.descriptor)).open(blob, 0)
+    def of(
+        cls, blob: BytesBlob, layer_format: LayerFormat | None = None, settings: Settings | None = None
+    ) -> "ScannedLayer":
+        layer = (layer_format or select_format(blob.descriptor)).open(blob, 0, settings or Settings())
         scanned = cls(layer, blob)
         scanned.entries.extend(layer.scan(scanned._emit))
         return scanned

@@ -21,6 +21,7 @@ from ckptfs.model.index import ANNOTATION_INDEX, IndexedFile, IndexedLayer, deco
 from ckptfs.model.oci import Manifest, Reference
 from ckptfs.model.toc import Entry, Inode
 from ckptfs.pull import pull
+from ckptfs.settings import Settings
 from ckptfs.sources.layout import LayoutSource
 from ckptfs.telemetry import NetworkCounters
 from tests.support.blobs import blob_of
@@ -135,7 +136,7 @@ def test_a_chunk_is_not_taken_by_its_other_digest(older: Path, tmp_path: Path) -
         chunk = file.entry.inode.extents[0].chunk
         encoded = memoryview(blob.read_at(chunk.offset, chunk.size))
         for kind in ChunkDigest:
-            layer = open_indexed(blob, chunk.layer, kind)
+            layer = open_indexed(blob, chunk.layer, Settings(), kind)
             if kind is right:
                 assert len(layer.decode(chunk, encoded)) == chunk.length
             else:
@@ -216,4 +217,4 @@ def test_an_index_can_tell_no_chunks_of_a_plain_tar(tmp_path: Path, caplog: pyte
     assert with_layouts([layout], tmp_path / "cache", look)[0]
     assert "tells chunks of layers that have none" in caplog.text
     with pytest.raises(FormatError, match="which has none"):
-        open_indexed(blob, 0, ChunkDigest.BLAKE3)
+        open_indexed(blob, 0, Settings(), ChunkDigest.BLAKE3)

@@ -22,10 +22,10 @@ DATA = content(COUNT * UNIT)
 def layer_in_layer(fetcher: Fetcher, reader: Reader) -> None:
     """Layer 0 has a file with all of DATA, which is layer 1."""
     outer = blob_of(DATA)
-    fetcher.add_layer(outer, TarFormat().open(outer, 0))
+    fetcher.add_layer(outer, TarFormat().open(outer, 0, Settings()))
     extents = Grid("outer", 0, UNIT, len(DATA)).extents(((0, len(DATA), 0),))
     inner = InodeBlob(reader, Inode(0o100644, size=len(DATA), extents=extents), outer.descriptor.media_type)
-    fetcher.add_layer(inner, TarFormat().open(inner, 1), inside=True)
+    fetcher.add_layer(inner, TarFormat().open(inner, 1, Settings()), inside=True)
 
 
 def test_many_reads_inside_of_a_file_do_not_keep_its_own_bytes_away() -> None:

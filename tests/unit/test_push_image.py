@@ -19,6 +19,7 @@ from ckptfs.model.oci import Descriptor
 from ckptfs.push import Progress, PushOptions, open_checkpoint, push
 from ckptfs.push.layout_target import LayoutTarget
 from ckptfs.push.target import Sent
+from ckptfs.settings import Settings
 from ckptfs.sources.layout import LayoutSource
 from tests.support.blobs import ScannedLayer
 from tests.support.golden import Listing, directory_listing
@@ -215,7 +216,7 @@ def test_the_index_says_what_the_layers_say(tmp_path: Path) -> None:
     assert [layer.digest for layer in index.layers] == [layer.digest for layer in manifest.layers]
     for descriptor, layer in zip(manifest.layers, index.layers, strict=True):
         blob = layer_blob(layout, descriptor)
-        scanned, opened = ScannedLayer.of(blob), open_indexed(blob, 0, layer.chunk_digest)
+        scanned, opened = ScannedLayer.of(blob), open_indexed(blob, 0, Settings(), layer.chunk_digest)
         told = {entry.path: entry for entry in scanned.entries}
         assert [entry.path for entry in layer.entries] == list(told)
         for file in layer.files:
