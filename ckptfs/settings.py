@@ -47,6 +47,7 @@ class Limits(NamedTuple):
     predumps: int = 64  # checkpoints that CRIU's `parent` links lead through, one after another
     increment_bytes: int = 256 * MiB  # all pagemaps of a checkpoint and of those that it stands on
     process_depth: int = 256  # generations in a process tree
+    deleted_files_bytes: int = 64 * MiB  # a list of a million paths; real ones have a few hundred
     dump_bytes: int = 16 * MiB  # config.dump, spec.dump and their like
     argument_bytes: int = 256 * KiB  # of a process's command line or environment; more is shown cut
 

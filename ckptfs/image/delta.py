@@ -6,24 +6,22 @@ write a plain tar of what was added or changed and a JSON list of what was delet
 whiteouts under the same name.
 """
 
-import json
 import stat
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from ckptfs.engine.scan import LayerScan
-from ckptfs.errors import CkptfsError, FormatError
+from ckptfs.errors import CkptfsError, LimitExceeded
 from ckptfs.image.inner import InodeBlob, within
 from ckptfs.image.opened import OpenImage
 from ckptfs.image.views import Layout, inner_tars
-from ckptfs.model.oci import parse_json
+from ckptfs.layers.paths import deleted_paths
 from ckptfs.model.toc import Entry, Inode
 from ckptfs.model.tree import WHITEOUT, Tree, Whiteouts
 
 _TAR = "application/vnd.oci.image.layer.v1.tar"
 _GZIP = b"\x1f\x8b"
 _ZSTD = b"\x28\xb5\x2f\xfd"
-_DELETED_BYTES = 64 << 20  # a list of a million paths; the real ones have a few hundred
 
 
 class DerivedTars:
@@ -166,16 +164,7 @@ class Unpacked:
         node = await self._image.find_in_checkpoint(name)
         if node is None or node.inode is None or not node.inode.is_file:
             return []
-        size = node.inode.size
-        if size > _DELETED_BYTES:
-            raise FormatError(f"deleted.files has {size} bytes")
-        listed = parse_json(await self._image.read(node.inode, 0, size), "deleted.files")
-        if not isinstance(listed, list) or not all(isinstance(path, str) for path in listed):
-            raise FormatError("deleted.files is not a list of paths")
-        found = []
-        for path in listed:
-            parts = [p for p in path.encode("utf-8", "surrogateescape").split(b"/") if p not in (b"", b".")]
-            if not parts or b".." in parts:
-                raise FormatError(f"deleted.files names {json.dumps(path)[:200]}")
-            found.append(b"/".join(parts))
-        return found
+        size, limits = node.inode.size, self._image.options.settings.limits
+        if size > limits.deleted_files_bytes:
+            raise LimitExceeded(f"deleted.files has {size} bytes, more than {limits.deleted_files_bytes}")
+        return deleted_paths(bytes(await self._image.read(node.inode, 0, size)), limits)

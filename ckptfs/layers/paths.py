@@ -4,6 +4,7 @@ Every format passes every path through `normalise`, once; nobody behind it looks
 """
 
 from ckptfs.errors import FormatError, LimitExceeded
+from ckptfs.model.oci import parse_json
 from ckptfs.settings import Limits
 
 
@@ -35,6 +36,22 @@ def normalise(name: bytes, limits: Limits) -> bytes:
     if len(name) > limits.name_bytes and max(map(len, parts), default=0) > limits.name_bytes:
         raise LimitExceeded(f"the path {show(name)} has a part of more than {limits.name_bytes} bytes")
     return b"/".join(parts)
+
+
+def deleted_paths(data: bytes, limits: Limits) -> list[bytes]:
+    """deleted.files of a checkpoint, which podman and CRI-O write: a JSON list of absolute paths; sorted, each once.
+
+    FormatError for anything else, and for the root: engines remove what it names with all that is below.
+    """
+    if not data:
+        return []
+    listed = parse_json(data, "deleted.files")
+    if not isinstance(listed, list) or not all(isinstance(path, str) for path in listed):
+        raise FormatError("deleted.files is not a list of paths")
+    paths = {normalise(path.encode("utf-8", "surrogateescape"), limits) for path in listed}
+    if b"" in paths:
+        raise FormatError("deleted.files names the root")
+    return sorted(paths)
 
 
 def symlink_target(target: bytes, path: bytes, limits: Limits) -> bytes:

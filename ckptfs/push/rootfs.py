@@ -6,7 +6,6 @@ image-spec layer.md. A path that was deleted and has something new below it is o
 """
 
 import hashlib
-import os
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 import ckptfs
 from ckptfs.errors import FormatError
 from ckptfs.layers.compression import DECOMPRESS
-from ckptfs.layers.paths import normalise
+from ckptfs.layers.paths import deleted_paths
 from ckptfs.layers.zstd_chunked_writer import Member, write_layer
 from ckptfs.model.annotations import BASE_DIGEST, BASE_NAME, DELTA_ROLE, ROLE, VERSION
 from ckptfs.model.blob import MemoryBlob
@@ -93,14 +92,15 @@ class RootfsImage:
 
     def _delta(self, publisher: Publisher, threads: int) -> tuple[Descriptor, Digest] | None:
         """The layer and its diff_id; None where the container changed nothing."""
-        deleted = _deleted(self._checkpoint.find(_DELETED), self._settings)
+        listed, limits = self._checkpoint.find(_DELETED), self._settings.limits
+        deleted = deleted_paths(listed.read(limits.deleted_files_bytes), limits) if listed is not None else []
         file = self._checkpoint.find(_DELTA)
         spool = self._work.spool()
         if file is None or not file.is_regular or not file.inode.size:
             members: Iterable[Member] = self._layer([], deleted)
         else:
             compression = keep(file, spool)
-            if compression == "gzip":
+            if compression == "gzip" and not deleted:  # containerd's, a layer as it is
                 stream = DECOMPRESS["gzip"](spool.stream(0, spool.size), MiB, self._settings.limits)
                 diff_id = _digest(stream)
                 publisher.add(spool.descriptor, spool, done=spool.close)
@@ -154,17 +154,6 @@ def _above(path: bytes) -> Iterator[bytes]:
     """The directories that `path` lies in, without the root."""
     while path := path.rpartition(b"/")[0]:
         yield path
-
-
-def _deleted(file: CheckpointFile | None, settings: Settings) -> list[bytes]:
-    """deleted.files: a JSON list of absolute paths; none where there is no such file."""
-    if file is None or not file.inode.size:
-        return []
-    value = parse_json(file.read(settings.limits.dump_bytes), "deleted.files")
-    if not isinstance(value, list) or not all(isinstance(path, str) for path in value):
-        raise FormatError("deleted.files is not a list of paths")
-    paths = (normalise(os.fsencode(path), settings.limits) for path in value)
-    return sorted({path for path in paths if path})
 
 
 def _digest(pieces: Iterator[bytes]) -> Digest:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,13 @@ DELTA = {"data/new": b"new\n", "opt/app/fresh": b"fresh\n", "tmp/replaced": b"ag
 DELETED = ["/opt/app", "/srv/gone.txt", "/srv/gonedir", "/tmp/replaced"]
 
 
-def test_base_and_delta_make_the_root(tmp_path: Path) -> None:
+@pytest.mark.parametrize("packed", [bytes, gzip.compress], ids=["tar", "gzip"])
+def test_base_and_delta_make_the_root(packed: Callable[[bytes], bytes], tmp_path: Path) -> None:
     layout = tmp_path / "layout"
     base = put_base(layout)
-    result = push_to_layout(checkpoint(tmp_path, delta_tar(DELTA), DELETED), layout, "ck", base=f"oci:{layout}:base")
+    result = push_to_layout(
+        checkpoint(tmp_path, packed(delta_tar(DELTA)), DELETED), layout, "ck", base=f"oci:{layout}:base"
+    )
     root = manifest_of(layout, "ck-rootfs")
     assert result.rootfs is not None
     assert result.rootfs.digest == root.digest
@@ -205,7 +209,7 @@ def test_gnu_tar_sees_opaque_markers_before_what_is_new(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("deleted", [{"a": 1}, [1], ["/../x"], "x"])
+@pytest.mark.parametrize("deleted", [{"a": 1}, [1], ["/../x"], ["/"], "x"])
 def test_a_senseless_list_of_deletions_is_refused(tmp_path: Path, deleted: Any) -> None:
     layout = tmp_path / "layout"
     put_base(layout)
