@@ -11,6 +11,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -128,5 +129,6 @@ def _order(name: str) -> tuple[str, int]:
 def _where() -> str:
     command = ["git", "-C", str(DOCUMENT.parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    machine = f"{os.cpu_count()} CPUs, Linux {platform.release()}, Python {platform.python_version()}"
-    return f"Measured at commit {commit or 'unknown'} on {machine}"
+    kernel = platform.release().partition("-")[0]
+    machine = f"{os.cpu_count()} CPUs, Linux {kernel}, Python {platform.python_version()}"
+    return f"Measured on {date.today()} at commit {commit or 'unknown'} on {machine}"

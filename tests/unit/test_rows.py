@@ -31,7 +31,7 @@ def test_what_was_measured_goes_into_the_document() -> None:
         "N2": Row(["passed", "failed"], []),
     }
     lines = filled(document, rows).splitlines()
-    assert lines[1].startswith("1 of 2 rows hold. Measured at commit ")
+    assert lines[1].startswith("1 of 2 rows hold. Measured on 20")
     assert lines[5:] == [
         "| N1 | p | h | t | 0 errors; a/b; 1 tests skipped | holds |",
         "| N2 | p | h | t | 1 cases | **fails** |",
