@@ -1,6 +1,7 @@
-"""Names out of archives and TOCs made into paths of entries: the one place where a path is judged.
+"""Names out of archives, TOCs, indexes and profiles made into paths of entries: the one place where a path is judged.
 
-Every format passes every path through `normalise`, once; nobody behind it looks for `..` again.
+Every format passes every path through `normalise` or, where it was written by us, `plain`; once: nobody behind them
+looks for `..` again.
 """
 
 from ckptfs.errors import FormatError, LimitExceeded
@@ -35,6 +36,13 @@ def normalise(name: bytes, limits: Limits) -> bytes:
     if len(name) > limits.name_bytes and max(map(len, parts), default=0) > limits.name_bytes:
         raise LimitExceeded(f"the path {show(name)} has a part of more than {limits.name_bytes} bytes")
     return b"/".join(parts)
+
+
+def plain(path: bytes, limits: Limits) -> bytes:
+    """`path` if it is as `normalise` would make it; another is refused, not mended. FormatError, LimitExceeded."""
+    if normalise(path, limits) != path:
+        raise FormatError(f"the path {show(path)} is not plain")
+    return path
 
 
 def symlink_target(target: bytes, path: bytes, limits: Limits) -> bytes:
