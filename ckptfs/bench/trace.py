@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from ckptfs.bench.charts import GREEN, GREY, ORANGE, RED, svg
 from ckptfs.bench.report import document
 from ckptfs.errors import FormatError, LimitExceeded
+from ckptfs.terminal import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +47,7 @@ class Access:
 
 
 def read_trace(lines: Iterable[str]) -> list[Access]:
-    """In the order of time. FormatError for lines that no mount has recorded."""
+    """In the order of time, names as they can be shown. FormatError for lines that no mount has recorded."""
     found = []
     for number, line in enumerate(lines, 1):
         if number > _MOST:
@@ -56,12 +57,12 @@ def read_trace(lines: Iterable[str]) -> list[Access]:
             wait = value.get("wait_ms")
             access = Access(
                 at=float(value["t_ms"]) / 1000,
-                path=_shown(value["path"]),
+                path=printable(str(value["path"])),
                 offset=int(value["offset"]),
                 length=int(value["length"]),
                 hit=bool(value["hit"]),
                 wait=float(wait) / 1000 if wait is not None else None,
-                who=_shown(value.get("command") or ""),
+                who=printable(str(value.get("command") or "")),
             )
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             raise FormatError(f"line {number} is no recorded read", hint="use `mount --record`") from None
@@ -221,9 +222,3 @@ def _row(tag: str, *cells: str) -> str:
 
 def _short(name: str, count: int) -> str:
     return name if len(name) <= count else f"…{name[1 - count :]}"
-
-
-def _shown(name: object) -> str:
-    """Names come out of images: what cannot be printed, or be in XML, is an escape."""
-    text = str(name).encode("utf-8", "backslashreplace").decode()
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

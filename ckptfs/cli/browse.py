@@ -13,6 +13,7 @@ import click
 from ckptfs.cli.opening import image_options, with_image
 from ckptfs.cli.options import F, RegistryReference, reference_argument
 from ckptfs.model.oci import Reference
+from ckptfs.terminal import printable
 
 _base = click.option("--base", type=RegistryReference(), help="The base image of the rootfs view.")
 _views = click.Choice(["checkpoint", "raw", "rootfs"])
@@ -71,7 +72,7 @@ def ls(reference: Reference, path: str, long: bool, recursive: bool, as_json: bo
 def _show(line: str) -> None:
     """A name of somebody else's choice must not act on the user's terminal; a pipe gets it as it is."""
     if sys.stdout.isatty():
-        line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+        line = printable(line)
     click.echo(line, color=True)  # otherwise click takes escapes out of names in a pipe
 
 

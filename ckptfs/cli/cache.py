@@ -28,6 +28,7 @@ from ckptfs.cli.options import (
 from ckptfs.errors import CacheError, IntegrityError, NotFoundError
 from ckptfs.model.oci import Reference
 from ckptfs.settings import default_cache_dir
+from ckptfs.terminal import size_text
 
 if TYPE_CHECKING:
     from ckptfs.engine.cache import ChunkCache
@@ -60,8 +61,6 @@ def info(as_json: bool, cache_dir: Path | None, verbose: int, quiet: bool) -> No
     \b
     ckptfs cache info --json
     """
-    from ckptfs.inspection.render import size_text
-
     with _opened(cache_dir, verbose, quiet) as found:
         stats = found.stats()._asdict()
         name = found.name
@@ -152,7 +151,6 @@ def warm(reference: Reference, metadata: bool, as_json: bool, **options: Any) ->
     ckptfs cache warm registry.example/app/ckpt:1 --metadata
     """
     from ckptfs.cli.opening import with_images
-    from ckptfs.inspection.render import size_text
 
     async def work(images: "Sequence[OpenImage]") -> tuple[int, int, int, str]:
         from ckptfs.image.ahead import fetch_all
@@ -197,8 +195,6 @@ def _freed(found: "ChunkCache", action: Callable[[], None]) -> tuple[int, int]:
 
 
 def _tell_freed(freed: int, left: int, as_json: bool, quiet: bool, why: str = "") -> None:
-    from ckptfs.inspection.render import size_text
-
     if as_json:
         click.echo(json.dumps({"freed_bytes": freed, "bytes": left}))
     elif not quiet:

@@ -16,6 +16,7 @@ from ckptfs.cli.opening import console, image_options, say_traffic, with_images
 from ckptfs.cli.options import reference_argument
 from ckptfs.errors import UsageError
 from ckptfs.model.oci import Reference
+from ckptfs.terminal import size_text
 
 if TYPE_CHECKING:
     import re
@@ -186,7 +187,6 @@ def _dump(files: "ImageFiles", pid: int) -> dict[str, Any]:
 def _write(files: "ImageFiles", pid: int, output: Path, as_json: bool) -> dict[str, Any]:
     """The memory, area after area; returns where each one is in the file."""
     from ckptfs.inspection.memory import ProcessMemory
-    from ckptfs.inspection.render import size_text
 
     _, images, _ = next(_processes(files, pid))
     memory = ProcessMemory(images, pid)

@@ -17,6 +17,7 @@ from ckptfs.cli.options import F, configure_logging, make_settings, open_cache, 
 from ckptfs.errors import only_error
 from ckptfs.model.oci import Reference
 from ckptfs.telemetry import NetworkCounters
+from ckptfs.terminal import size_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,8 +47,6 @@ class Traffic:
         return asdict(self)
 
     def sentence(self) -> str:
-        from ckptfs.inspection.render import size_text
-
         of = f"{size_text(self.fetched_bytes)} of {size_text(self.image_bytes)}"
         return f"fetched {of} in {self.requests} request{'' if self.requests == 1 else 's'}"
 
@@ -144,8 +143,6 @@ async def _show_progress(counters: NetworkCounters, images: "Sequence[OpenImage]
     """One line on stderr that changes and goes away, once the command has taken a second."""
     import trio
     from rich.console import Console
-
-    from ckptfs.inspection.render import size_text
 
     await trio.sleep(_PATIENCE)
     with Console(stderr=True).status("") as status:

@@ -25,6 +25,7 @@ from ckptfs.errors import NotFoundError, RestoreError, UsageError
 from ckptfs.model.oci import Reference
 from ckptfs.settings import Limits, MiB, default_cache_dir
 from ckptfs.telemetry import NetworkCounters
+from ckptfs.terminal import printable, size_text
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -145,7 +146,6 @@ def show(source: str, all_runs: bool, as_json: bool, plain_http: bool, verbose: 
     from rich.table import Table
 
     from ckptfs.cli.opening import console
-    from ckptfs.inspection.render import size_text
 
     table = Table(box=None)
     if all_runs:
@@ -318,8 +318,6 @@ def _facts(found: "Profile") -> dict[str, Any]:
 
 
 def _sentence(found: "Profile") -> str:
-    from ckptfs.inspection.render import size_text
-
     times = "1 restore" if found.recordings == 1 else f"{found.recordings} restores"
     last = found.runs[-1].at if found.runs else 0
     return f"{len(found.runs)} runs, {size_text(found.total)} within {last} ms, of {times}"
@@ -329,4 +327,4 @@ def _text(path: bytes) -> "Text":
     """A name that does nothing to a terminal: profiles come from whoever may push."""
     from rich.text import Text
 
-    return Text("".join(letter if letter.isprintable() else "?" for letter in path.decode("utf-8", "replace")))
+    return Text(printable(os.fsdecode(path)))

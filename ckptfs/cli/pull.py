@@ -16,6 +16,7 @@ from ckptfs.cli.options import (
 )
 from ckptfs.model.oci import Reference
 from ckptfs.telemetry import NetworkCounters
+from ckptfs.terminal import size_text
 
 
 @click.command()
@@ -55,7 +56,6 @@ def pull(
         for name in ("engine.scan", "engine.disk", "image.opened"):
             logging.getLogger(f"ckptfs.{name}").setLevel(logging.CRITICAL)
     from ckptfs.cli.progress import Bars
-    from ckptfs.inspection.render import size_text
     from ckptfs.pull import PullProgress
     from ckptfs.pull import pull as write
     from ckptfs.sources import Source, open_source

@@ -14,6 +14,7 @@ from ckptfs.cli.options import RegistryReference, configure_logging, make_settin
 from ckptfs.errors import UsageError
 from ckptfs.model.oci import Descriptor, Reference
 from ckptfs.telemetry import NetworkCounters
+from ckptfs.terminal import size_text
 
 if TYPE_CHECKING:
     from ckptfs.push import PushResult
@@ -107,8 +108,6 @@ def push(
         return
     click.echo(f"{reference}@{result.manifest.digest}")
     if not quiet:
-        from ckptfs.inspection.render import size_text
-
         click.echo(f"sent {size_text(result.sent)}, {size_text(result.present)} were there already", err=True)
         increment = result.increment
         if increment is not None and increment.layers:

@@ -9,6 +9,7 @@ import click
 from ckptfs.cli.options import complete_mounts, configure_logging, verbosity_options
 from ckptfs.errors import UsageError
 from ckptfs.redaction import redact
+from ckptfs.terminal import printable, size_text
 
 
 @click.command()
@@ -67,18 +68,18 @@ def _show(facts: dict[str, Any]) -> None:
     network, reads = facts["network"], facts["reads"]
     click.echo(f"{facts['mountpoint']}  {facts['reference']}")
     for image in facts.get("images", ()):  # of a layer store
-        size, users = human(image["image_bytes"]), image["users"]
+        size, users = size_text(image["image_bytes"]), image["users"]
         click.echo(f"  image    {image['reference']} ({image['layers']} layers, {size}, {users} users)")
     if facts["digest"]:
         share = 100 * facts["cached_bytes"] // facts["image_bytes"] if facts["image_bytes"] else 100
         click.echo(f"  digest   {facts['digest']} ({facts['view']} view, verified by {facts['verify']})")
-        click.echo(f"  cached   {human(facts['cached_bytes'])} of {human(facts['image_bytes'])} ({share} %)")
+        click.echo(f"  cached   {size_text(facts['cached_bytes'])} of {size_text(facts['image_bytes'])} ({share} %)")
     click.echo(
-        f"  network  {human(network['bytes'])} in {network['requests']} requests, "
+        f"  network  {size_text(network['bytes'])} in {network['requests']} requests, "
         f"{network['retries']} retries, {network['in_flight']} under way"
     )
     click.echo(
-        f"  reads    {reads['count']} ({human(reads['bytes'])}), {reads['misses']} waited, "
+        f"  reads    {reads['count']} ({size_text(reads['bytes'])}), {reads['misses']} waited, "
         f"median {reads['wait_ms_p50']:.1f} ms, {reads['waiting']} waiting now"
     )
     for read in facts["reading"]:
@@ -91,20 +92,11 @@ def _show(facts: dict[str, Any]) -> None:
         click.echo(f"  error    {error}")
 
 
-def human(count: float) -> str:
-    """1536 -> '1.5 KiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
 def place_of(read: dict[str, Any]) -> str:
     """File, offset and length of one of a status' `reading`."""
-    return f"{safe(read['path'])} at {read['offset']} ({human(read['length'])})"
+    return f"{safe(read['path'])} at {read['offset']} ({size_text(read['length'])})"
 
 
 def safe(text: str) -> str:
     """Names come out of images: nothing in them acts on a terminal, and all of them can be printed."""
-    return redact(text).encode("utf-8", "backslashreplace").decode()
+    return printable(redact(text))

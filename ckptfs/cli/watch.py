@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from ckptfs.cli.status import human, place_of, safe
+from ckptfs.cli.status import place_of, safe
 from ckptfs.errors import MountError, UnavailableError
+from ckptfs.terminal import size_text
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -92,7 +93,7 @@ def line_of(facts: Facts, speeds: Speeds) -> str:
     parts = [
         safe(facts["mountpoint"]),
         *_share(facts),
-        f"{human(speeds.now(facts))}/s",
+        f"{size_text(speeds.now(facts))}/s",
         f"{reads['count']} reads",
         f"{_percent(reads['count'] - reads['misses'], reads['count'])} hits",
     ]
@@ -107,9 +108,9 @@ def line_of(facts: Facts, speeds: Speeds) -> str:
 
 def _share(facts: Facts) -> list[str]:
     if "cached_bytes" not in facts:
-        return [f"{len(facts['images'])} images, {human(facts['image_bytes'])}"]
+        return [f"{len(facts['images'])} images, {size_text(facts['image_bytes'])}"]
     cached, size = facts["cached_bytes"], facts["image_bytes"]
-    return [_percent(cached, size), f"{human(cached)} of {human(size)}"]
+    return [_percent(cached, size), f"{size_text(cached)} of {size_text(size)}"]
 
 
 def _each(found: list[Facts], look: Look, interval: float, show: Callable[[list[Facts]], None]) -> None:
@@ -190,7 +191,7 @@ def _mount(facts: Facts, speeds: Speeds, width: int) -> Iterator[Any]:
     retries = f", {network['retries']} retries, {network['errors']} failed" if network["retries"] else ""
     rows.add_row(
         "speed",
-        f"{human(speeds.now(facts))}/s now, {human(speeds.mean(facts))}/s on average, "
+        f"{size_text(speeds.now(facts))}/s now, {size_text(speeds.mean(facts))}/s on average, "
         f"{network['in_flight']} requests under way{retries}",
     )
     rows.add_row("reads", _reads(reads))
@@ -208,7 +209,7 @@ def _reads(reads: Facts) -> str:
         for key, where in (("memory_hits", "memory"), ("disk_hits", "disk"), ("misses", "the network"))
     )
     waits = f"median wait {reads['wait_ms_p50']:.1f} ms, 99 % below {reads['wait_ms_p99']:.1f} ms"
-    return f"{reads['count']} ({human(reads['bytes'])}): {shares}" + (f"; {waits}" if reads["misses"] else "")
+    return f"{reads['count']} ({size_text(reads['bytes'])}): {shares}" + (f"; {waits}" if reads["misses"] else "")
 
 
 def _bars(facts: Facts, speeds: Speeds, width: int) -> "Table":
@@ -232,10 +233,10 @@ def _bars(facts: Facts, speeds: Speeds, width: int) -> "Table":
     table.add_column(no_wrap=True)
     for name, cached, size, note in parts:
         if cached is None:
-            table.add_row(name, "", "", human(size), note)
+            table.add_row(name, "", "", size_text(size), note)
             continue
         bar = ProgressBar(total=max(size, 1), completed=cached if size else 1, width=max(10, min(40, width - 50)))
-        table.add_row(name, bar, _percent(cached, size), f"{human(cached)} of {human(size)}", note)
+        table.add_row(name, bar, _percent(cached, size), f"{size_text(cached)} of {size_text(size)}", note)
     return table
 
 

@@ -22,7 +22,7 @@ from ckptfs.engine.waiting import Demand, Waiting
 from ckptfs.errors import CkptfsError, FormatError, IntegrityError, UnavailableError
 from ckptfs.layers import Layer
 from ckptfs.model.blob import Blob
-from ckptfs.model.toc import Chunk, Extent, Inode
+from ckptfs.model.toc import Chunk, Extent, Inode, piece_of
 from ckptfs.settings import Settings
 from ckptfs.telemetry import NetworkCounters
 
@@ -126,10 +126,7 @@ class Fetcher:
             self._used(chunk)
             self.disk_hits += 1
         else:
-            piece = memoryview(data)[skip : skip + len(buffer)]
-            if len(piece) != len(buffer):
-                raise IntegrityError(f"a chunk is {len(buffer) - len(piece)} bytes shorter than the file that it holds")
-            buffer[:] = piece
+            buffer[:] = piece_of(data, skip, len(buffer))
         return True
 
     def has(self, chunk: Chunk) -> bool:

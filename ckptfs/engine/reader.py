@@ -14,8 +14,7 @@ import trio
 from ckptfs.engine.disk import Buffer
 from ckptfs.engine.fetch import Fetcher
 from ckptfs.engine.schedule import Priority
-from ckptfs.errors import IntegrityError
-from ckptfs.model.toc import UNKNOWN, Chunk, Extent, Inode, overlapping
+from ckptfs.model.toc import UNKNOWN, Chunk, Extent, Inode, overlapping, piece_of
 from ckptfs.settings import KiB, MiB
 
 _STRAIGHT = 512 * KiB  # reads of this size and more are of large files, front to back: the kernel keeps the pages
@@ -311,25 +310,15 @@ def _assemble(parts: list[tuple[Extent, Buffer]], offset: int, size: int) -> Buf
     if len(parts) == 1:
         extent, data = parts[0]
         if extent.start <= offset and end <= extent.start + extent.length:
-            at = extent.skip + offset - extent.start
-            piece = memoryview(data)[at : at + size]
-            _whole(piece, size, extent)
-            return piece
+            return piece_of(data, extent.skip + offset - extent.start, size)
     pieces: list[Buffer] = []
     position = offset
     for extent, data in parts:
         lo = max(extent.start, offset)
         hi = min(extent.start + extent.length, end)
-        at = extent.skip + lo - extent.start
-        piece = memoryview(data)[at : at + hi - lo]
-        _whole(piece, hi - lo, extent)
+        piece = piece_of(data, extent.skip + lo - extent.start, hi - lo)
         pieces += [bytes(lo - position), piece] if lo > position else [piece]
         position = hi
     if end > position:
         pieces.append(bytes(end - position))
     return b"".join(pieces)
-
-
-def _whole(piece: memoryview, size: int, extent: Extent) -> None:
-    if len(piece) != size:
-        raise IntegrityError(f"a chunk is {size - len(piece)} bytes shorter than the file that it holds")

@@ -15,7 +15,7 @@ from ckptfs.errors import CkptfsError, LimitExceeded
 from ckptfs.image.inner import InodeBlob, within
 from ckptfs.image.opened import OpenImage
 from ckptfs.image.views import Layout, inner_tars
-from ckptfs.layers.paths import deleted_paths
+from ckptfs.model.paths import deleted_paths
 from ckptfs.model.toc import Entry, Inode
 from ckptfs.model.tree import WHITEOUT, Tree, Whiteouts
 

@@ -19,11 +19,11 @@ from ckptfs.criu.chunking import placed_cells
 from ckptfs.criu.pagemap import Pagemap, parse_pagemap
 from ckptfs.engine.shared_cells import Place, SharedCells
 from ckptfs.errors import CkptfsError, FormatError
-from ckptfs.image.kept import table_bytes
+from ckptfs.image.kept import kept_cells, load_kept_table, table_bytes
 from ckptfs.image.resolve import DocumentStore
 from ckptfs.model.blob import Blob
 from ckptfs.model.chunk_digest import ChunkDigest
-from ckptfs.model.index import ImageIndex, IndexedFile, load_table, read_cells
+from ckptfs.model.index import ImageIndex, IndexedFile
 from ckptfs.model.oci import Digest, Manifest, Reference, parse_document
 from ckptfs.model.packed import PackedExtents
 from ckptfs.model.toc import Extent, overlapping
@@ -127,7 +127,7 @@ class EarlierImages:
         lacking = {chunk.start for chunk in chunks if not self._cells.contains(chunk.chunk.key)}
         if not lacking:
             return
-        cells = self._table(file, blob, layer)
+        cells = kept_cells(self._documents, file, blob, layer, self._limits)
         missing = [cell for chunk, inside in _within(chunks, cells) if chunk.start in lacking for cell in inside]
         places: dict[bytes, Place] = {}
         digest = self._chunk_digests[layer]
@@ -196,7 +196,8 @@ class EarlierImages:
         here = [chunk for chunk in extents if self._cells.contains(chunk.chunk.key)]
         if not here:
             return
-        for chunk, inside in _within(here, self._table(earlier.file, earlier.blob, 0)):
+        cells = kept_cells(self._documents, earlier.file, earlier.blob, 0, self._limits)
+        for chunk, inside in _within(here, cells):
             for cell in inside:
                 if cell.chunk.key in wanted and cell.chunk.key != chunk.chunk.key:
                     places[cell.chunk.key] = Place(chunk.chunk.key, cell.start - chunk.start, cell.length, digest)
@@ -208,16 +209,9 @@ class EarlierImages:
         document = parse_document(raw)
         return document if isinstance(document, Manifest) else None
 
-    def _table(self, file: IndexedFile, blob: Blob, layer: int) -> Sequence[Extent]:
-        if file.cells is None:
-            return ()
-        return read_cells(file, table_bytes(self._documents, file.cells, blob), layer, blob.size, self._limits)
-
     def _extents(self, earlier: _Pages) -> Sequence[Extent]:
-        inode, table = earlier.file.entry.inode, earlier.file.table
-        if inode is not None and table is not None:
-            data = table_bytes(self._documents, table, earlier.blob)
-            load_table(earlier.file, data, 0, earlier.blob.size, self._limits)
+        load_kept_table(self._documents, earlier.file, earlier.blob, 0, self._limits)
+        inode = earlier.file.entry.inode
         return inode.extents if inode is not None else ()
 
 

@@ -14,12 +14,12 @@ import trio
 
 from ckptfs.errors import FormatError
 from ckptfs.image.earlier import EarlierImages
-from ckptfs.image.kept import table_bytes
+from ckptfs.image.kept import kept_cells, load_kept_table
 from ckptfs.image.parts import TableParts
 from ckptfs.image.resolve import DocumentStore
 from ckptfs.layers import may_be_indexed
 from ckptfs.model.blob import Blob
-from ckptfs.model.index import ANNOTATION_INDEX, ImageIndex, IndexedFile, decode_index, load_table, read_cells
+from ckptfs.model.index import ANNOTATION_INDEX, ImageIndex, IndexedFile, decode_index
 from ckptfs.model.oci import Manifest
 from ckptfs.model.toc import Extent, Inode
 from ckptfs.settings import Limits
@@ -134,7 +134,9 @@ class ChunkTables:
         """The file's cells; nothing where it has none."""
         for file, blob, layer in self.with_cells:
             if file.entry.inode is inode:
-                return await trio.to_thread.run_sync(self._cells, file, blob, layer, abandon_on_cancel=True)
+                return await trio.to_thread.run_sync(
+                    kept_cells, self._documents, file, blob, layer, self._limits, abandon_on_cancel=True
+                )
         return ()
 
     async def keep_cells(self) -> None:
@@ -143,14 +145,7 @@ class ChunkTables:
             for file, blob, _ in self.with_cells:
                 await trio.to_thread.run_sync(self.earlier.keep, file, blob, abandon_on_cancel=True)
 
-    def _cells(self, file: IndexedFile, blob: Blob, layer: int) -> Sequence[Extent]:
-        if file.cells is None:
-            return ()
-        return read_cells(file, table_bytes(self._documents, file.cells, blob), layer, blob.size, self._limits)
-
     def _load(self, file: IndexedFile, blob: Blob, layer: int) -> None:
-        if file.table is not None:
-            data = table_bytes(self._documents, file.table, blob)
-            load_table(file, data, layer, blob.size, self._limits)
+        load_kept_table(self._documents, file, blob, layer, self._limits)
         if self.earlier is not None and self.earlier.share(file):
             self.earlier.refine(file, blob, layer)

@@ -3,12 +3,15 @@
 The next mount needs no network for them. Blocks; called in threads by indexed.py, parts.py and earlier.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ckptfs.errors import IntegrityError
 from ckptfs.image.resolve import DocumentStore
 from ckptfs.model.blob import Blob
+from ckptfs.model.index import IndexedFile, load_table, read_cells
 from ckptfs.model.index_table import Table
+from ckptfs.model.toc import Extent
+from ckptfs.settings import Limits
 
 
 def kept_range(
@@ -35,6 +38,19 @@ def table_bytes(documents: DocumentStore, table: Table, blob: Blob) -> bytes:
         table.digest.check(data, "a table of chunks")
 
     return kept_range(documents, table_name(table), blob, table.offset, table.size, check)
+
+
+def load_kept_table(documents: DocumentStore, file: IndexedFile, blob: Blob, layer: int, limits: Limits) -> None:
+    """Give `file` the extents that its table of chunks describes, if it has one. IntegrityError, FormatError."""
+    if file.table is not None:
+        load_table(file, table_bytes(documents, file.table, blob), layer, blob.size, limits)
+
+
+def kept_cells(documents: DocumentStore, file: IndexedFile, blob: Blob, layer: int, limits: Limits) -> Sequence[Extent]:
+    """The cells of `file` as extents; nothing where it has none. IntegrityError, FormatError."""
+    if file.cells is None:
+        return ()
+    return read_cells(file, table_bytes(documents, file.cells, blob), layer, blob.size, limits)
 
 
 def table_name(table: Table) -> str:

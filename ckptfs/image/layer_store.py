@@ -22,10 +22,9 @@ from ckptfs.errors import CkptfsError, FormatError, UsageError, only_error
 from ckptfs.image.ahead import fetch_rest
 from ckptfs.image.layer_directories import LayerDirectories, toc_digest
 from ckptfs.image.opened import ImageOptions, OpenImage, open_image
-from ckptfs.image.resolve import resolve
+from ckptfs.image.resolve import resolve_in_thread
 from ckptfs.model.oci import Digest, Reference
 from ckptfs.sources import Source
-from ckptfs.sources.offline import offline
 from ckptfs.telemetry import NetworkCounters
 
 log = logging.getLogger(__name__)
@@ -168,11 +167,8 @@ class LayerStore:
         """Open the image that had the layer when it was pulled, else the one that the registry has now."""
         use = (await self._uses_of(reference)).get(str(digest))
         source = self._reach(reference.pinned(use.manifest) if use is not None else reference)
-        limits, is_offline = self._options.settings.limits, self._options.offline
-        resolved = await trio.to_thread.run_sync(
-            lambda: resolve(offline(source) if is_offline else source, self._cache, limits, offline=is_offline),
-            abandon_on_cancel=True,
-        )
+        limits = self._options.settings.limits
+        _, resolved = await resolve_in_thread(source, self._cache, limits, offline=self._options.offline)
         layers = resolved.manifest.layers
         by_toc = all(layer.digest != digest for layer in layers)
         if by_toc and all(toc_digest(layer) != digest for layer in layers):

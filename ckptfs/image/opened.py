@@ -24,7 +24,7 @@ from ckptfs.errors import CkptfsError, IntegrityError, UnavailableError
 from ckptfs.image.indexed import ChunkTables
 from ckptfs.image.inner import InodeBlob
 from ckptfs.image.remembered import LayerMemory
-from ckptfs.image.resolve import Resolved, resolve
+from ckptfs.image.resolve import Resolved, resolve_in_thread
 from ckptfs.layers import Layer, open_indexed, select_format
 from ckptfs.layers.grid import Grid
 from ckptfs.layers.protocols import SideDocument
@@ -37,7 +37,6 @@ from ckptfs.model.toc import Chunk, Entry, Inode, prefixed
 from ckptfs.model.tree import Node, Tree, Whiteouts
 from ckptfs.settings import Settings
 from ckptfs.sources import Source
-from ckptfs.sources.offline import offline
 from ckptfs.telemetry import NetworkCounters
 
 if TYPE_CHECKING:
@@ -427,12 +426,8 @@ async def open_image(
     from ckptfs.image.ahead import fetch_ahead
     from ckptfs.image.arrange import arrange
 
-    if options.offline:
-        source = offline(source)
     began = time.monotonic()
-    resolved = await trio.to_thread.run_sync(
-        lambda: resolve(source, cache, options.settings.limits, offline=options.offline), abandon_on_cancel=True
-    )
+    source, resolved = await resolve_in_thread(source, cache, options.settings.limits, offline=options.offline)
     log.debug("resolved %s in %.0f ms", resolved.reference, (time.monotonic() - began) * 1000)
     async with trio.open_nursery() as nursery:
         image = OpenImage(source, resolved, cache, options, counters, nursery)

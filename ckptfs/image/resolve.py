@@ -1,17 +1,21 @@
-"""From a reference to a manifest: registry or cache, platform chosen, digest pinned. Runs in a worker thread.
+"""From a reference to a manifest: registry or cache, platform chosen, digest pinned. Blocks, in a worker thread.
 
 The node's cache remembers manifests by digest and the digest that a tag had, so that a pinned reference needs no
 network, and a tag can still be mounted while its registry is away if the user says `--offline` or everything is here.
 """
 
 import logging
+from functools import partial
 from typing import NamedTuple, Protocol
+
+import trio
 
 from ckptfs.errors import FormatError, NotFoundError, UnavailableError
 from ckptfs.image.views import CRIU_TAR
 from ckptfs.model.oci import Descriptor, Digest, Index, Manifest, Reference, parse_document
 from ckptfs.settings import Limits
 from ckptfs.sources import Source
+from ckptfs.sources.offline import offline_source
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +65,16 @@ def resolve(source: Source, documents: DocumentStore, limits: Limits, *, offline
             chosen.digest.check(raw, "the cached manifest")
         document = parse_document(raw, chosen.media_type)
     raise FormatError(f"the index nests deeper than {limits.index_depth} levels")
+
+
+async def resolve_in_thread(
+    source: Source, documents: DocumentStore, limits: Limits, *, offline: bool
+) -> tuple[Source, Resolved]:
+    """`resolve` in a worker thread; with it the source to go on with, which asks no registry when `offline`."""
+    if offline:
+        source = offline_source(source)
+    look = partial(resolve, source, documents, limits, offline=offline)
+    return source, await trio.to_thread.run_sync(look, abandon_on_cancel=True)
 
 
 def _top(source: Source, documents: DocumentStore, offline: bool) -> tuple[Manifest | Index, bool]:

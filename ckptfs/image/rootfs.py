@@ -13,14 +13,13 @@ import trio
 from ckptfs.errors import CkptfsError, NotFoundError, UsageError
 from ckptfs.image.delta import Unpacked
 from ckptfs.image.opened import OpenImage
-from ckptfs.image.resolve import Resolved, resolve
+from ckptfs.image.resolve import Resolved, resolve_in_thread
 from ckptfs.layers import select_format
 from ckptfs.model.annotations import BASE_DIGEST, BASE_NAME, DELTA_ROLE, ROLE, ROOTFS_DIGEST
 from ckptfs.model.oci import Descriptor, Digest, Reference, parse_json
 from ckptfs.model.tree import Tree
 from ckptfs.settings import Settings
 from ckptfs.sources import Source
-from ckptfs.sources.offline import offline
 
 log = logging.getLogger(__name__)
 
@@ -91,20 +90,13 @@ def _root_image(image: OpenImage) -> Reference | None:
 
 
 async def _open(image: OpenImage, open_source: OpenSource, reference: Reference) -> tuple[Source, Resolved]:
-    source = open_source(reference)
-    if image.options.offline:
-        source = offline(source)
-    options = image.options
+    source, options = open_source(reference), image.options
     try:
-        resolved = await trio.to_thread.run_sync(
-            lambda: resolve(source, image.cache, options.settings.limits, offline=options.offline),
-            abandon_on_cancel=True,
-        )
+        return await resolve_in_thread(source, image.cache, options.settings.limits, offline=options.offline)
     except CkptfsError as error:
         error.hint = error.hint or "name the base image with --base REF"
         log.error("the base image %s cannot be opened", reference)
         raise
-    return source, resolved
 
 
 async def _base_of(image: OpenImage) -> Reference:

@@ -13,6 +13,7 @@ import posixpath
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 
+from ckptfs.criu.wire import Message
 from ckptfs.errors import FormatError
 from ckptfs.model.oci import Descriptor, parse_json
 from ckptfs.model.parents import parent_images
@@ -114,35 +115,13 @@ def criu_descriptors(raw: bytes) -> list[Descriptor] | None:
 
 
 def spec_of(config: bytes) -> bytes:
-    """The OCI runtime spec out of containerd's config blob: protobuf Any{1: type_url, 2: JSON}."""
-    at, spec = 0, b""
-    while at < len(config):
-        tag, at = _varint(config, at)
-        if tag & 7 != 2:
-            raise FormatError("containerd's config blob is not an Any message")
-        size, at = _varint(config, at)
-        if at + size > len(config):
-            raise FormatError("containerd's config blob is cut off")
-        if tag >> 3 == 2:
-            spec = config[at : at + size]
-        at += size
+    """The OCI runtime spec, JSON, out of containerd's config blob, protobuf Any{1: type_url, 2: value}; FormatError."""
+    spec = Message(config, "containerd's config blob").raw(2, b"")
     try:
         json.loads(spec)
     except (ValueError, RecursionError):
         raise FormatError("containerd's config blob holds no JSON") from None
     return spec
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while at < len(data) and shift < 64:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-    raise FormatError("containerd's config blob has a broken length")
 
 
 def _is_container(node: Node) -> bool:

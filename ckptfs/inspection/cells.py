@@ -10,10 +10,9 @@ from collections.abc import Iterator, Sequence
 import trio
 
 from ckptfs.engine.shared_cells import Place
-from ckptfs.image.kept import table_bytes
+from ckptfs.image.kept import kept_cells
 from ckptfs.inspection.image_files import ImageFiles
 from ckptfs.model.chunk_digest import ChunkDigest
-from ckptfs.model.index import read_cells
 from ckptfs.model.toc import Extent
 
 
@@ -26,8 +25,7 @@ def take_apart(files: ImageFiles) -> None:
         if inode is None or file.cells is None or (shown is not inode and not image.tables.is_source(inode)):
             continue  # a file of another layer has taken its place
         trio.from_thread.run(image.tables.load, inode)
-        data = table_bytes(image.cache, file.cells, blob)
-        cells = read_cells(file, data, layer, blob.size, image.options.settings.limits)
+        cells = kept_cells(image.cache, file, blob, layer, image.options.settings.limits)
         here = [chunk for chunk in inode.extents if image.cells.contains(chunk.chunk.key)]
         digest = image.chunk_digests[layer]
         image.cells.add({cell.chunk.key: place for cell, place in _inside(here, cells, digest)})

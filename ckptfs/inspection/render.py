@@ -18,6 +18,7 @@ from ckptfs.inspection.memory import Match
 from ckptfs.inspection.overview import Overview, Sizes
 from ckptfs.inspection.parts import Part
 from ckptfs.inspection.processes import Process, by_parent
+from ckptfs.terminal import printable, size_text
 
 _ROW = 16  # bytes in a line of a hex dump
 
@@ -100,7 +101,7 @@ def print_difference(console: Console, difference: Difference) -> None:
         of = f"{container.name}: " if container.name else ""
         for change in container.processes:
             mark, style = marks[change.status]
-            console.print(Text(f"{mark} {_safe(of)}process {change.pid} {_safe(change.name)}", style))
+            console.print(Text(f"{mark} {printable(of)}process {change.pid} {printable(change.name)}", style))
             for name, (before, after) in change.fields.items():
                 console.print(_labelled(f"    {name}", f"{before} -> {after}"), soft_wrap=True)
         for memory in container.memory:
@@ -109,7 +110,7 @@ def print_difference(console: Console, difference: Difference) -> None:
     for file in difference.files:
         mark, style = marks[file.status]
         fields = f" ({', '.join(file.fields)})" if file.fields else ""
-        console.print(Text(f"{mark} {_safe(file.path)}{fields}", style), soft_wrap=True)
+        console.print(Text(f"{mark} {printable(file.path)}{fields}", style), soft_wrap=True)
     if difference.fetch_bytes is not None:
         console.print(_labelled("To fetch for the second", size_text(difference.fetch_bytes)))
 
@@ -126,14 +127,6 @@ def hex_lines(vaddr: int, data: bytes) -> Iterator[str]:
             continue
         previous, repeated = row, False
         yield f"{vaddr + offset:016x}  {row.hex(' '):<{3 * _ROW - 1}}  |{_printable(row)}|"
-
-
-def size_text(count: int) -> str:
-    """Bytes for people, as checkpointctl writes them: "1.6 MiB"."""
-    if count < 1024:
-        return f"{count} B"
-    power = min((count.bit_length() - 1) // 10, 6)
-    return f"{count / (1 << 10 * power):.1f} {'KMGTPE'[power - 1]}iB"
 
 
 def _facts(overview: Overview) -> Iterator[tuple[str, str]]:
@@ -173,7 +166,7 @@ def _add_process(parent: Tree, process: Process, parts: Part) -> Tree:
     words = " ".join(process.arguments) if process.arguments else process.name
     state = "" if process.state == "Alive" else f" ({process.state})"
     line = Text(f"[{process.pid}]{state} ", style="cyan")
-    line.append(_safe(words), "default")
+    line.append(printable(words), "default")
     if process.memory:
         line.append(f"  {size_text(process.memory)}", "dim")
     if process.arguments is None:
@@ -220,18 +213,13 @@ def _table(*columns: str) -> Table:
 
 
 def _labelled(label: str, value: str, separator: str = ": ") -> Text:
-    text = Text(_safe(label) + separator, style="bold")
-    text.append(_safe(value), "not bold")
+    text = Text(printable(label) + separator, style="bold")
+    text.append(printable(value), "not bold")
     return text
 
 
 def _text(value: str) -> Text:
-    return Text(_safe(value))
-
-
-def _safe(value: str) -> str:
-    """Text that does nothing to a terminal."""
-    return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in value)
+    return Text(printable(value))
 
 
 def _printable(data: bytes) -> str:

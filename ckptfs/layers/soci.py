@@ -19,12 +19,12 @@ from ckptfs.layers.compression import Bytes
 from ckptfs.layers.deflate import WINDOW, inflate_from
 from ckptfs.layers.flatbuffers import Buffer, Table
 from ckptfs.layers.grid import Cuts
-from ckptfs.layers.paths import normalise, show, symlink_target
 from ckptfs.layers.protocols import Emit, Verification
 from ckptfs.layers.tar_header import pax_xattrs
 from ckptfs.layers.toc_json import rfc3339
 from ckptfs.model.blob import Blob
 from ckptfs.model.oci import Descriptor, Digest
+from ckptfs.model.paths import normalise, show, symlink_target
 from ckptfs.model.toc import Chunk, Entry, Inode, derived_key
 from ckptfs.settings import Limits, Settings
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ckptfs.errors import FormatError, LimitExceeded
-from ckptfs.layers.paths import show
+from ckptfs.model.paths import show
 from ckptfs.settings import Limits
 
 BLOCK = 512

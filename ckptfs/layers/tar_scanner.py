@@ -11,7 +11,6 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from ckptfs.errors import FormatError, LimitExceeded
-from ckptfs.layers.paths import normalise, show, symlink_target
 from ckptfs.layers.tar_header import (
     BLOCK,
     Header,
@@ -28,6 +27,7 @@ from ckptfs.layers.tar_header import (
     pax_xattrs,
     sparse_pairs,
 )
+from ckptfs.model.paths import normalise, show, symlink_target
 from ckptfs.model.toc import Entry, Extent, Inode
 from ckptfs.settings import Limits
 

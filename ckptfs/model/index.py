@@ -27,6 +27,7 @@ from ckptfs.model.index_table import Table as Table
 from ckptfs.model.index_table import decompress
 from ckptfs.model.index_table import encode_table as encode_table
 from ckptfs.model.oci import Digest, parse_json
+from ckptfs.model.paths import plain, symlink_target
 from ckptfs.model.toc import Entry, Extent, Inode
 from ckptfs.settings import Limits, MiB
 
@@ -234,7 +235,7 @@ class _Reader:
             size=_integer(value, "size", 0, limits.file_bytes),
             mtime_ns=_integer(value, "mtime", -(1 << 63), (1 << 63) - 1),
             rdev=_integer(value, "rdev", 0, (1 << 64) - 1),
-            target=_target(value.get("target", ""), limits),
+            target=_target(value.get("target", ""), path, limits),
             xattrs=_xattrs(value.get("xattrs"), limits),
         )
         if stat.S_IFMT(inode.mode) not in _TYPES or (inode.size and not inode.is_file):
@@ -298,26 +299,16 @@ def _eager(value: object, size: int) -> list[tuple[int, int]] | None:
 
 
 def _path(value: object, limits: Limits) -> bytes:
-    """Paths are written as model.toc.Entry wants them; others are refused, not mended."""
     if not isinstance(value, str):
         raise FormatError("the index has a file without a path")
-    path = _bytes(value)
-    parts = path.split(b"/") if path else []
-    if b"\0" in path or any(part in (b"", b".", b"..") for part in parts):
-        raise FormatError(f"the index has the path {value[:80]!r}, which leaves the image or is not plain")
-    if (
-        len(path) > limits.path_bytes
-        or len(parts) > limits.path_depth
-        or max(map(len, parts), default=0) > (limits.name_bytes)
-    ):
-        raise LimitExceeded(f"the index has a path of {len(path)} bytes, which no file system could hold")
-    return path
+    return plain(_bytes(value), limits)
 
 
-def _target(value: object, limits: Limits) -> bytes:
-    if not isinstance(value, str) or "\0" in value or len(value) >= limits.path_bytes:
-        raise FormatError("the index has a symbolic link to no possible path")
-    return _bytes(value)
+def _target(value: object, path: bytes, limits: Limits) -> bytes:
+    """b"" for what is no symbolic link."""
+    if not isinstance(value, str):
+        raise FormatError("the index has a symbolic link to no path")
+    return symlink_target(_bytes(value), path, limits) if value else b""
 
 
 def _xattrs(value: object, limits: Limits) -> dict[bytes, bytes]:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from ckptfs.errors import FormatError, LimitExceeded
 from ckptfs.model.oci import parse_json
+from ckptfs.model.paths import plain
 from ckptfs.settings import KiB, Limits
 
 _VERSION = 1
@@ -156,11 +157,10 @@ def _run(value: object, paths: list[bytes], limits: Limits) -> Run:
 
 def _path(name: object, limits: Limits) -> bytes:
     try:
-        path = os.fsencode(name) if isinstance(name, str) else b""
+        path = plain(os.fsencode(name), limits) if isinstance(name, str) else b""
     except UnicodeError:
         path = b""
-    parts = path.split(b"/")
-    if len(path) > limits.path_bytes or b"\0" in path or any(part in (b"", b".", b"..") for part in parts):
+    if not path:
         raise FormatError("the profile names something that is no path")
     return path
 

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, overload
 
+from ckptfs.errors import IntegrityError
+
 UNKNOWN = -2  # the layer of chunks that stand for what has not been learnt yet (index_table.py): it has none such
 _NO_XATTRS: Mapping[bytes, bytes] = {}
 
@@ -144,6 +146,14 @@ def overlapping(extents: Sequence[Extent], offset: int, length: int) -> Iterator
             return
         if extent.start + extent.length > offset:
             yield extent
+
+
+def piece_of(data: bytes | bytearray | memoryview, skip: int, length: int) -> memoryview:
+    """Bytes [skip, skip + length) of a decoded chunk, as an extent names them. IntegrityError when it is too short."""
+    piece = memoryview(data)[skip : skip + length]
+    if len(piece) != length:
+        raise IntegrityError(f"a chunk is {length - len(piece)} bytes shorter than the file that it holds")
+    return piece
 
 
 def slice_extents(extents: Sequence[Extent], offset: int, length: int) -> Iterator[Extent]:

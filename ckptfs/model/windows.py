@@ -7,7 +7,6 @@ process of 4 GiB in which every second page has changed is a million windows: 20
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from typing import overload
 
 from ckptfs.model.toc import Extent, MadeExtents
 
@@ -48,23 +47,13 @@ class WindowExtents(MadeExtents):
     def index_at(self, offset: int) -> int:
         return (bisect_right(self._starts, offset) + 1) // 2 - 1
 
+    def __iter__(self) -> Iterator[Extent]:
+        return map(self.at, range(len(self)))
+
     def at(self, index: int) -> Extent:
-        """Extent number `index`."""
         start, end = self._starts[2 * index], self._starts[2 * index + 1]
         extent = self._sources[self._which[index]][self._numbers[index]]
         return Extent(start, end - start, extent.chunk, extent.skip + self._skips[index])
-
-    @overload
-    def __getitem__(self, index: int) -> Extent: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Extent]: ...
-    def __getitem__(self, index: int | slice) -> Extent | list[Extent]:
-        if isinstance(index, slice):
-            return [self.at(i) for i in range(*index.indices(len(self)))]
-        return self.at(range(len(self))[index])
-
-    def __iter__(self) -> Iterator[Extent]:
-        return map(self.at, range(len(self)))
 
 
 def _index_at(extents: Sequence[Extent], offset: int) -> int:

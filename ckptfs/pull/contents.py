@@ -16,7 +16,7 @@ from ckptfs.engine.fetch import Fetcher
 from ckptfs.errors import IntegrityError
 from ckptfs.layers import Layer
 from ckptfs.model.blob import Blob
-from ckptfs.model.toc import Chunk, Inode
+from ckptfs.model.toc import Chunk, Inode, piece_of
 from ckptfs.pull.destination import Destination, Directories, translated
 from ckptfs.settings import MiB, Sizes
 
@@ -164,14 +164,11 @@ class _Writer:
         self._directories = Directories(destination.top)
 
     def write(self, pieces: Sequence[Piece], data: Buffer) -> None:
-        view = memoryview(data)
         with self.busy, translated(self._destination.target):
             if self._contents.stopped:
                 raise Stopped
             for piece in pieces:
-                part = view[piece.skip : piece.skip + piece.length]
-                if len(part) != piece.length:
-                    raise IntegrityError(f"a chunk is {piece.length - len(part)} bytes shorter than the file it holds")
+                part = piece_of(data, piece.skip, piece.length)
                 with piece.file.lock:
                     self._write(piece.file, part, piece.start)
                 self._contents.wrote(piece.length)

@@ -20,7 +20,7 @@ from ckptfs.layers.zstd_chunked_writer import Payload
 from ckptfs.model.annotations import OURS
 from ckptfs.model.blob import Blob
 from ckptfs.model.oci import Manifest, parse_document, parse_json
-from ckptfs.model.toc import Chunk, Extent, Inode
+from ckptfs.model.toc import Chunk, Extent, Inode, piece_of
 from ckptfs.model.tree import Tree
 from ckptfs.push.checkpoint_files import Checkpoint, CheckpointFile
 from ckptfs.push.spool import PiecesPayload
@@ -91,10 +91,7 @@ class LayerFiles:
         for index, extent in enumerate(inode.extents):
             yield from _hole(extent.start - position)
             data = self._readers[extent.chunk.layer].chunk(inode.extents, index)
-            piece = memoryview(data)[extent.skip : extent.skip + extent.length]
-            if len(piece) != extent.length:
-                raise IntegrityError(f"a chunk is {extent.length - len(piece)} bytes shorter than the file it holds")
-            yield piece
+            yield piece_of(data, extent.skip, extent.length)
             position = extent.start + extent.length
         yield from _hole(inode.size - position)
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import ckptfs
 from ckptfs.errors import FormatError
 from ckptfs.layers.compression import DECOMPRESS
-from ckptfs.layers.paths import deleted_paths
 from ckptfs.layers.zstd_chunked_writer import Member, write_layer
 from ckptfs.model.annotations import BASE_DIGEST, BASE_NAME, DELTA_ROLE, ROLE, VERSION
 from ckptfs.model.blob import MemoryBlob
 from ckptfs.model.oci import Descriptor, Digest, Manifest, parse_json
+from ckptfs.model.paths import deleted_paths
 from ckptfs.model.toc import Inode
 from ckptfs.model.tree import OPAQUE, WHITEOUT, Tree
 from ckptfs.push.checkpoint_files import Checkpoint, CheckpointFile

@@ -11,7 +11,7 @@ from ckptfs.model.oci import Descriptor, Index, Manifest, Reference
 from ckptfs.sources import Source
 
 
-def offline(source: Source) -> Source:
+def offline_source(source: Source) -> Source:
     """`source`, or what stands in for it if it would use the network."""
     return _OfflineSource(source.reference) if source.reference.kind == "registry" else source
 

@@ -27,6 +27,6 @@ def test_names_do_nothing_to_a_terminal_and_are_exact_in_a_pipe(tmp_path: Path) 
         os.close(theirs)
         shown = os.read(ours, 4096)
         os.close(ours)
-        assert shown == b"\\x1b]0;owned\\x07\\x1b[2J\\udcff\\nnext\r\nplain\r\n"
+        assert shown == b"\\x1b]0;owned\\x07\\x1b[2J\\xff\\nnext\r\nplain\r\n"
         said = ckptfs("cat", registry.reference("repo:latest"), "no\x1b[2Jwhere", *options)
         assert said.code == 3 and "\x1b" not in said.line

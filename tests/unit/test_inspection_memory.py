@@ -322,18 +322,3 @@ def test_hex_dumps() -> None:
         "*",
         "0000000000001030  ff                                               |.|",
     ]
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0 B"),
-        (1023, "1023 B"),
-        (1024, "1.0 KiB"),
-        (1652280, "1.6 MiB"),
-        (1 << 40, "1.0 TiB"),
-        (1 << 70, "1024.0 EiB"),
-    ],
-)
-def test_sizes(count: int, text: str) -> None:
-    assert render.size_text(count) == text

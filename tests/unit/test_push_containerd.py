@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from ckptfs.errors import CkptfsError, FormatError
+from ckptfs.image.views import spec_of
 from tests.support.push import layer_blob, manifest_of, push_to_layout, tree_images, unpacked
 
 CRIU_TAR = "application/vnd.containerd.container.criu.checkpoint.criu.tar"
@@ -122,3 +123,27 @@ def test_a_senseless_index_is_refused(tmp_path: Path, document: bytes) -> None:
         out.add(layout, ".")
     with pytest.raises(FormatError):
         push_to_layout(tmp_path / "ctr.tar", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        b"",
+        b"{}",
+        b"\x0a\x04type",  # no value
+        b"\x12\x00",
+        b"\x12\x04spec",
+        b"\x12\x7f{}",  # cut off
+        b"\x12" + b"\xff" * 11,
+        b"\x10\x01",  # a number where the value is
+        b"\x12\x02\xff\xfe",
+        b"\x12\x8f\xa0\x06" + b"[" * 102415,  # deeper than a parser goes
+    ],
+)
+def test_a_config_blob_that_holds_no_spec_is_refused(config: bytes) -> None:
+    with pytest.raises(FormatError, match="containerd's config blob"):
+        spec_of(config)
+
+
+def test_the_spec_of_a_config_blob() -> None:
+    assert spec_of(b"\x0a\x04type\x12\x02{}") == b"{}"

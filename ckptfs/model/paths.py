@@ -1,6 +1,7 @@
-"""Names out of archives and TOCs made into paths of entries: the one place where a path is judged.
+"""Names out of archives, TOCs, indexes and profiles made into paths of entries: the one place where a path is judged.
 
-Every format passes every path through `normalise`, once; nobody behind it looks for `..` again.
+Every format passes every path through `normalise` or, where it was written by us, `plain`; once: nobody behind them
+looks for `..` again.
 """
 
 from ckptfs.errors import FormatError, LimitExceeded
@@ -52,6 +53,13 @@ def deleted_paths(data: bytes, limits: Limits) -> list[bytes]:
     if b"" in paths:
         raise FormatError("deleted.files names the root")
     return sorted(paths)
+
+
+def plain(path: bytes, limits: Limits) -> bytes:
+    """`path` if it is as `normalise` would make it; another is refused, not mended. FormatError, LimitExceeded."""
+    if normalise(path, limits) != path:
+        raise FormatError(f"the path {show(path)} is not plain")
+    return path
 
 
 def symlink_target(target: bytes, path: bytes, limits: Limits) -> bytes:
