@@ -313,7 +313,7 @@ def _assemble(parts: list[tuple[Extent, Buffer]], offset: int, size: int) -> Buf
         if extent.start <= offset and end <= extent.start + extent.length:
             at = extent.skip + offset - extent.start
             piece = memoryview(data)[at : at + size]
-            _whole(piece, size, extent)
+            _whole(piece, size)
             return piece
     pieces: list[Buffer] = []
     position = offset
@@ -322,7 +322,7 @@ def _assemble(parts: list[tuple[Extent, Buffer]], offset: int, size: int) -> Buf
         hi = min(extent.start + extent.length, end)
         at = extent.skip + lo - extent.start
         piece = memoryview(data)[at : at + hi - lo]
-        _whole(piece, hi - lo, extent)
+        _whole(piece, hi - lo)
         pieces += [bytes(lo - position), piece] if lo > position else [piece]
         position = hi
     if end > position:
@@ -330,6 +330,6 @@ def _assemble(parts: list[tuple[Extent, Buffer]], offset: int, size: int) -> Buf
     return b"".join(pieces)
 
 
-def _whole(piece: memoryview, size: int, extent: Extent) -> None:
+def _whole(piece: memoryview, size: int) -> None:
     if len(piece) != size:
         raise IntegrityError(f"a chunk is {size - len(piece)} bytes shorter than the file that it holds")
