@@ -182,20 +182,19 @@ class Configuration(NamedTuple):
 DEFAULTS = Configuration({name: Value(key.default, "default") for name, key in KEYS.items()})
 
 
-def load(file: Path | None = None, environment: Mapping[str, str] | None = None) -> Configuration:
+def load(file: Path | None = None) -> Configuration:
     """Everything that applies to this user. UsageError for what cannot be read or understood."""
-    environment = os.environ if environment is None else environment
     values = dict(DEFAULTS.values)
-    home = environment.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     for path in (SYSTEM_FILE, Path(home) / "ckptfs" / "config.toml"):
         values |= _from_file(path, required=False)
-    if file is None and environment.get("CKPTFS_CONFIG"):
-        file = Path(environment["CKPTFS_CONFIG"])
+    if file is None and os.environ.get("CKPTFS_CONFIG"):
+        file = Path(os.environ["CKPTFS_CONFIG"])
     if file is not None:
         values |= _from_file(file, required=True)
     for name, key in KEYS.items():
         variable = f"CKPTFS_{name.upper()}"
-        if key.in_environment and (text := environment.get(variable)):
+        if key.in_environment and (text := os.environ.get(variable)):
             values[name] = Value(_parsed(key, text, Path.cwd(), variable), variable)
     return Configuration(values)
 

@@ -72,6 +72,7 @@ class Timeouts(NamedTuple):
     tries_per_host: int = 5
     drain: float = 5.0
     mount_ready: float = 30.0
+    daemon: float = 10.0  # until a mount's daemon that says nothing to `status` or `umount` is taken for dead
     lazy_daemon: float = 10.0  # until `criu lazy-pages` takes connections
     stop: float = 10.0  # between the stop signal and SIGKILL for a restored container, as podman and docker wait
     old_log: float = 7 * 86400.0  # what a mount that has crashed said is kept for that long

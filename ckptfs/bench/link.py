@@ -46,9 +46,9 @@ class ShapedLink:
     `rtt` in seconds, `rate` in bits per second (0: no cap).
     """
 
-    def __init__(self, target: str, *, rtt: float = 0.020, rate: float = 200e6, listen: str = "127.0.0.1:0") -> None:
+    def __init__(self, target: str, *, rtt: float = 0.020, rate: float = 200e6) -> None:
         self._command = [sys.executable, "-m", __name__, "--target", target, "--rtt", f"{rtt * 1000:g}ms"]
-        self._command += ["--rate", f"{rate:.0f}bit", "--listen", listen, "--control"]
+        self._command += ["--rate", f"{rate:.0f}bit", "--control"]
         self._process: subprocess.Popen[str] | None = None
         self.address = ""
 

@@ -65,8 +65,6 @@ def info(as_json: bool, cache_dir: Path | None, verbose: int, quiet: bool) -> No
         stats = found.stats()._asdict()
         name = found.name
     limit = current_configuration().values["cache_size"].value
-    for of_this_process in ("hits", "misses", "read_only"):
-        del stats[of_this_process]
     if as_json:
         click.echo(json.dumps({"path": name, "limit": limit, **stats}, indent=2))
         return

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ckptfs.errors import MountError, UnavailableError
-from ckptfs.settings import runtime_dir
+from ckptfs.settings import Timeouts, runtime_dir
 
 
 class MountFiles(NamedTuple):
@@ -95,10 +95,10 @@ def write_state(files: MountFiles, state: dict[str, Any]) -> None:
     os.rename(new, files.state)
 
 
-def ask(files: MountFiles, command: str, *, timeout: float = 10.0, **arguments: Any) -> Any:
+def ask(files: MountFiles, command: str, **arguments: Any) -> Any:
     """Blocking client. UnavailableError when nobody answers: the daemon is dead, or never was."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-        client.settimeout(timeout)
+        client.settimeout(Timeouts().daemon)
         try:
             client.connect(str(files.socket))
             client.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")

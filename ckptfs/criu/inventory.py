@@ -1,7 +1,4 @@
-"""The checkpoint as a whole: inventory.img, and what CRIU counted: stats-dump and stats-restore.
-
-Called by inspection.
-"""
+"""The checkpoint as a whole: inventory.img, and what CRIU counted: stats-dump."""
 
 from typing import NamedTuple
 
@@ -53,16 +50,6 @@ class DumpStatistics(NamedTuple):
     shared_pages_written: int
 
 
-class RestoreStatistics(NamedTuple):
-    """Times in microseconds, counts in pages."""
-
-    forking_time: int
-    restore_time: int
-    pages_compared: int
-    pages_skipped_cow: int
-    pages_restored: int
-
-
 def parse_dump_statistics(
     data: bytes, name: str = "stats-dump", limits: Limits = DEFAULT_LIMITS
 ) -> DumpStatistics | None:
@@ -73,14 +60,3 @@ def parse_dump_statistics(
     d = m.message(1)
     times = d.uint(1), d.uint(2), d.uint(3), d.uint(4)
     return DumpStatistics(*times, d.uint(5), d.uint(6), d.uint(7), d.uint(9, 0), d.uint(12, 0), d.uint(14, 0))
-
-
-def parse_restore_statistics(
-    data: bytes, name: str = "stats-restore", limits: Limits = DEFAULT_LIMITS
-) -> RestoreStatistics | None:
-    """None where the file has statistics of something else."""
-    m = only_record(data, "stats-restore", name, limits)
-    if 2 not in m:
-        return None
-    r = m.message(2)
-    return RestoreStatistics(r.uint(3), r.uint(4), r.uint(1), r.uint(2), r.uint(5, 0))

@@ -9,23 +9,12 @@ from ckptfs.criu.images import DEFAULT_LIMITS, only_record, records
 from ckptfs.criu.wire import Message
 from ckptfs.settings import Limits
 
-# vma status bits (criu/include/image.h); they are part of the image format
+# vma status bits that matter here (criu/include/image.h); they are part of the image format
 REGULAR = 1 << 0
-STACK = 1 << 1
-VSYSCALL = 1 << 2
-VDSO = 1 << 3
-HEAP = 1 << 5
 FILE_PRIVATE = 1 << 6
-FILE_SHARED = 1 << 7
-ANON_SHARED = 1 << 8
 ANON_PRIVATE = 1 << 9
-SYSV_IPC = 1 << 10
-SOCKET = 1 << 11
-VVAR = 1 << 12
 AIO_RING = 1 << 13
-MEMFD = 1 << 14
 SHADOW_STACK = 1 << 15
-GUARD = 1 << 16
 PLUGIN = 1 << 27
 # mmap(2) flags that matter here
 MAP_SHARED = 0x01
@@ -39,9 +28,7 @@ class Vma(NamedTuple):
 
     start: int
     end: int
-    pgoff: int
     shmid: int
-    prot: int
     flags: int
     status: int
 
@@ -50,12 +37,6 @@ class Vma(NamedTuple):
         """Whether its pages are the task's own, and so in its pagemap."""
         own = self.status & REGULAR and self.status & (ANON_PRIVATE | FILE_PRIVATE)
         return bool(own or self.status & (SHADOW_STACK | AIO_RING))
-
-    @property
-    def permissions(self) -> str:
-        """As in /proc/PID/maps: "rw-p"."""
-        letters = "".join(letter if self.prot & bit else "-" for letter, bit in (("r", 1), ("w", 2), ("x", 4)))
-        return letters + ("s" if self.flags & MAP_SHARED else "p")
 
 
 class Mm(NamedTuple):
@@ -81,4 +62,4 @@ def parse_vmas(data: bytes, name: str, limits: Limits = DEFAULT_LIMITS) -> tuple
 
 
 def _vma(m: Message) -> Vma:
-    return Vma(m.uint(1), m.uint(2), m.uint(3), m.uint(4), m.uint(5), m.uint(6), m.uint(7))
+    return Vma(m.uint(1), m.uint(2), m.uint(4), m.uint(6), m.uint(7))

@@ -59,11 +59,6 @@ class Pagemap(NamedTuple):
         directory, slash, _ = self.name.rpartition("/")
         return f"{directory}{slash}pages-{self.pages_id}.img"
 
-    @property
-    def all_pages(self) -> int:
-        """Pages of the process that were dumped, here or in a parent."""
-        return sum(run.pages for run in self.runs)
-
     def page_size(self, file_size: int) -> int:
         """Bytes per page, from the size of the pages file (no image says it); FormatError where none fits."""
         pages = self.present_pages

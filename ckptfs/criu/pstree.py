@@ -63,11 +63,9 @@ def restore_order(tasks: Sequence[Task]) -> Iterator[tuple[Task, int]]:
 class SharedIds(NamedTuple):
     """Numbers of what a task may share: tasks with the same `files` have one descriptor table (fdinfo-N.img)."""
 
-    vm: int
     files: int
-    fs: int
 
 
 def parse_ids(data: bytes, name: str, limits: Limits = DEFAULT_LIMITS) -> SharedIds:
     m = only_record(data, "ids", name, limits)
-    return SharedIds(m.uint(1), m.uint(2), m.uint(3))
+    return SharedIds(m.uint(2))

@@ -1,6 +1,6 @@
 """One protobuf message (proto2 wire format), for the field numbers that the modules beside this one know.
 
-Owns varints, zigzag, packed lists and the words of the error messages. Never knows what a field means: the decoders of
+Owns varints, packed lists and the words of the error messages. Never knows what a field means: the decoders of
 images ask for fields by number, as CRIU's .proto files number them. Called by the modules of this package, and where
 containerd is spoken to (restore/containerd_api.py).
 """
@@ -90,25 +90,13 @@ class Message:
         """An unsigned number (bool and enum too); FormatError where it is absent and has no default."""
         values = self._fields.get(number)
         if values is None:
-            return self._absent(number, default)
+            if default is None:
+                raise self._missing(number)
+            return default
         value = values[-1]  # protobuf: the last one wins
         if not isinstance(value, int):
             raise self._kind(number, "a number")
         return value
-
-    def zigzag(self, number: int, default: int | None = None) -> int:
-        """A signed number of the types sint32 and sint64."""
-        if number not in self._fields:
-            return self._absent(number, default)
-        value = self.uint(number)
-        return (value >> 1) ^ -(value & 1)
-
-    def signed(self, number: int, default: int | None = None) -> int:
-        """A signed number of the types int32 and int64: two's complement in 64 bits, whatever the type."""
-        if number not in self._fields:
-            return self._absent(number, default)
-        value = self.uint(number)
-        return value - (1 << 64) if value >> 63 else value
 
     def flag(self, number: int) -> bool:
         return self.uint(number, 0) != 0
@@ -164,11 +152,6 @@ class Message:
             if not isinstance(value, bytes):
                 raise self._kind(number, "a message")
             yield Message(value, f"{self.what}, field {number}")
-
-    def _absent(self, number: int, default: int | None) -> int:
-        if default is None:
-            raise self._missing(number)
-        return default
 
     def _missing(self, number: int) -> FormatError:
         return FormatError(f"{self.what} has no field {number}")

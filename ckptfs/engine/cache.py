@@ -28,7 +28,6 @@ from ckptfs.engine.segment_files import AnonymousSegments, SegmentFiles
 from ckptfs.errors import CacheError
 from ckptfs.settings import Limits, Sizes
 
-_POLL = 0.003  # seconds between two looks for a chunk that another process fetches
 _DOCUMENTS = 4  # documents get at most this fraction of the cache
 
 _SIZES = Sizes()
@@ -37,10 +36,7 @@ Clock = Callable[[], float]
 
 
 class CacheStats(NamedTuple):
-    """`bytes` are allocated on disk by chunks and documents; `hits` and `misses` are this process's.
-
-    in_use   another process has the cache open.
-    """
+    """`bytes` are allocated on disk by chunks and documents; `in_use`: another process has the cache open."""
 
     bytes: int
     chunks: int
@@ -48,9 +44,6 @@ class CacheStats(NamedTuple):
     segments: int
     encrypted: bool
     in_use: bool
-    read_only: bool
-    hits: int
-    misses: int
 
 
 class ChunkCache:
@@ -80,7 +73,6 @@ class ChunkCache:
         self._gate = WriteGate(name, clock)
         self._index = ChunkIndex(files, ops, clock, limits.chunk_bytes)
         self._log = ChunkLog(self._index, files, ops, clock, size=size, segment=segment, other_bytes=documents.bytes)
-        self._hits = self._misses = 0  # not under a lock: a lost count is cheaper than one on every read
 
     @classmethod
     def open(
@@ -134,10 +126,7 @@ class ChunkCache:
         parent: Path | None = None,
         *,
         size: int = _SIZES.disk_cache,
-        segment: int = _SIZES.segment,
-        limits: Limits | None = None,
         ops: DiskOps | None = None,
-        clock: Clock = time.monotonic,
     ) -> "ChunkCache":
         """A cache that nobody else sees and that is gone with the process, even when that is killed.
 
@@ -154,10 +143,10 @@ class ChunkCache:
             MemoryDocuments(size // _DOCUMENTS),
             Claims(None, ops),
             size=size,
-            segment=segment,
-            limits=limits or Limits(),
+            segment=_SIZES.segment,
+            limits=Limits(),
             ops=ops,
-            clock=clock,
+            clock=time.monotonic,
         )
 
     def require_key(self) -> "ChunkCache":
@@ -195,10 +184,7 @@ class ChunkCache:
     def get(self, key: bytes) -> bytes | None:
         """The chunk's bytes, verified; None when it is not here."""
         data = self._index.get(self._name(key))
-        if self._seal:
-            data = self._seal.decrypt(self._name(key), data)
-        self._count(data is not None)
-        return data
+        return self._seal.decrypt(self._name(key), data) if self._seal else data
 
     def read_into(self, key: bytes, offset: int, buffer: memoryview) -> bool:
         """Fill `buffer` with the chunk's bytes [offset, offset + len(buffer)).
@@ -211,9 +197,7 @@ class ChunkCache:
                 return False
             buffer[:] = data[offset : offset + len(buffer)]
             return True
-        hit = self._index.read_into(key, offset, buffer)
-        self._count(hit)
-        return hit
+        return self._index.read_into(key, offset, buffer)
 
     def put_many(self, items: Sequence[tuple[bytes, Buffer]]) -> None:
         """Keep (key, decoded bytes), key being 32 bytes. Never fails: a disk that refuses is logged and tried later."""
@@ -227,7 +211,7 @@ class ChunkCache:
         self._index.drop(self._name(key))
 
     def refresh(self) -> None:
-        """Learn at once what other processes added and evicted. Misses do this too, every few milliseconds.
+        """Learn at once what other processes added and evicted. Misses do this too, at most every 20 ms.
 
         A mount that only has hits should call it every few seconds: files that others evicted take up disk space until
         then.
@@ -247,18 +231,6 @@ class ChunkCache:
 
     def release(self, keys: Iterable[bytes]) -> None:
         self._claims.release(keys)
-
-    def wait_for(self, key: bytes, timeout: float) -> bool:
-        """Wait until the chunk is here (True), or until nobody fetches it or `timeout` seconds have passed (False)."""
-        deadline = time.monotonic() + timeout
-        while True:
-            free = self._claims.is_free(key)  # before looking: the holder puts, then releases
-            self.refresh()
-            if self.contains(key):
-                return True
-            if free or time.monotonic() >= deadline:
-                return False
-            time.sleep(_POLL)
 
     # -- documents -----------------------------------------------------------------------------------------------------
 
@@ -299,9 +271,6 @@ class ChunkCache:
             segments=len(self._index.segments()),
             encrypted=encrypted,
             in_use=in_use,
-            read_only=self._gate.shut,
-            hits=self._hits,
-            misses=self._misses,
         )
 
     def verify(self) -> tuple[int, int]:
@@ -359,12 +328,6 @@ class ChunkCache:
 
     def _name(self, key: bytes) -> bytes:
         return self._seal.name(key) if self._seal else key
-
-    def _count(self, hit: bool) -> None:
-        if hit:
-            self._hits += 1
-        else:
-            self._misses += 1
 
 
 @contextmanager

@@ -53,17 +53,6 @@ class Claims:
                     self._held.remove(at)
                     self._set(at, fcntl.F_UNLCK)
 
-    def is_free(self, key: bytes) -> bool:
-        """Whether nobody holds a claim on it."""
-        with self._lock:
-            at = _position(key)
-            if at in self._held:
-                return False
-            free = self._set(at, fcntl.F_WRLCK)
-            if free:
-                self._set(at, fcntl.F_UNLCK)
-            return free
-
     def close(self) -> None:
         """Give up all claims."""
         with self._lock:

@@ -70,10 +70,10 @@ class Handle:
 
     __slots__ = ("_ops", "fd", "verified")
 
-    def __init__(self, ops: DiskOps, path: str, flags: int, mode: int = 0o600) -> None:
+    def __init__(self, ops: DiskOps, path: str, flags: int) -> None:
         self.fd = -1
         self._ops = ops
-        self.fd = ops.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+        self.fd = ops.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         self.verified = bytearray()
 
     def __del__(self) -> None:

@@ -89,10 +89,6 @@ class Fetcher:
         """What `add_layer` was given; chunks carry the number."""
         return self._layers[number]
 
-    @property
-    def in_flight(self) -> int:
-        return len(self._flying)
-
     # -- asking --------------------------------------------------------------------------------------------------------
 
     def lookup(self, chunk: Chunk) -> Buffer | None:
@@ -184,10 +180,6 @@ class Fetcher:
         """Fetch these in the background, in this order, whenever the link has room."""
         self._plan = plan
         self._kick()
-
-    @property
-    def filling(self) -> bool:
-        return self._plan is not None
 
     def _refill(self) -> None:
         if self._plan is None or self.scheduler.pending(Priority.BACKGROUND) >= _LOW_WATER:

@@ -14,14 +14,10 @@ class MemoryCache:
     def __init__(self, size: int) -> None:
         self._chunks: cachetools.LRUCache[bytes, Buffer] = cachetools.LRUCache(size, getsizeof=len)
         self._lock = threading.Lock()
-        self.hits = 0
 
     def get(self, key: bytes) -> Buffer | None:
         with self._lock:
-            data = self._chunks.get(key)
-            if data is not None:
-                self.hits += 1
-            return data
+            return self._chunks.get(key)
 
     def put(self, key: bytes, data: Buffer) -> None:
         """Keep the chunk; one that is larger than the whole cache is left out. The caller must not change it again."""

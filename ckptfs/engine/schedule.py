@@ -97,7 +97,7 @@ class Scheduler:
     `ranges_at_once`: how many ranges of a layer one request may ask for.
     """
 
-    def __init__(self, sizes: Sizes, window: int = 0, ranges_at_once: Callable[[int], int] = lambda _: 1) -> None:
+    def __init__(self, sizes: Sizes, ranges_at_once: Callable[[int], int] = lambda _: 1) -> None:
         self.sizes = sizes
         self._ranges_at_once = ranges_at_once
         # Layers that are files of other layers: their jobs wait for chunks of those, whose places they must not take.
@@ -111,7 +111,7 @@ class Scheduler:
         self.running: list[Job] = []
         # Bytes that prefetch and background together may have on the way: about what the link holds, so that a demand
         # read does not queue behind megabytes of what nobody waits for. fetch.py adjusts it to the measured link.
-        self.window = window or sizes.in_flight
+        self.window = sizes.in_flight
         self.jobs = sizes.jobs  # how many requests of those may be under way; adjusted, too
         self.extent = sizes.sequential_extent  # bytes that one request of those may ask for, at most; adjusted as well
         self._refused = (b"", 0)  # first chunk and bytes of the job that the window had no room for
@@ -133,9 +133,6 @@ class Scheduler:
             self._take(key)
         for inside in (False, True):
             self._queues[inside, priority].clear()
-
-    def queued(self, key: bytes) -> bool:
-        return key in self._wanted
 
     def pending(self, priority: Priority) -> int:
         """How many chunks are queued at this priority (an upper bound: raised ones are counted twice)."""

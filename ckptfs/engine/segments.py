@@ -87,9 +87,6 @@ class Segment:
                 yield at // RECORD.size
             at = self.records.find(key, at + 1)
 
-    def erase(self, i: int) -> None:
-        self.records[i * RECORD.size : (i + 1) * RECORD.size] = ERASED
-
     def end(self) -> int:
         """Where the data ends according to the records."""
         return max((offset + length for _, offset, length, _ in RECORD.iter_unpack(bytes(self.records))), default=0)

@@ -275,7 +275,7 @@ class StoreOperations(Answering):
         if stored is None:
             return None
         node = stored.image.tree.directories.get(inode - self._number(stored, 0))
-        return node.name if node is not None and node.parent is stored.image.tree.root else None
+        return stored.directories.layer(node) if node is not None else None
 
     def _directory(self, inode: int) -> pyfuse3.EntryAttributes:
         """The attributes of a directory that is ours."""

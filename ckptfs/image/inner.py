@@ -14,17 +14,14 @@ from ckptfs.model.toc import Entry, Extent, Inode, slice_extents
 
 
 class InodeBlob(DescribedBlob):
-    """A Blob over one file of an open image. Without a `digest` of its own it gets a synthetic one.
+    """A Blob over one file of an open image, with a synthetic digest.
 
     Calls come from threads that trio started (layer scans, fetches); each read waits in the event loop as any reader.
     """
 
-    def __init__(self, reader: Reader, inode: Inode, media_type: str, digest: Digest | None = None) -> None:
+    def __init__(self, reader: Reader, inode: Inode, media_type: str) -> None:
         self._reader = reader
         self._inode = inode
-        if digest is not None:
-            super().__init__(Descriptor(media_type, digest, inode.size))
-            return
         identity = hashlib.sha256(f"inode/{inode.size}".encode())
         for extent in inode.extents:
             identity.update(extent.chunk.key)

@@ -51,7 +51,6 @@ class Container:
     name: str = ""
     id: str = ""
     image: str = ""
-    image_id: str = ""
     runtime: str = ""
     engine: str = ""
     created: str | None = None
@@ -93,7 +92,6 @@ def read_container(files: CheckpointFiles, prefix: str, limits: Limits) -> Conta
         name,
         _text(config.get("id")),
         _text(config.get("rootfsImageName")) or _text(config.get("rootfsImage")),
-        _text(config.get("rootfsImageRef")) or _text(config.get("rootfsImageID")),
         _text(config.get("runtime")),
         engine,
         created,

@@ -167,7 +167,7 @@ def _open(process: Process) -> dict[str, str]:
     return {entry.fd: entry.path for entry in process.descriptors}
 
 
-def _everything(a: Place, b: Place) -> Iterable[tuple[int, int]]:
+def _everything(a: Place, _: Place) -> Iterable[tuple[int, int]]:
     return [(0, a.length)]
 
 

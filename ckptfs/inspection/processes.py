@@ -11,7 +11,7 @@ from typing import Any
 
 from ckptfs.criu.core import parse_core, parse_fs
 from ckptfs.criu.files import LEGACY_IMAGES, OpenFile, Socket, parse_fdinfo, parse_files, parse_legacy_files
-from ckptfs.criu.mm import MAP_SHARED, Mm, Vma, parse_mm, parse_vmas
+from ckptfs.criu.mm import MAP_SHARED, Mm, parse_mm, parse_vmas
 from ckptfs.criu.namespaces import parse_memfds
 from ckptfs.criu.pstree import Task, parse_ids, parse_pstree
 from ckptfs.errors import FormatError, NotFoundError
@@ -53,7 +53,6 @@ class Process:
     environment: tuple[str, ...] | None = ()
     cut: bool = False
     descriptors: tuple[OpenDescriptor, ...] = ()
-    mappings: tuple[Vma, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Without descriptors and children: where those stand is the overview's choice."""
@@ -122,7 +121,6 @@ class _Reader:
             memory=self._memory.size if self._memory else 0,
             shared=sum(vma.end - vma.start for vma in vmas if vma.flags & MAP_SHARED),
             descriptors=tuple(self._descriptors(files)) if files is not None else (),
-            mappings=vmas,
             arguments=None if self._memory is None and Part.COMMANDS in self._parts else (),
             environment=None if self._memory is None and Part.ENVIRONMENT in self._parts else (),
         )

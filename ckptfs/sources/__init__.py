@@ -11,7 +11,6 @@ from ckptfs.settings import Settings
 from ckptfs.telemetry import NetworkCounters
 
 if TYPE_CHECKING:
-    from ckptfs.sources.credentials import Credentials
     from ckptfs.sources.registry import RegistrySource
 
 
@@ -51,12 +50,10 @@ def open_source(
     settings: Settings,
     counters: NetworkCounters,
     plain_http: bool = False,
-    credentials: "Credentials | None" = None,
 ) -> Source:
     """The source of a reference; nothing is asked yet. Only what it needs is imported, when it is needed.
 
-    plain_http    speak http to a registry that is not on this machine; loopback needs no permission.
-    credentials   in place of what the user's auth files say.
+    plain_http: speak http to a registry that is not on this machine; loopback needs no permission.
     """
     if reference.kind == "oci":
         from ckptfs.sources.layout import LayoutSource
@@ -71,6 +68,6 @@ def open_source(
     def open_registry() -> "RegistrySource":
         from ckptfs.sources.registry import RegistrySource
 
-        return RegistrySource(reference, settings, counters, plain_http=plain_http, credentials=credentials)
+        return RegistrySource(reference, settings, counters, plain_http=plain_http)
 
     return DeferredSource(reference, open_registry)

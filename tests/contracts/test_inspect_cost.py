@@ -6,9 +6,7 @@ counts. A real process of 1 GB, 570 MB compressed, from docker-registry, measure
 (0.14 %).
 """
 
-import io
 import os
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from tests.support.fake_registry import FakeRegistry
 from tests.support.images import flat_layout
 from tests.support.push import push_to_layout, tree_images
 from tests.support.stargz import estargz_of
+from tests.support.tars import tar_of
 
 COMPRESSIBLE = 1 * GiB
 RANDOM = 96 * MiB
@@ -72,7 +71,7 @@ def test_a_hundredth_of_what_others_made(kind: str, checkpoint: Path, tmp_path: 
     files[b"checkpoint/pages-99.img"] = os.urandom(RANDOM)
     with FakeRegistry() as registry:
         if kind == "eStargz":
-            layer = estargz_of(tar_of(files), 4 * MiB)
+            layer = estargz_of(tar_of({os.fsdecode(path): data for path, data in files.items()}), 4 * MiB)
             notes = layer.descriptor.annotations
             registry.add_image("repo", "latest", [(layer.descriptor.media_type, layer.data)], layer_annotations=[notes])
         else:
@@ -80,13 +79,3 @@ def test_a_hundredth_of_what_others_made(kind: str, checkpoint: Path, tmp_path: 
         found = inspected(registry, tmp_path / "cache")
     assert found["image_bytes"] > RANDOM
     assert found["fetched_bytes"] <= found["image_bytes"] / 100
-
-
-def tar_of(files: dict[bytes, bytes]) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as archive:
-        for name, data in files.items():
-            member = tarfile.TarInfo(os.fsdecode(name))
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return out.getvalue()

@@ -42,18 +42,12 @@ def leftovers(target: Path) -> list[str]:
     return [name for name in os.listdir(target.parent) if "partial" in name]
 
 
-def whole_seconds(listing: golden.Listing) -> golden.Listing:
-    for entry in listing["entries"].values():
-        del entry["mtime_ns"]
-    return listing
-
-
 @pytest.mark.row("F1")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=IDS)
 def test_raw_equals_the_eager_extraction(layout: Path, tmp_path: Path) -> None:
     require(root=True)
     pull(f"oci:{layout}", tmp_path / "out", "--view", "raw")
-    found = whole_seconds(golden.directory_listing(tmp_path / "out"))
+    found = golden.whole_seconds(golden.directory_listing(tmp_path / "out"))
     assert found == golden.load(layout.with_suffix(".golden.json"))
 
 
@@ -208,7 +202,9 @@ def test_a_wrong_chunk_is_asked_for_again(tmp_path: Path) -> None:
         (tag,) = {tag for _, tag in registry.manifests if not tag.startswith("sha256")} or {""}
         reference = registry.reference(f"repo:{tag}") if tag else registry.reference(f"repo@{_digest(registry)}")
         pull(reference, tmp_path / "out", "--view", "raw")
-    assert whole_seconds(golden.directory_listing(tmp_path / "out")) == golden.load(layout.with_suffix(".golden.json"))
+    assert golden.whole_seconds(golden.directory_listing(tmp_path / "out")) == golden.load(
+        layout.with_suffix(".golden.json")
+    )
 
 
 def _digest(registry: FakeRegistry) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from ckptfs.push import PushResult
 from tests.support.docker_registry import DockerRegistry
-from tests.support.golden import Listing, directory_listing
+from tests.support.golden import Listing, directory_listing, whole_seconds
 from tests.support.isolation import Isolation
 from tests.support.push import push_to_layout, tree_images
 from tests.support.tools import end, require, run, start, wait_for
@@ -30,13 +30,7 @@ class Pushed:
 
     @property
     def listing(self) -> Listing:
-        return seconds(directory_listing(self.folder))
-
-
-def seconds(listing: Listing) -> Listing:
-    """Tools that unpack keep whole seconds, some of them; what they add to the root is not ours."""
-    entries = {path: {k: v for k, v in entry.items() if k != "mtime_ns"} for path, entry in listing["entries"].items()}
-    return {**listing, "entries": entries}
+        return whole_seconds(directory_listing(self.folder))
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +80,7 @@ def test_umoci_unpacks_the_same_tree(pushed: Pushed, tmp_path: Path) -> None:
     compress = ("--dest-compress", "--dest-compress-format=gzip")
     run("skopeo", "copy", "--quiet", *compress, f"oci:{pushed.layout}:tree", f"oci:{plain}:tree")
     run("umoci", "unpack", "--image", f"{plain}:tree", tmp_path / "bundle")
-    assert seconds(directory_listing(tmp_path / "bundle" / "rootfs")) == pushed.listing
+    assert whole_seconds(directory_listing(tmp_path / "bundle" / "rootfs")) == pushed.listing
 
 
 @pytest.mark.parametrize("tool", ["buildah", "podman"])
@@ -100,7 +94,7 @@ def test_buildah_and_podman_pull_the_same_tree(pushed: Pushed, isolation: Isolat
         else:
             container = isolation.run(tool, *storage, "from", "--pull-never", pushed.reference).stdout.strip()
             mounted = isolation.run(tool, *storage, "mount", container).stdout.strip()
-        found = seconds(directory_listing(isolation.path(mounted)))
+        found = whole_seconds(directory_listing(isolation.path(mounted)))
         expected = pushed.listing
         extra = set(found["entries"]) - set(expected["entries"])
         assert extra <= {"proc", "sys", "dev", "run", "etc"}  # buildah makes mount points in a working container
@@ -144,6 +138,6 @@ def test_containerd_pulls_and_unpacks_the_same_tree(pushed: Pushed, containerd: 
     into.mkdir()
     run(*ctr, "image", "mount", "--snapshotter=native", pushed.reference, into)
     try:
-        assert seconds(directory_listing(into)) == pushed.listing
+        assert whole_seconds(directory_listing(into)) == pushed.listing
     finally:
         run("umount", into)

@@ -92,7 +92,6 @@ time.sleep(60)
         assert cache.try_claim([key(1)]) == set()
         child.kill()
         child.communicate()
-        assert not cache.wait_for(key(1), 1)
         assert cache.try_claim([key(1)]) == {key(1)}
 
 
@@ -122,18 +121,18 @@ def test_hit_rate_under_zipf(path: Path, skew: float, record_property: Figure) -
     count, length = 6000, 16 * KiB
     quota = count * length // 10
     trace = zipf(count, skew, 25_000)
-    highest = 0
+    highest = hits = 0
     with ChunkCache.open(path, size=quota) as cache:
         for step, number in enumerate(trace):
             data = cache.get(key(number))
             if data is None:
                 cache.put_many([item(number, length)])
             else:
+                hits += 1
                 assert data[:32] == chunk(number, 32)
             if step % 500 == 0:
                 highest = max(highest, used(path))
-        stats = cache.stats()
-    ratio = stats.hits / len(trace) / ideal_lru(trace, count // 10)
+    ratio = hits / len(trace) / ideal_lru(trace, count // 10)
     record_property("figure", f"skew {skew}: {ratio:.2f} x ideal LRU, {highest / quota:.2f} x quota")
     assert ratio >= 0.9
     assert highest <= quota

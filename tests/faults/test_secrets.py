@@ -20,6 +20,7 @@ import pytest
 from ckptfs.control.client import MountFiles
 from tests.support.command import ckptfs, mounted
 from tests.support.fake_registry import FakeRegistry, Redirect, Reset, Silent, Status, Trickle, Truncate
+from tests.support.hanging import ended
 from tests.support.other_user import as_nobody
 from tests.support.tools import ROOT, require, unavailable, wait_for
 
@@ -246,13 +247,9 @@ def test_no_core_and_no_debugger(tmp_path: Path, cores: None, record_property: F
                 gcore = as_nobody("gcore", "-o", "/var/tmp/core", str(mount.pid))
                 assert gcore.returncode != 0 and "not permitted" in gcore.stdout + gcore.stderr, gcore
         os.kill(mount.pid, signal.SIGABRT)
-        wait_for("the daemon ends", lambda: not Path(f"/proc/{mount.pid}/fd").exists() or ended(mount.pid))
+        wait_for("the daemon ends", lambda: ended(mount.pid))
     assert set(Path("/").iterdir()) == before and not list(tmp_path.glob("core*"))
     record_property("figure", "no core after SIGABRT; gcore and ptrace by another user are refused")
-
-
-def ended(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 @pytest.mark.row("S5")

@@ -18,6 +18,7 @@ from ckptfs.settings import Sizes
 from tests.support import golden
 from tests.support.command import ckptfs, mounted
 from tests.support.fake_registry import FakeRegistry
+from tests.support.hanging import ended
 from tests.support.tools import ROOT, require
 
 pytestmark = pytest.mark.fuse
@@ -187,7 +188,7 @@ def test_umount_from_outside_ends_the_daemon(tmp_path: Path) -> None:
     require(root=True)
     with mounted(f"oci:{LAYOUT}", tmp_path) as mount:
         subprocess.run(["umount", str(mount.path)], check=True)
-        _until(lambda: _ended(mount.pid))
+        _until(lambda: ended(mount.pid))
 
 
 def test_foreground_stays_and_ends_with_its_mount(tmp_path: Path) -> None:
@@ -294,13 +295,6 @@ def _errno_of(path: Path) -> int | None:
     except OSError as error:
         return error.errno
     return None
-
-
-def _ended(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
 
 
 def _until(condition: object, seconds: float = 10) -> None:

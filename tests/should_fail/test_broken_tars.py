@@ -11,28 +11,15 @@ from ckptfs.errors import FormatError, LimitExceeded
 from ckptfs.layers.grid import Grid
 from ckptfs.layers.tar import TarFormat
 from ckptfs.layers.tar_scanner import TarScanner
-from ckptfs.model.toc import Entry
 from ckptfs.settings import GiB, KiB, Limits, Settings
 from tests.support.blobs import TAR, ScannedLayer, blob_of
-from tests.support.tars import END, header, member, pax, record, with_checksum
+from tests.support.tars import END, entries, header, member, pax, record, refused, with_checksum
 
 LIMITS = Limits()
 
 
-def entries(data: bytes) -> list[Entry]:
-    return ScannedLayer.of(blob_of(data)).entries
-
-
 def with_limits(**limits: int) -> Settings:
     return Settings()._replace(limits=LIMITS._replace(**limits))
-
-
-def refused(data: bytes, match: str = ".") -> None:
-    """Refused as plain tar and in the stream, whose end the scanner does not know."""
-    with pytest.raises(FormatError, match=match):
-        entries(data)
-    with pytest.raises(FormatError, match=match):
-        ScannedLayer.of(blob_of(gzip.compress(data), TAR + "+gzip"))
 
 
 def test_a_wrong_checksum() -> None:

@@ -20,27 +20,15 @@ from ckptfs.settings import KiB, Limits, MiB, Settings
 from tests.support.blobs import TAR, ScannedLayer, blob_of
 from tests.support.memory import peak_memory
 from tests.support.speed import slowness
-from tests.support.tars import END, gnu_long, gnu_sparse, header, member, padded, pax
+from tests.support.tars import END, entries, gnu_long, gnu_sparse, header, member, padded, pax, refused
 from tests.support.tocs import gzip_bomb
 
 LIMITS = Limits()
 Figure = Callable[[str, object], None]
 
 
-def entries(data: bytes) -> list[Entry]:
-    return ScannedLayer.of(blob_of(data)).entries
-
-
 def with_limits(**limits: int) -> Settings:
     return Settings()._replace(limits=LIMITS._replace(**limits))
-
-
-def refused(data: bytes, match: str = ".") -> None:
-    """Refused as plain tar and in the stream, whose end the scanner does not know."""
-    with pytest.raises(FormatError, match=match):
-        entries(data)
-    with pytest.raises(FormatError, match=match):
-        ScannedLayer.of(blob_of(gzip.compress(data), TAR + "+gzip"))
 
 
 # M1: paths

@@ -37,11 +37,10 @@ def chunked_layer(files: Mapping[bytes, bytes], chunk: int) -> tuple[str, bytes,
     return written.descriptor.media_type, out.getvalue(), dict(written.descriptor.annotations)
 
 
-def add_chunked(
-    registry: FakeRegistry, files: Mapping[bytes, bytes], chunk: int, *, repository: str = "repo", tag: str = "latest"
-) -> None:
+def add_chunked(registry: FakeRegistry, files: Mapping[bytes, bytes], chunk: int) -> None:
+    """As repo:latest."""
     media_type, data, notes = chunked_layer(files, chunk)
-    registry.add_image(repository, tag, [(media_type, data)], layer_annotations=[notes])
+    registry.add_image("repo", "latest", [(media_type, data)], layer_annotations=[notes])
 
 
 def with_image(

@@ -36,6 +36,12 @@ def comparable(listing: Listing) -> Listing:
     return {"entries": listing["entries"], "hardlinks": groups}
 
 
+def whole_seconds(found: Listing) -> Listing:
+    """Without the fractions that golden files and most tools do not have."""
+    entries = {path: {k: v for k, v in entry.items() if k != "mtime_ns"} for path, entry in found["entries"].items()}
+    return {**found, "entries": entries}
+
+
 def listing(entries: Iterable[Entry], read: Callable[[Inode], bytes], *, exact: bool = False) -> Listing:
     """The tree that entries make when each replaces what was there before, as an extraction does.
 

@@ -46,13 +46,12 @@ class ImageBuilder:
         self._isolation = isolation
         self._registry = registry
 
-    def build(self, layout: Path, name: str, *, annotations: dict[str, str] | None = None) -> None:
+    def build(self, layout: Path, name: str) -> None:
         """Image `name` in the local storage; its root is what `layout`, a directory or a tar archive, holds."""
         container = self._buildah("from", "scratch")
         try:
             self._buildah("add", container, f"{layout}/" if layout.is_dir() else str(layout), "/")
-            for key, value in (annotations or {CRIO_NAME: name}).items():
-                self._buildah("config", f"--annotation={key}={value}", container)
+            self._buildah("config", f"--annotation={CRIO_NAME}={name}", container)
             self._buildah("commit", "--quiet", container, name)
         finally:
             self._buildah("rm", container)

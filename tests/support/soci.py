@@ -107,7 +107,8 @@ def gzip_ztoc(layer: BytesBlob, tar: bytes, span: int = 256 * KiB, *, version: i
     return ztoc(**(fields | changes))
 
 
-def tar_ztoc(layer: BytesBlob, span: int = 256 * KiB, **changes: Any) -> bytes:
+def tar_ztoc(layer: BytesBlob) -> bytes:
+    span = 256 * KiB
     starts = list(range(0, layer.size, span))
     fields = {
         "compressed": layer.size,
@@ -118,7 +119,7 @@ def tar_ztoc(layer: BytesBlob, span: int = 256 * KiB, **changes: Any) -> bytes:
         "digests": span_digests(layer.data, starts, [*starts[1:], layer.size]),
         "checkpoints": tar_zinfo(span, layer.size),
     }
-    return ztoc(**(fields | changes))
+    return ztoc(**fields)
 
 
 def tar_zinfo(span: int, size: int) -> bytes:

@@ -1,6 +1,16 @@
-"""Tar archives made block by block, for what no honest tool would write."""
+"""Tar archives: made block by block, for what no honest tool would write, and read as layers."""
 
+import gzip
+import io
 import struct
+import tarfile
+from collections.abc import Mapping
+
+import pytest
+
+from ckptfs.errors import FormatError
+from ckptfs.model.toc import Entry
+from tests.support.blobs import TAR, ScannedLayer, blob_of
 
 BLOCK = 512
 END = bytes(2 * BLOCK)
@@ -80,8 +90,8 @@ def pax(records: list[tuple[bytes, bytes]], flag: bytes = b"x") -> bytes:
     return member(b"pax", b"".join(record(*pair) for pair in records), flag=flag)
 
 
-def gnu_long(text: bytes, flag: bytes = b"L") -> bytes:
-    return member(b"././@LongLink", text + b"\0", flag=flag, magic=b"ustar  \0")
+def gnu_long(text: bytes) -> bytes:
+    return member(b"././@LongLink", text + b"\0", flag=b"L", magic=b"ustar  \0")
 
 
 def gnu_sparse(name: bytes, size: int, pieces: list[tuple[int, int]], payload: bytes) -> bytes:
@@ -101,3 +111,26 @@ def gnu_sparse(name: bytes, size: int, pieces: list[tuple[int, int]], payload: b
 
 def _pairs(pieces: list[tuple[int, int]]) -> bytes:
     return b"".join(_number(number, 12) for piece in pieces for number in piece)
+
+
+def tar_of(files: Mapping[str, bytes]) -> bytes:
+    """As an honest tool would write it."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(data), 1_700_000_000
+            archive.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def entries(data: bytes) -> list[Entry]:
+    return ScannedLayer.of(blob_of(data)).entries
+
+
+def refused(data: bytes, match: str = ".") -> None:
+    """Refused as plain tar and in the stream, whose end the scanner does not know."""
+    with pytest.raises(FormatError, match=match):
+        entries(data)
+    with pytest.raises(FormatError, match=match):
+        ScannedLayer.of(blob_of(gzip.compress(data), TAR + "+gzip"))

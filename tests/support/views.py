@@ -1,7 +1,7 @@
 """What a view shows, as a golden listing, without a mount: every name, every attribute and every byte."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,13 +90,6 @@ def without(entries: Entries, *directories: str) -> Entries:
         path: entry
         for path, entry in entries.items()
         if not any(path == top or path.startswith(f"{top}/") for top in directories)
-    }
-
-
-def without_times(entries: Entries, paths: Callable[[str], bool] = lambda path: True) -> Entries:
-    return {
-        path: {key: value for key, value in entry.items() if not paths(path) or key not in ("mtime", "mtime_ns")}
-        for path, entry in entries.items()
     }
 
 

@@ -132,9 +132,6 @@ def test_clear_wants_to_be_alone(path: Path, one: ChunkCache, other: ChunkCache)
 def test_claims_between_processes(one: ChunkCache, other: ChunkCache) -> None:
     assert one.try_claim([key(1), key(2)]) == {key(1), key(2)}
     assert other.try_claim([key(1), key(3)]) == {key(3)}
-    assert not other.wait_for(key(1), 0.02)
-    one.put_many([item(1, 100)])
-    assert other.wait_for(key(1), 1)
     one.release([key(2)])
     assert other.try_claim([key(2)]) == {key(2)}
     one.close()
@@ -160,7 +157,7 @@ def test_a_stopped_process_that_evicts_does_not_stop_others(path: Path, caplog: 
         fcntl.flock(room, fcntl.LOCK_EX)
         for number in range(20):
             cache.put_many([item(number, 1000)])
-        assert cache.stats().read_only and cache.stats().chunks == 0
+        assert cache.stats().chunks == 0
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 

@@ -13,22 +13,13 @@ import pytest
 from ckptfs.errors import CkptfsError, FormatError
 from ckptfs.image.views import spec_of
 from tests.support.push import layer_blob, manifest_of, push_to_layout, tree_images, unpacked
+from tests.support.tars import tar_of
 
 CRIU_TAR = "application/vnd.containerd.container.criu.checkpoint.criu.tar"
 CONFIG = "application/vnd.containerd.container.checkpoint.config.v1+proto"
 LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 INDEX = "application/vnd.oci.image.index.v1+json"
 SPEC = b'{"ociVersion":"1.0.2"}'
-
-
-def tar_of(members: dict[str, bytes]) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as archive:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size, info.mtime = len(data), 1_700_000_000
-            archive.addfile(info, io.BytesIO(data))
-    return out.getvalue()
 
 
 def ctr_layout(top: Path) -> Path:

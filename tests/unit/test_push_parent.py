@@ -365,7 +365,8 @@ def test_pagemaps_are_written_as_they_are_read(pieces: list[tuple[int, int, bool
     thin = parse_pagemap(
         encode_pagemap(raw, "pagemap-1.img", 70000, left_to_parent(whole, bytes(marks), _PAGE)), "pagemap-1.img"
     )
-    assert thin.pages_id == 70000 and thin.all_pages == whole.all_pages
+    assert thin.pages_id == 70000
+    assert sum(run.pages for run in thin.runs) == sum(run.pages for run in whole.runs)
     assert thin.present_pages == marks.count(0)
     other = parse_pagemap(renumbered(raw, "pagemap-1.img", 300), "pagemap-1.img")
     assert (other.pages_id, other.runs) == (300, whole.runs)

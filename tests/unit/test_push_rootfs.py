@@ -2,11 +2,9 @@
 
 import gzip
 import hashlib
-import io
 import json
 import os
 import subprocess
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from ckptfs.model.tree import Tree
 from ckptfs.push.layout_target import LayoutTarget
 from tests.support.blobs import ScannedLayer
 from tests.support.push import layer_blob, manifest_of, push_to_layout, tree_images
+from tests.support.tars import tar_of
 
 BASE: dict[bytes, Inode] = {
     b"data": Inode(0o40751, 5, 6),
@@ -70,16 +69,6 @@ def _untarred(layer: bytes) -> bytes:
     return zstandard.ZstdDecompressor().stream_reader(layer, read_across_frames=True).read()
 
 
-def delta_tar(names: dict[str, bytes]) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as archive:
-        for name, data in names.items():
-            info = tarfile.TarInfo(name)
-            info.size, info.mtime = len(data), 1_700_000_000
-            archive.addfile(info, io.BytesIO(data))
-    return out.getvalue()
-
-
 def checkpoint(top: Path, delta: bytes | None, deleted: Any = None) -> Path:
     folder = top / "flat"
     folder.mkdir()
@@ -113,7 +102,7 @@ def test_base_and_delta_make_the_root(packed: Callable[[bytes], bytes], tmp_path
     layout = tmp_path / "layout"
     base = put_base(layout)
     result = push_to_layout(
-        checkpoint(tmp_path, packed(delta_tar(DELTA)), DELETED), layout, "ck", base=f"oci:{layout}:base"
+        checkpoint(tmp_path, packed(tar_of(DELTA)), DELETED), layout, "ck", base=f"oci:{layout}:base"
     )
     root = manifest_of(layout, "ck-rootfs")
     assert result.rootfs is not None
@@ -142,7 +131,7 @@ def test_base_and_delta_make_the_root(packed: Callable[[bytes], bytes], tmp_path
 def test_the_config_has_one_more_diff_id(tmp_path: Path) -> None:
     layout = tmp_path / "layout"
     base = put_base(layout)
-    push_to_layout(checkpoint(tmp_path, delta_tar(DELTA), DELETED), layout, "ck", base=f"oci:{layout}:base")
+    push_to_layout(checkpoint(tmp_path, tar_of(DELTA), DELETED), layout, "ck", base=f"oci:{layout}:base")
     root = manifest_of(layout, "ck-rootfs")
     config, before = config_of(layout, root), config_of(layout, base)
     assert config["rootfs"]["diff_ids"][:1] == before["rootfs"]["diff_ids"]
@@ -155,7 +144,7 @@ def test_the_config_has_one_more_diff_id(tmp_path: Path) -> None:
 def test_twice_gives_the_same_and_sends_nothing(tmp_path: Path) -> None:
     layout = tmp_path / "layout"
     put_base(layout)
-    folder = checkpoint(tmp_path, delta_tar(DELTA), DELETED)
+    folder = checkpoint(tmp_path, tar_of(DELTA), DELETED)
     first = push_to_layout(folder, layout, "ck", base=f"oci:{layout}:base")
     again = push_to_layout(folder, layout, "ck", base=f"oci:{layout}:base")
     assert (again.manifest, again.rootfs, again.sent) == (first.manifest, first.rootfs, 0)
@@ -164,7 +153,7 @@ def test_twice_gives_the_same_and_sends_nothing(tmp_path: Path) -> None:
 def test_a_gzip_layer_of_containerd_is_taken_bit_for_bit(tmp_path: Path) -> None:
     layout = tmp_path / "layout"
     put_base(layout)
-    tar = delta_tar({"srv/.wh.gone.txt": b"", "data/new": b"new\n"})
+    tar = tar_of({"srv/.wh.gone.txt": b"", "data/new": b"new\n"})
     delta = gzip.compress(tar)
     push_to_layout(checkpoint(tmp_path, delta), layout, "ck", base=f"oci:{layout}:base")
     root = manifest_of(layout, "ck-rootfs")
@@ -189,7 +178,7 @@ def test_only_deletions_make_a_layer_and_no_change_makes_none(tmp_path: Path) ->
 def test_gnu_tar_sees_opaque_markers_before_what_is_new(tmp_path: Path) -> None:
     layout = tmp_path / "layout"
     put_base(layout)
-    push_to_layout(checkpoint(tmp_path, delta_tar(DELTA), DELETED), layout, "ck", base=f"oci:{layout}:base")
+    push_to_layout(checkpoint(tmp_path, tar_of(DELTA), DELETED), layout, "ck", base=f"oci:{layout}:base")
     tar = _untarred(layer_blob(layout, manifest_of(layout, "ck-rootfs").layers[-1]).data)
     names = subprocess.run(["tar", "-tf", "-"], input=tar, capture_output=True, check=True).stdout.decode().split()
     assert names == [
@@ -214,7 +203,7 @@ def test_a_senseless_list_of_deletions_is_refused(tmp_path: Path, deleted: Any) 
     layout = tmp_path / "layout"
     put_base(layout)
     with pytest.raises(FormatError):
-        push_to_layout(checkpoint(tmp_path, delta_tar(DELTA), deleted), layout, "ck", base=f"oci:{layout}:base")
+        push_to_layout(checkpoint(tmp_path, tar_of(DELTA), deleted), layout, "ck", base=f"oci:{layout}:base")
     assert not any(m.get("annotations") != {"org.opencontainers.image.ref.name": "base"} for m in _manifests(layout))
 
 

@@ -20,7 +20,7 @@ from ckptfs.layers.zstd_chunked_writer import Member, WrittenLayer, write_layer
 from ckptfs.model.toc import Inode
 from ckptfs.push.directory import read_directory
 from tests.support.blobs import BytesBlob, ScannedLayer
-from tests.support.golden import Listing, directory_listing, listing
+from tests.support.golden import directory_listing, listing, whole_seconds
 from tests.support.push import odd_tree, unpacked
 from tests.support.tools import require, run
 
@@ -31,11 +31,6 @@ def written(folder: Path, threads: int = 2) -> tuple[WrittenLayer, bytes]:
     out = io.BytesIO()
     members = [Member(file.path, file.inode, file.link, file.open) for file in read_directory(folder).files]
     return write_layer(members, out.write, threads=threads), out.getvalue()
-
-
-def seconds_only(found: Listing) -> Listing:
-    entries = {path: {k: v for k, v in entry.items() if k != "mtime_ns"} for path, entry in found["entries"].items()}
-    return {**found, "entries": entries}
 
 
 def one_file(
@@ -88,7 +83,7 @@ def test_our_reader_finds_the_same_tree(tmp_path: Path) -> None:
     layer, blob = written(folder)
     scanned = ScannedLayer.of(BytesBlob(blob, layer.descriptor))
     assert scanned.layer.format == "zstd:chunked"
-    assert seconds_only(listing(scanned.entries, scanned.read)) == seconds_only(directory_listing(folder))
+    assert whole_seconds(listing(scanned.entries, scanned.read)) == whole_seconds(directory_listing(folder))
     times = {os.fsdecode(e.path): e.inode.mtime_ns for e in scanned.entries if e.inode is not None}
     assert times == {name: os.lstat(folder / name).st_mtime_ns for name in times}
     for file in layer.files:

@@ -9,7 +9,7 @@ import pytest
 from ckptfs.criu.copy_on_write import filled_before_fork
 from ckptfs.criu.memory import Memory, Place
 from ckptfs.criu.metadata_order import metadata_order
-from ckptfs.criu.mm import GUARD, MAP_ANONYMOUS, MAP_GROWSDOWN, MAP_HUGETLB, REGULAR, SHADOW_STACK, parse_mm
+from ckptfs.criu.mm import MAP_ANONYMOUS, MAP_GROWSDOWN, MAP_HUGETLB, REGULAR, SHADOW_STACK, parse_mm
 from ckptfs.criu.pagemap import LAZY, PARENT, PRESENT, PlacedRun, Run, parse_pagemap
 from ckptfs.criu.pstree import parse_pstree
 from ckptfs.criu.restore_plan import PageRun, RestorePlan, plan_restore
@@ -39,7 +39,7 @@ def stages(found: RestorePlan) -> list[tuple[str, list[list[tuple[str, int, int]
 
 def test_a_pagemap() -> None:
     found = parse_pagemap(pagemap(3, (0x1000, 2, EAGER), (0x5000, 1, PARENT), (0x8000, 4, LAZILY)), "pagemap-9.img")
-    assert (found.pages_id, found.file, found.present_pages, found.all_pages) == (3, "pages-3.img", 6, 7)
+    assert (found.pages_id, found.file, found.present_pages) == (3, "pages-3.img", 6)
     assert found.page_size(6 * P) == P
     assert list(found.placed(P)) == [PlacedRun(0x1000, 0, 2 * P, False), PlacedRun(0x8000, 2 * P, 4 * P, True)]
 
@@ -165,7 +165,7 @@ def test_mappings_filled_early_for_their_own_sake() -> None:
         vma(0x2000, 0x3000, flags=0x22 | MAP_GROWSDOWN),
         vma(0x4000, 0x5000, flags=0x22 | MAP_GROWSDOWN),
         vma(0x6000, 0x7000, status=REGULAR | SHADOW_STACK),
-        vma(0x8000, 0x9000, status=GUARD),
+        vma(0x8000, 0x9000, status=1 << 16),  # VMA_AREA_GUARD
     )
     tasks = parse_pstree(image("pstree", task(1)))
     assert filled_before_fork(tasks, {1: parse_mm(space, "mm-1.img")}) == {1: {1, 3}}

@@ -1,0 +1,93 @@
+"""A chunk that another process of the node is fetching: waited for, taken over, or given up at the deadline."""
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ckptfs.engine.cache import ChunkCache
+from ckptfs.engine.extents import Receiver
+from ckptfs.engine.link import LinkEstimate
+from ckptfs.engine.memory import MemoryCache
+from ckptfs.engine.regions import RegionClaims
+from ckptfs.engine.schedule import Job, Priority
+from ckptfs.engine.waiting import Waiting
+from ckptfs.errors import CkptfsError, UnavailableError
+from ckptfs.layers.grid import Grid
+from ckptfs.layers.tar import TarFormat
+from ckptfs.settings import KiB, MiB, Sizes
+from tests.support.blobs import blob_of
+
+DATA = bytes(64 * KiB)
+CHUNK = Grid("layer", 0, 64 * KiB, len(DATA)).chunk(0)
+
+
+class Neighbour:
+    """Another process: it has claimed the chunk."""
+
+    def __init__(self, cache: ChunkCache, blob: bytes) -> None:
+        self.cache = cache
+        self._claims = RegionClaims(cache)
+        mine, _, self._regions = self._claims.take(blob, [CHUNK])
+        assert mine == [CHUNK]
+
+    def release(self) -> None:
+        self._claims.release(self._regions)
+
+
+class Fetch(threading.Thread):
+    """One job of ours; `asked` are the ranges that went to the registry."""
+
+    def __init__(self, cache: ChunkCache, deadline: float) -> None:
+        super().__init__()
+        self.blob = blob_of(DATA)
+        self.asked = self.blob.ranges
+        self.memory = MemoryCache(1 * MiB)
+        self.failures: dict[bytes, CkptfsError] = {}
+        self._receiver = Receiver(cache, self.memory, Waiting(), LinkEstimate(Sizes()), deadline, lambda: None)
+
+    def run(self) -> None:
+        job = Job(0, CHUNK.offset, CHUNK.offset + CHUNK.size, [CHUNK], Priority.DEMAND)
+        self.failures = self._receiver.fetch(job, self.blob, TarFormat().open(self.blob, 0))
+
+
+@pytest.fixture
+def caches(tmp_path: Path) -> Iterator[tuple[ChunkCache, ChunkCache]]:
+    with ChunkCache.open(tmp_path / "cache") as one, ChunkCache.open(tmp_path / "cache") as other:
+        yield one, other
+
+
+def begun(caches: tuple[ChunkCache, ChunkCache], deadline: float = 10) -> tuple[Fetch, Neighbour]:
+    fetch = Fetch(caches[0], deadline)
+    neighbour = Neighbour(caches[1], fetch.blob.descriptor.digest.raw)
+    fetch.start()
+    time.sleep(0.05)
+    assert fetch.asked == [] and fetch.memory.get(CHUNK.key) is None
+    return fetch, neighbour
+
+
+def test_what_another_has_put_is_taken_at_once_and_not_fetched(caches: tuple[ChunkCache, ChunkCache]) -> None:
+    fetch, neighbour = begun(caches)
+    neighbour.cache.put_many([(CHUNK.key, DATA)])
+    fetch.join(1)  # the claim is held still
+    assert not fetch.is_alive()
+    assert (fetch.failures, fetch.memory.get(CHUNK.key), fetch.asked) == ({}, DATA, [])
+
+
+def test_what_another_has_given_up_is_fetched(caches: tuple[ChunkCache, ChunkCache]) -> None:
+    fetch, neighbour = begun(caches)
+    neighbour.release()
+    fetch.join(1)
+    assert not fetch.is_alive()
+    assert (fetch.failures, fetch.memory.get(CHUNK.key), fetch.asked) == ({}, DATA, [(0, len(DATA))])
+    assert caches[1].get(CHUNK.key) == DATA
+
+
+def test_nobody_waits_for_another_past_the_deadline(caches: tuple[ChunkCache, ChunkCache]) -> None:
+    fetch, _ = begun(caches, deadline=0.2)
+    fetch.join(1)
+    assert not fetch.is_alive()
+    assert isinstance(fetch.failures[CHUNK.key], UnavailableError)
+    assert fetch.asked == []
