@@ -5,6 +5,7 @@ what is fetched. Called by fetch.py.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
@@ -16,7 +17,7 @@ from ckptfs.engine.memory import MemoryCache
 from ckptfs.engine.regions import RegionClaims
 from ckptfs.engine.schedule import Job, ranges_of
 from ckptfs.engine.waiting import Waiting
-from ckptfs.errors import CkptfsError, FormatError, IntegrityError, UnavailableError
+from ckptfs.errors import CkptfsError, FormatError, IntegrityError
 from ckptfs.layers import Layer
 from ckptfs.model.blob import Blob
 from ckptfs.model.toc import Chunk
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 _POLL = 0.003  # seconds between two looks at what another process of the node is fetching
 _BATCH = 1 * MiB  # decoded bytes that are written to the disk cache with one call
+_WARY, _BRIEFLY = 60.0, 0.25  # seconds after a wait in vain in which others are waited for only so long
 _SHARES = 8  # of the window: so much has arrived before the event loop looks whether there is room for another request
 
 
@@ -43,7 +45,10 @@ class ChunkStore(Protocol):
 
 
 class Receiver:
-    """Performs jobs. `arrived` is called in the event loop each time that a share of the window has come in."""
+    """Performs jobs. `arrived` is called in the event loop each time that a share of the window has come in.
+
+    patience    seconds without a chunk from another process of the node that has claimed it: it is stopped, or hangs.
+    """
 
     def __init__(
         self,
@@ -51,23 +56,24 @@ class Receiver:
         memory: MemoryCache,
         waiting: Waiting,
         link: LinkEstimate,
-        read_deadline: float,
+        patience: float,
         arrived: Callable[[], None],
     ) -> None:
         self._cache = cache
         self._memory = memory
         self._waiting = waiting
         self._link = link
-        self._read_deadline = read_deadline
+        self._patience = patience
+        self._wary_until = 0.0
         self._arrived = arrived
         self._regions = RegionClaims(cache)
 
     def fetch(self, job: Job, blob: Blob, layer: Layer) -> dict[bytes, CkptfsError]:
         """One extent; returns what could not be had. Chunks that another process of the node fetches are awaited."""
         name = blob.descriptor.digest.raw
-        deadline = time.monotonic() + self._read_deadline
         failures: dict[bytes, CkptfsError] = {}
         waiting = job.chunks
+        alone = math.inf
         while True:
             mine, waiting, regions = self._regions.take(name, waiting)
             try:
@@ -79,12 +85,18 @@ class Receiver:
                 self._regions.release(regions)
             if not waiting:
                 return failures
-            if time.monotonic() > deadline:
-                error = UnavailableError("another process of this node did not finish the fetch")
-                return failures | {chunk.key: error for chunk in waiting}
+            now = time.monotonic()
+            if now > alone:
+                if now > self._wary_until:
+                    log.warning("%s: another process claims them and does not fetch", where(waiting[0], blob, layer))
+                self._wary_until = now + _WARY
+                return failures | self._receive(job, waiting, blob, layer)
             time.sleep(_POLL)
             self._cache.refresh()
-            waiting = [chunk for chunk in waiting if not self._found(chunk)]
+            left = [chunk for chunk in waiting if not self._found(chunk)]
+            if alone == math.inf or len(left) < len(waiting):
+                alone = now + (_BRIEFLY if now < self._wary_until else self._patience)
+            waiting = left
 
     def publish(self, chunks: list[tuple[bytes, Buffer]]) -> None:
         """To memory and to the waiters; from any thread. Memory first: who asks after the delivery must find them."""

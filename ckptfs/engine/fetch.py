@@ -4,10 +4,12 @@ The scheduler decides, this module performs: extents.py does one extent in a wor
 for what. Used by reader.py and prefetch/; lives in one trio nursery.
 """
 
+import copy
 import hashlib
 import logging
+import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Protocol
 
@@ -17,12 +19,13 @@ from ckptfs.engine.disk import Buffer
 from ckptfs.engine.extents import ChunkStore, Receiver, where
 from ckptfs.engine.link import LinkEstimate
 from ckptfs.engine.memory import MemoryCache
+from ckptfs.engine.owed import Owed
 from ckptfs.engine.schedule import Job, Priority, Scheduler
 from ckptfs.engine.waiting import Demand, Waiting
 from ckptfs.errors import CkptfsError, FormatError, IntegrityError, UnavailableError
 from ckptfs.layers import Layer
 from ckptfs.model.blob import Blob
-from ckptfs.model.toc import Chunk, Extent, Inode, piece_of
+from ckptfs.model.toc import UNKNOWN, Chunk, Extent, Inode, piece_of
 from ckptfs.settings import Settings
 from ckptfs.telemetry import NetworkCounters
 
@@ -63,10 +66,16 @@ class Fetcher:
         self._kept: dict[bytes, bytes] = {}
         self._condemned: dict[int, CkptfsError] = {}
         self._plan: Iterator[Chunk] | None = None
+        self._background = False  # whether there has been a plan
+        self._owed = Owed(settings.timeouts.retry_cap)
+        self._quiet = False
         self._wake = trio.Event()
         self._waiting = Waiting()
-        deadline = settings.timeouts.read_deadline
-        self._receiver = Receiver(cache, memory, self._waiting, self.link, deadline, self._arrived)
+        limits = (
+            settings.timeouts
+        )  # as long as a connection of the other process may be silent, if our readers can wait
+        patience = min(limits.first_byte + limits.stall_window, limits.read_deadline / 3)
+        self._receiver = Receiver(cache, memory, self._waiting, self.link, patience, self._arrived)
         self._threads = trio.CapacityLimiter(4 * settings.sizes.jobs)
 
     # -- what there is -------------------------------------------------------------------------------------------------
@@ -155,13 +164,18 @@ class Fetcher:
             lacking = list(demand.missing)
             self._waiting.drop(demand)
         if demand.error is not None:
-            raise demand.error
+            raise copy.copy(demand.error)  # one that many raise would grow a traceback without end
         if lacking:
-            deadline = self.settings.timeouts.read_deadline
-            why = self._counters.trouble(deadline)
-            place = self._where(missing[lacking[0]])
-            raise UnavailableError(f"no answer within {deadline:g} s for {place}" + (f": {why}" if why else ""))
+            raise self.overdue([missing[key] for key in lacking])
         return found | demand.found
+
+    def overdue(self, chunks: Collection[Chunk]) -> UnavailableError:
+        """What a read ends with that has not had these within its deadline."""
+        deadline = self.settings.timeouts.read_deadline
+        why = self._counters.trouble(deadline)
+        known = next((chunk for chunk in chunks if chunk.layer != UNKNOWN and not self.has(chunk)), None)
+        place = self._where(known) if known is not None else "a part of the image"
+        return UnavailableError(f"no answer within {deadline:g} s for {place}" + (f": {why}" if why else ""))
 
     def want(self, chunks: Iterable[Chunk], priority: Priority) -> None:
         """Fetch these too, nobody waits. Sequential layers and what the node has are left alone."""
@@ -170,7 +184,7 @@ class Fetcher:
             if (
                 key not in self._flying
                 and chunk.layer not in self._sequences
-                and key not in self._failed
+                and (key not in self._failed or self._refusal(chunk) is None)
                 and not self.has(chunk)
             ):
                 self.scheduler.want(chunk, priority)
@@ -178,16 +192,30 @@ class Fetcher:
 
     def fill(self, plan: Iterator[Chunk]) -> None:
         """Fetch these in the background, in this order, whenever the link has room."""
-        self._plan = plan
+        self._plan, self._background = plan, True
         self._kick()
 
-    def _refill(self) -> None:
-        if self._plan is None or self.scheduler.pending(Priority.BACKGROUND) >= _LOW_WATER:
+    def quiesce(self) -> None:
+        """Nothing is fetched any more unless somebody waits for it."""
+        self._quiet = True
+        self.scheduler.forget(Priority.PREFETCH)
+        self.scheduler.forget(Priority.BACKGROUND)
+
+    def _refill(self, now: float) -> None:
+        if self._quiet or now < self._owed.until or self.scheduler.pending(Priority.BACKGROUND) >= _LOW_WATER:
             return
-        chunks = list(islice(self._plan, 2 * _LOW_WATER))
-        if not chunks:
-            self._plan = None
+        chunks = self._owed.take(now)
+        if not chunks and self._plan is not None:
+            chunks = list(islice(self._plan, 2 * _LOW_WATER))
+            if not chunks:
+                self._plan = None
+        self._owe(chunk for chunk in chunks if chunk.key in self._failed)
         self.want(chunks, Priority.BACKGROUND)
+
+    def _owe(self, chunks: Iterable[Chunk]) -> None:
+        """Those of these that may be had later are asked for again."""
+        errors = ((chunk, self._refusal(chunk)) for chunk in chunks)
+        self._owed.add([chunk for chunk, error in errors if error is not None and error.retryable], time.monotonic())
 
     def _ask(self, chunks: Iterable[Chunk], priority: Priority) -> None:
         """Get these for whoever waits for them, if they have not come while he began to wait."""
@@ -228,8 +256,8 @@ class Fetcher:
         return inode
 
     async def settled(self) -> None:
-        """Until no extent is on its way: what has been handed out is in the cache by then."""
-        while self._flying:
+        """Until no extent is on its way, nor waits to be asked for again: what can be had is in the cache by then."""
+        while self._flying or self._owed:
             await self._wake.wait()
 
     # -- performing ----------------------------------------------------------------------------------------------------
@@ -239,17 +267,20 @@ class Fetcher:
         self._waiting.token = trio.lowlevel.current_trio_token()
         async with trio.open_nursery() as nursery:
             while True:
-                self._wake = trio.Event()
+                if self._wake.is_set():  # others wait for it as well
+                    self._wake = trio.Event()
                 link, scheduler = self.link, self.scheduler
                 scheduler.window, scheduler.extent, scheduler.jobs = link.window, link.extent, link.jobs
-                self._refill()
+                now = time.monotonic()
+                self._refill(now)
                 while (job := self.scheduler.next_job()) is not None:
                     if not self.scheduler.running:
                         self.link.busy()
                     self.scheduler.running.append(job)
                     self._flying.update(chunk.key for chunk in job.chunks)
                     nursery.start_soon(self._perform, job)
-                await self._wake.wait()
+                with trio.move_on_after(self._owed.until - now if now < self._owed.until else math.inf):
+                    await self._wake.wait()
 
     async def _perform(self, job: Job) -> None:
         failures: dict[bytes, CkptfsError] = {}
@@ -275,6 +306,10 @@ class Fetcher:
             log.info("%s of bytes %d-%d of %s: %s", job.priority.name.lower(), job.start, job.end - 1, layer, failure)
         for key, failure in failures.items():
             self.fail(key, failure)
+        if not failures:
+            self._owed.arrived()
+        elif self._background:
+            self._owe(chunk for chunk in job.chunks if chunk.key in failures)
         self._reask(job)
         self._kick()
 
@@ -288,6 +323,7 @@ class Fetcher:
         """Tell the waiters, and all who ask for the same chunk soon: a dead chunk is not asked for in a storm."""
         wrong = _WRONG if isinstance(error, IntegrityError | FormatError) else _REFUSED
         hold = self.settings.timeouts.retry_cap if error.retryable else wrong
+        error.__traceback__ = None  # it is kept: the frames would keep what they have read
         self._failed[key] = (time.monotonic() + hold, error)
         self._waiting.fail(key, error)
 
@@ -327,4 +363,5 @@ class Fetcher:
 
     def condemn(self, layer: int, error: CkptfsError) -> None:
         """Nothing of this layer is handed out any more: as a whole it is not what its digest says."""
+        error.__traceback__ = None
         self._condemned[layer] = error

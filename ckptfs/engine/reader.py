@@ -39,11 +39,21 @@ class ReadCounters:
         self.waits = 0
         self.waited_ms = 0.0
         self.waits_ms: deque[float] = deque(maxlen=4096)
+        self._answered = trio.Event()
 
     def waited(self, seconds: float) -> None:
+        """One that was `waiting` no longer is."""
+        self.waiting -= 1
         self.waits += 1
         self.waited_ms += seconds * 1000
         self.waits_ms.append(seconds * 1000)
+        self._answered.set()
+        self._answered = trio.Event()
+
+    async def drained(self) -> None:
+        """Until no read waits for the network."""
+        while self.waiting:
+            await self._answered.wait()
 
     def figures(self) -> dict[str, float]:
         """As a status has them."""
@@ -148,7 +158,6 @@ class Reader:
         self.sequential = trio.Event()  # set once somebody reads a large file from front to back
         self._apart: dict[bytes, Sequence[Extent]] = {}
         self._fault_at = float("-inf")
-        self._answered = trio.Event()
         self._slots = trio.CapacityLimiter(max_hung)
 
     def take_apart(self, chunks: Mapping[bytes, Sequence[Extent]]) -> None:
@@ -217,27 +226,21 @@ class Reader:
         size = min(size, inode.size - offset)
         if size <= 0:
             return b""
-        unknown = [extent.chunk.key for extent in extents if extent.chunk.layer == UNKNOWN]
-        if unknown and self._learn is not None:
-            await self._learn(unknown)
-            extents = self._extents(inode, offset, size)
         began = time.monotonic()
         self.counters.waiting += 1
         try:
-            # Those who hold the slots wait for the reads inside.
-            async with nullcontext() if inside else _Slot(self._slots):
-                have = await self.fetcher.get_all(extent.chunk for extent in extents)
+            with trio.move_on_after(self.fetcher.settings.timeouts.read_deadline):
+                unknown = [extent.chunk.key for extent in extents if extent.chunk.layer == UNKNOWN]
+                if unknown and self._learn is not None:
+                    await self._learn(unknown)
+                    extents = self._extents(inode, offset, size)
+                # Those who hold the slots wait for the reads inside.
+                async with nullcontext() if inside else _Slot(self._slots):
+                    have = await self.fetcher.get_all(extent.chunk for extent in extents)
+                return _assemble([(extent, have[extent.chunk.key]) for extent in extents], offset, size)
         finally:
-            self.counters.waiting -= 1
-            self._answered.set()
-            self._answered = trio.Event()
             self.counters.waited(time.monotonic() - began)
-        return _assemble([(extent, have[extent.chunk.key]) for extent in extents], offset, size)
-
-    async def drained(self) -> None:
-        """Until no read waits for the network."""
-        while self.counters.waiting:
-            await self._answered.wait()
+        raise self.fetcher.overdue([extent.chunk for extent in extents])
 
     async def serve(self, handle: Handle, offset: int, size: int) -> Buffer:
         """A read by an open file: `cached` or `read`, counted, and running ahead of a sequential reader."""

@@ -74,14 +74,12 @@ class LayerScan:
     # -- in the event loop ---------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Scan, and stream again whenever it is needed; ends when all is known of a layer with random access."""
+        """Scan, and again whenever it is needed; ends when all is known of a layer with random access."""
         self._token = trio.lowlevel.current_trio_token()
         if not self._known:
             self._go = trio.Event()  # who asked before the start is served by this run: no second one for them
             await self._once()
-            if not self.layer.sequential:
-                return
-        while True:
+        while self.layer.sequential or not self.complete:
             await self._go.wait()
             self._go = trio.Event()
             await self._once()

@@ -9,7 +9,7 @@ import functools
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import pyfuse3
 import trio
@@ -38,6 +38,11 @@ class MountSession:
 
     async def run(self, options: set[str], on_ready: Callable[[], None]) -> None:
         """Mount, call `on_ready` once a read has worked, serve until stopped. MountError when it cannot be mounted."""
+        # From before the mount on: a signal that comes while there is one must not leave it.
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            await self._serve(signals, options, on_ready)
+
+    async def _serve(self, signals: AsyncIterator[int], options: set[str], on_ready: Callable[[], None]) -> None:
         try:
             pyfuse3.init(self._operations, self.mountpoint, options)
         except RuntimeError as error:
@@ -49,7 +54,7 @@ class MountSession:
             if mount is None:
                 raise MountError(f"{self.mountpoint} was unmounted while mounting")
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._watch_signals)
+                nursery.start_soon(self._watch, signals)
                 nursery.start_soon(self._end, nursery.cancel_scope)
                 nursery.start_soon(self._announce, mount, on_ready)
                 await pyfuse3.main(max_tasks=_MAX_TASKS)
@@ -81,16 +86,15 @@ class MountSession:
             nursery.start_soon(in_thread, read)
         on_ready()
 
-    async def _watch_signals(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-            async for number in signals:
-                if self._stopping.is_set():
-                    log.warning("second signal %d: unmounting at once", number)
-                    with contextlib.suppress(MountError):
-                        detach(self.mountpoint)
-                    os._exit(0)
-                log.info("signal %d: draining", number)
-                self.stop()
+    async def _watch(self, signals: AsyncIterator[int]) -> None:
+        async for number in signals:
+            if self._stopping.is_set():
+                log.warning("second signal %d: unmounting at once", number)
+                with contextlib.suppress(MountError):
+                    detach(self.mountpoint)
+                os._exit(0)
+            log.info("signal %d: draining", number)
+            self.stop()
 
     async def _end(self, scope: trio.CancelScope) -> None:
         await self._stopping.wait()

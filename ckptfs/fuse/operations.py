@@ -87,7 +87,7 @@ class Operations(Answering):
         self.image.quiesce()
 
     async def drained(self) -> None:
-        await self.image.reader.drained()
+        await self.image.reader.counters.drained()
 
     # -- names ---------------------------------------------------------------------------------------------------------
 

@@ -57,8 +57,7 @@ class StoreOperations(Answering):
             stored.image.quiesce()
 
     async def drained(self) -> None:
-        for stored in self._store.images():
-            await stored.image.reader.drained()
+        await self._store.reads.drained()
 
     def handles(self, stored: StoredImage) -> Collection[Handle]:
         """The files of the image that are open."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _WORTH = 2  # times its own size that a table of cells must save, before it is fetched
 _BATCH = 512  # chunks of a profile between two looks at what else there is to do
+_LONGEST_PAUSE = 60.0  # seconds between two tries to learn what there is to fetch
 _BACKGROUND_DELAY = 1.0  # seconds; a restore with lazy pages has its first tick before the rest is fetched
 
 
@@ -111,16 +112,28 @@ async def fetch_rest(image: OpenImage) -> None:
     """The rest, a little later or as soon as somebody reads pages from front to back."""
     with trio.move_on_after(_BACKGROUND_DELAY):
         await image.reader.sequential.wait()
-    image.run_on()
-    with suppress(CkptfsError):
-        await image.all_known()
-        await image.tables.load_all()
-        pages = _order(image, eager_only=False).plan(image.tree)
-        image.fetcher.fill(chain(pages, Background().plan(image.tree)))
-        await _run_known_streams(image)
-        await image.tables.keep_cells()
-        await image.fetcher.settled()
-        await image.verify_whole_layers()
+    pause = image.options.settings.timeouts.retry_cap
+    while True:
+        image.run_on()
+        try:
+            await _fetch_rest(image)
+            return
+        except CkptfsError as error:
+            if not error.retryable:
+                return
+        await trio.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+async def _fetch_rest(image: OpenImage) -> None:
+    await image.all_known()
+    await image.tables.load_all()
+    pages = _order(image, eager_only=False).plan(image.tree)
+    image.fetcher.fill(chain(pages, Background().plan(image.tree)))
+    await _run_known_streams(image)
+    await image.tables.keep_cells()
+    await image.fetcher.settled()
+    await image.verify_whole_layers()
 
 
 async def _run_known_streams(image: OpenImage) -> None:

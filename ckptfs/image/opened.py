@@ -4,7 +4,9 @@ The composition root below the commands: here sources, layers, cache, engine and
 of an image goes through `OpenImage`; who asks (FUSE, ls, cat, inspect) makes no difference.
 """
 
+import copy
 import logging
+import math
 import stat
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
@@ -18,7 +20,6 @@ from ckptfs.engine.fetch import Fetcher
 from ckptfs.engine.memory import MemoryCache
 from ckptfs.engine.reader import Handle, Reader
 from ckptfs.engine.scan import LayerScan
-from ckptfs.engine.schedule import Priority
 from ckptfs.engine.shared_cells import SharedCells
 from ckptfs.errors import CkptfsError, IntegrityError, UnavailableError
 from ckptfs.image.indexed import ChunkTables
@@ -100,7 +101,7 @@ class OpenImage:
         self.dormant: dict[bytes, Callable[[], None]] = {}  # directory -> what starts to fill it once it is looked into
         self.progress = trio.Event()  # replaced and set whenever more is known
         self._scans: dict[int, LayerScan] = {}  # rank -> scan
-        self._broken: dict[int, CkptfsError] = {}
+        self._broken: dict[int, tuple[float, CkptfsError]] = {}  # until when, monotonic, nothing else is tried
         self._layers: dict[int, tuple[Descriptor, Layer]] = {}  # by the fetcher's number
         self._whole: set[Digest] = set()  # layers without digests for chunks that have been hashed from end to end
 
@@ -225,13 +226,17 @@ class OpenImage:
                 error = bad
         if error is not None:
             self._fail(rank, error)
+        else:
+            self._broken.pop(rank, None)
         self.notify()
 
     def _fail(self, rank: int, error: CkptfsError) -> None:
         if rank not in self._broken:
             log.error("layer %d: %s", rank, error)
             self.errors.append(str(error))
-        self._broken[rank] = error
+        error.__traceback__ = None  # it is kept: the frames would keep what they have read
+        hold = self.options.settings.timeouts.retry_cap if error.retryable else math.inf
+        self._broken[rank] = time.monotonic() + hold, error
         if isinstance(error, IntegrityError) and self.distrusted is not None:
             self.distrusted()
 
@@ -272,16 +277,16 @@ class OpenImage:
             await self.progress.wait()
 
     def raise_broken(self, ranks: Collection[int] | None = None) -> None:
-        """Raise what is wrong with a layer, with one of `ranks` if given, if anything is."""
-        for rank, error in self._broken.items():
+        """Raise what is wrong with a layer, with one of `ranks` if given; what may be well again is tried again."""
+        for rank, (until, error) in self._broken.items():
             if ranks is None or rank in ranks:
-                raise error
+                if time.monotonic() < until:
+                    raise copy.copy(error)  # one that many raise would grow a traceback without end
+                self.run_on((rank,))
 
     def quiesce(self) -> None:
         """The mount is about to end: nothing new is fetched unless somebody waits for it."""
-        self.fetcher.fill(iter(()))
-        self.fetcher.scheduler.forget(Priority.PREFETCH)
-        self.fetcher.scheduler.forget(Priority.BACKGROUND)
+        self.fetcher.quiesce()
 
     def stop(self) -> None:
         for scan in self._scans.values():

@@ -7,6 +7,7 @@ import signal
 import socket
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import pyfuse3
 import pytest
 
 from ckptfs.control.client import MountFiles
+from ckptfs.fuse.mountpoint import mount_at
 from ckptfs.fuse.operations import Operations
 from tests.support.command import ckptfs, mounted
 from tests.support.fake_registry import FakeRegistry, Trickle
@@ -202,6 +204,20 @@ def test_a_signal_drains_and_ends(
         assert not MountFiles.of(str(mnt)).socket.exists() and str(mnt) not in ckptfs("status").out
     record_property("figure", f"{readers} readers: exit 0 after {seconds:.1f} s")
     assert seconds <= 6
+
+
+@pytest.mark.row("L3")
+@pytest.mark.parametrize("_", range(4))
+def test_a_signal_as_soon_as_there_is_a_mount(_: int, tmp_path: Path) -> None:
+    """Who sends it need not know whether the daemon is ready."""
+    (tmp_path / "mnt").mkdir()
+    words = [f"oci:{LAYOUT}", tmp_path / "mnt", "--foreground", "--cache-dir", tmp_path / "cache"]
+    process = subprocess.Popen([sys.executable, "-m", "ckptfs", "mount", *map(str, words)], stderr=subprocess.PIPE)
+    while mount_at(str(tmp_path / "mnt")) is None and process.poll() is None:
+        pass
+    process.terminate()
+    _, said = process.communicate(timeout=20)
+    assert (process.returncode, mount_at(str(tmp_path / "mnt"))) == (0, None), said
 
 
 @pytest.mark.row("L3")
