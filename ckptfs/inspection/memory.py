@@ -1,7 +1,7 @@
 """The memory of checkpointed processes: reading it by address, and searching it.
 
-Pages that were never dumped read as zeros; only the pages asked for are fetched. Called by processes (command lines),
-diff and the `memparse` command. Owns the way from an address to bytes; where pages lie is criu/memory's.
+Pages that were never dumped read as zeros; only the pages asked for are fetched. Owns the way from an address to bytes;
+where pages lie is criu/memory's.
 """
 
 import re
