@@ -1,8 +1,7 @@
 """What a process that holds other people's memory does to keep it to itself, and to stay alive.
 
 Owns the settings of our own process (core dumps, ptrace, the OOM killer) and of the interpreter of a long-lived one.
-Called by mounting.py and daemon.py, and by commands that read images: what restored processes would inherit is only for
-the first two, which start none.
+What restored processes would inherit is only for daemons, which start none.
 """
 
 import contextlib

@@ -26,12 +26,12 @@ from ckptfs.hardening import harden, reuse_memory
 from ckptfs.interrupts import lines
 from ckptfs.model.oci import Reference
 from ckptfs.redaction import log_to_stderr
-from ckptfs.settings import Settings
+from ckptfs.settings import Settings, Timeouts
 
 log = logging.getLogger(__name__)
 
 _ENDED_BY = (signal.SIGINT, signal.SIGTERM)
-_ENDS = 15.0  # seconds for a daemon to end that was asked to: it drains for 5
+_ENDS = Timeouts().daemon_end
 
 
 class MountRequest(NamedTuple):
@@ -154,8 +154,8 @@ def umount(directory: str, *, force: bool = False) -> None:
         with _Lock(path) as lock:
             lock.remove()
         return
-    # The daemon holds the lock until it has ended; its drain takes up to 5 s (settings).
-    deadline = time.monotonic() + 15
+    # The daemon holds the lock until it has ended.
+    deadline = time.monotonic() + _ENDS
     while time.monotonic() < deadline:
         with contextlib.suppress(MountError), _Lock(path) as lock:
             lock.remove()

@@ -1,6 +1,8 @@
-"""Every limit, size and timeout, with its reason. No other module has a number of this kind.
+"""Limits of what comes from images and registries, timeouts and sizes, each with its reason.
 
-Values cannot change: commands make a `Settings` once and hand it down.
+What concerns one module only stands at its head: intervals between two looks, numbers that tune one algorithm, limits
+of one format, bounds of files of this machine and of what comes in through our own sockets. Values cannot change:
+commands make a `Settings` once and hand it down.
 
 They are named tuples, as are all values that a mount needs at its start. Python compiles each method of a dataclass at
 every start, which takes 0.4 ms for a frozen one and a full millisecond for `Limits`; a named tuple takes 0.1 to 0.2 ms.
@@ -37,14 +39,16 @@ class Limits(NamedTuple):
     chunk_bytes: int = 64 * MiB  # largest verify-and-decode unit that is accepted
     zstd_window_bytes: int = 128 * MiB
     redirects: int = 5
-    index_depth: int = 3  # an index of indexes is legal, a chain of them is an attack
+    index_depth: int = (
+        3  # documents from a name to its image: an index of indexes is legal, a chain of them is an attack
+    )
     profile_bytes: int = 4 * MiB
     profile_runs: int = 100_000  # scattered pages of a working set of 400 MB
     criu_image_bytes: int = 64 * MiB  # a CRIU image that is read whole: the pagemap of 3 million separate runs
     criu_record_bytes: int = 16 * MiB  # mm of a process with 65530 mappings (vm.max_map_count) is 4 MB
     criu_records: int = 4_000_000
     increments: int = 8  # checkpoints that one restore reads: `push --parent` writes a whole one after so many
-    predumps: int = 64  # checkpoints that CRIU's `parent` links lead through, one after another
+    pre_dumps: int = 64  # checkpoints that CRIU's `parent` links lead through, one after another
     increment_bytes: int = 256 * MiB  # all pagemaps of a checkpoint and of those that it stands on
     process_depth: int = 256  # generations in a process tree
     deleted_files_bytes: int = 64 * MiB  # a list of a million paths; real ones have a few hundred
@@ -73,6 +77,7 @@ class Timeouts(NamedTuple):
     drain: float = 5.0
     mount_ready: float = 30.0
     daemon: float = 10.0  # until a mount's daemon that says nothing to `status` or `umount` is taken for dead
+    daemon_end: float = 15.0  # until one that was asked to end is left alone or killed: it drains for 5
     lazy_daemon: float = 10.0  # until `criu lazy-pages` takes connections
     stop: float = 10.0  # between the stop signal and SIGKILL for a restored container, as podman and docker wait
     old_log: float = 7 * 86400.0  # what a mount that has crashed said is kept for that long
@@ -96,7 +101,7 @@ class Sizes(NamedTuple):
     segment: int = 64 * MiB
     read_ahead: int = 4 * MiB  # kernel read-ahead: 128 KiB makes a plain restore 10x slower at 20 ms (docs)
     max_background: int = 256
-    small_file: int = 64 * KiB  # files up to this size are metadata: fetched together and first
+    small_file: int = 64 * KiB  # beside CRIU's images, files up to this size are metadata: fetched together and first
 
 
 class Registries(NamedTuple):

@@ -1,6 +1,6 @@
-"""What is counted: requests, bytes, reads. Counters are cheap and may be touched from any thread.
+"""What is counted of the network: requests, bytes, retries. Counters are cheap and may be touched from any thread.
 
-Read by control.py (status), written by sources/ and engine/. Knows nobody.
+Read by the daemons (status) and by commands that tell what they fetched; written by sources/. Knows nobody.
 """
 
 import threading

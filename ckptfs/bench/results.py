@@ -1,7 +1,7 @@
 """What a benchmark found out, as JSON lines: one line is one fact, so files can be joined, filtered and plotted again.
 
 Owns the kinds of facts and their spelling in a file. Measures nothing and draws nothing. Written by the benchmark and
-`ckptfs bench`, read by report.py.
+`ckptfs bench`, read by report.py and charts.py.
 """
 
 import json

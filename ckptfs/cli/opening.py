@@ -1,7 +1,7 @@
 """Images for commands that need no mount: opened through the node's cache, nothing fetched ahead, progress, figures.
 
-Owns the event loop of such a command and what it tells of the traffic. Called by ls, cat, cp, inspect, show, diff and
-memparse; imports trio and the image only when one of them runs.
+Owns the event loop of such a command and what it tells of the traffic. Imports trio and the image only when a command
+runs.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Bars on a terminal for commands that take their time; nothing at all in a pipe.
 
 They appear on stderr once the command has taken a second and go away at its end. A thread of their own draws them, so
-that a command which waits is seen to wait. Called by push and pull.
+that a command which waits is seen to wait. Called by push, pull and index.
 """
 
 import sys

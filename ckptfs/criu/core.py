@@ -1,6 +1,6 @@
 """One task: core-PID.img (name, state, machine), and fs-PID.img (its directories).
 
-Called by inspection.
+Called by inspection and restore/.
 """
 
 from typing import NamedTuple

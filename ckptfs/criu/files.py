@@ -1,6 +1,6 @@
 """Open files and sockets: files.img (and the images that were one per kind before it), and fdinfo-N.img.
 
-Called by inspection.
+Called by inspection and restore/.
 """
 
 import socket

@@ -3,7 +3,7 @@
 An image is a header (4 or 8 bytes) and records: a little-endian u32 size, one protobuf message of that size and, in
 some kinds, raw bytes that the message announces. Pages, tars and dumps of `ip` have neither header nor records ("raw").
 Names and numbers: CRIU 4.2, criu/image-desc.c and criu/include/magic.h. Owns no meaning of any message (its siblings
-do) and opens nothing. Called by the siblings and by inspection.
+do) and opens nothing.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,8 +1,7 @@
 """Where the bytes of an address space lie: in a checkpoint's pages file, or in a parent's.
 
 A checkpoint made after a pre-dump holds only the pages that changed; the others are PARENT in its pagemap and are
-looked up in the parent's pagemap of the same name, and so on. Numbers in, numbers out: nothing is read. Called by
-restore_plan and inspection.
+looked up in the parent's pagemap of the same name, and so on. Numbers in, numbers out: nothing is read.
 """
 
 from bisect import bisect_right

@@ -1,7 +1,4 @@
-"""A task's address space: mm-PID.img with its mappings (vma entries).
-
-Called by restore_plan (which mappings CRIU fills before it forks) and by inspection (command line, environment, maps).
-"""
+"""A task's address space: mm-PID.img with its mappings (vma entries), its command line and its environment."""
 
 from typing import NamedTuple
 

@@ -1,8 +1,7 @@
 """Which memory a pages-N.img holds: pagemap-PID.img and pagemap-shmem-ID.img.
 
 A pagemap names one pages file and lists runs of pages by virtual address. The pages that are PRESENT lie in the pages
-file one after another, in that order, so an offset is a sum. Called by restore_plan, inspection and by what cuts pages
-files into chunks.
+file one after another, in that order, so an offset is a sum.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,4 @@
-"""The process tree: pstree.img, and what ids-PID.img says about what tasks share.
-
-Called by restore_plan (the order in which CRIU restores tasks) and by inspection.
-"""
+"""The process tree: pstree.img, and what ids-PID.img says about what tasks share."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence

@@ -1,6 +1,6 @@
 """What is being read right now: which file, where, by which process, and how long it has waited.
 
-Looks when somebody asks; nothing is gathered meanwhile. Called by the daemon for `ckptfs status --watch`, and by the
+Looks when somebody asks; nothing is gathered meanwhile. Called by the daemons for `ckptfs status --watch`, and by the
 recorder.
 """
 

@@ -4,7 +4,7 @@ Puts the parts together: directory.py (layout, permissions), chunk_index.py and 
 documents.py, claims.py (who fetches what), seal.py and key_mark.py (encryption), disk.py (what happens when the disk
 refuses). Blocking calls, safe from several threads; other processes may use the same directory at the same time. A
 cache never fails a reader: what it cannot read is a miss, what it cannot write is not kept. Knows no layers, no network
-and no trio. Called by fetch.py (chunks), image/ (documents), the cache command and the mount.
+and no trio.
 docs/adr/0002-cache-segments.md
 """
 

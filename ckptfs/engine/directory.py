@@ -7,9 +7,9 @@
                                claims: byte ranges (claims.py)
                    key         which key it is encrypted with, if it is (key_mark.py)
 
-The cache holds process memory, passwords among it: every directory is 0700, every file 0600 and ours. What is not
-named like a file of ours is left alone, and so are other versions beside v1. Raises CacheError with the command that
-mends it. Called by cache.py.
+The cache holds process memory, passwords among it: every directory is 0700, every file 0600 and ours. What is not named
+like a file of ours is left alone, and so are other versions beside v1. Raises CacheError with the command that mends
+it. Called by cache.py and segment_files.py.
 """
 
 import errno

@@ -1,7 +1,7 @@
 """Chunks on their way: one fetch for everybody who waits, extents in flight, decode and verify in worker threads.
 
 The scheduler decides, this module performs: extents.py does one extent in a worker thread, waiting.py knows who waits
-for what. Used by reader.py and prefetch/; lives in one trio nursery.
+for what. Lives in one trio nursery.
 """
 
 import copy

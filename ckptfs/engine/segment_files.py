@@ -2,8 +2,8 @@
 
 Owns names, locks and times of the files in `segments/`; knows nothing of what is in them. `<n>-<random>.seg` is the
 data, `.idx` the records; n only orders them, the random part makes a name one file for ever. A segment is live while
-the process that appends to it holds an exclusive flock on its data; the kernel frees that when the process dies.
-Called by chunk_log.py.
+the process that appends to it holds an exclusive flock on its data; the kernel frees that when the process dies. Called
+by chunk_log.py and chunk_index.py.
 """
 
 import fcntl

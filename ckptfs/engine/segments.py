@@ -1,6 +1,6 @@
 """A segment: chunks appended one after another to a data file, and one record for each in an index file.
 
-Owns the format of both files. Never looks at a directory, never evicts. Called by chunk_log.py.
+Owns the format of both files. Never looks at a directory, never evicts. Called by chunk_log.py and chunk_index.py.
 
 A record is 48 bytes, little-endian: key 32, offset u32, length u32, checksum u64. The checksum is xxh3-64 of the data,
 seeded with the first 8 bytes of the key: one check covers data, offset, length and key, so a record whose bytes were

@@ -1,7 +1,7 @@
 """Who waits for which chunk: readers in the event loop, who are woken once, when all that they wait for is there.
 
 Owns the demands of one mount. Chunks are delivered from the threads that fetch them; the event loop hears of it only
-when a read can go on, for every wake-up of it costs as much as decoding a chunk. Called by fetch.py.
+when a read can go on, for every wake-up of it costs as much as decoding a chunk. Called by fetch.py and extents.py.
 """
 
 import threading

@@ -21,11 +21,12 @@ from ckptfs.image import OpenImage
 from ckptfs.model.names import InodeNames
 from ckptfs.model.toc import Inode
 from ckptfs.model.tree import OPAQUE_XATTR, Node
-from ckptfs.settings import MiB
+from ckptfs.settings import Limits, MiB
 
 _FOREVER = 3600.0 * 24 * 365  # seconds; as nydus does: nothing ever changes under a pinned digest
 _BLOCK = 512
 DOTS = (b".", b"..")
+NAME_BYTES = Limits().name_bytes
 _LARGE = 1 * MiB  # smaller files are hardly worth a look at who opens them
 
 
@@ -99,7 +100,7 @@ class Operations(Answering):
         if name == b"..":
             up = directory.parent or directory
             return self._told(cast("Inode", up.inode))
-        if len(name) > 255:
+        if len(name) > NAME_BYTES:
             raise pyfuse3.FUSEError(errno.ENAMETOOLONG)
         node = await self.image.lookup(directory, name)
         if node is None or node.inode is None:
@@ -198,7 +199,7 @@ class Operations(Answering):
         out.f_bsize = out.f_frsize = 4096
         out.f_blocks = (sum(inode.size for inode in self._tree.inodes.values()) + 4095) // 4096
         out.f_files = len(self._tree.inodes)
-        out.f_namemax = 255
+        out.f_namemax = NAME_BYTES
         return out
 
     @answers

@@ -19,7 +19,7 @@ import pyfuse3
 
 from ckptfs.engine.reader import Handle
 from ckptfs.fuse.answers import Answering, answers
-from ckptfs.fuse.operations import DOTS, Operations
+from ckptfs.fuse.operations import DOTS, NAME_BYTES, Operations
 from ckptfs.image.layer_directories import DIFF, INFO, ROOT_MODE
 from ckptfs.image.layer_store import LayerStore, StoredImage, digest_of, name_of, reference_of
 from ckptfs.model.oci import Reference
@@ -197,7 +197,7 @@ class StoreOperations(Answering):
         out.f_bsize = out.f_frsize = 4096
         out.f_blocks = sum(stored.image.image_bytes for stored in self._store.images()) // 4096
         out.f_files = sum(len(stored.image.tree.inodes) for stored in self._store.images())
-        out.f_namemax = 255
+        out.f_namemax = NAME_BYTES
         return out
 
     @answers

@@ -5,7 +5,8 @@ diff/   the layer's tree as an overlay lower directory: whiteouts are character 
 info    what containers/storage takes over as its own record of the layer (containers/storage layers.go: Layer).
 blob    the layer as the registry has it.
 An image that is opened with the view "layers" has an empty tree until `LayerDirectories` fills it. Nothing is fetched
-of a layer but its table of contents, or the beginning of a stream. Used by layer_store.py.
+of a layer but its table of contents, or the beginning of a stream. Used by layer_store.py
+and fuse/store_operations.py.
 """
 
 import json

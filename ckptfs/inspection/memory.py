@@ -1,7 +1,7 @@
 """The memory of checkpointed processes: reading it by address, and searching it.
 
-Pages that were never dumped read as zeros; only the pages asked for are fetched. Called by processes (command lines),
-diff and the `memparse` command. Owns the way from an address to bytes; where pages lie is criu/memory's.
+Pages that were never dumped read as zeros; only the pages asked for are fetched. Owns the way from an address to bytes;
+where pages lie is criu/memory's.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import Any
 from ckptfs.criu.memory import Memory, Place
 from ckptfs.criu.pagemap import PRESENT, Pagemap, parse_pagemap
 from ckptfs.errors import NotFoundError, UsageError
-from ckptfs.inspection.source import PARENTS, Images, Range, announced, read_whole
+from ckptfs.inspection.source import Images, Range, announced, read_whole
 from ckptfs.settings import KiB, MiB
 
 _WINDOW = 4 * MiB  # read at once when searching: an extent of a sequential fetch
@@ -110,7 +110,7 @@ class ProcessMemory:
 
 def _parents(images: Images, name: str) -> Iterator[Pagemap]:
     """The pagemaps of the parent checkpoints, through the `parent` links."""
-    for level in range(1, PARENTS + 1):
+    for level in range(1, images.limits.pre_dumps + 1):
         inherited = "parent/" * level + name
         data = read_whole(images.files, images.path(inherited), images.limits.criu_image_bytes)
         if data is None:

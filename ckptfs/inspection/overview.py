@@ -1,7 +1,7 @@
 """The whole of a checkpoint: what `inspect` and `show` tell.
 
 Puts container, processes and CRIU's own counts together, and names the images that nobody here can read. Announces all
-metadata at once, then the pages with strings: two rounds behind a network. Called by the command line.
+metadata at once, then the pages with strings: two rounds behind a network. Called by the command line and image_diff.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

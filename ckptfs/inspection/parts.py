@@ -1,7 +1,6 @@
 """The parts that an overview can have, and which of CRIU's images each one is read from.
 
-So that nothing is fetched for what nobody asked to see. Owns no reading. Called by processes, overview and the command
-line.
+So that nothing is fetched for what nobody asked to see. Owns no reading.
 """
 
 from enum import Flag, auto

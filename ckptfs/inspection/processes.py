@@ -1,7 +1,7 @@
 """The processes of a checkpoint: names, command lines, environments, open files, sockets, memory sizes.
 
 Reads pstree and, task by task, core, ids, fdinfo, fs, mm, pagemap; of the pages only those that hold command lines and
-environments, all announced at once before the first is read. Called by overview and diff.
+environments, all announced at once before the first is read. Called by overview and the `memparse` command.
 """
 
 from collections import defaultdict

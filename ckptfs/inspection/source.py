@@ -13,7 +13,6 @@ from ckptfs.errors import FormatError, LimitExceeded, NotFoundError
 from ckptfs.settings import Limits, MiB
 
 Range = tuple[str, int, int]  # path, offset, length
-PARENTS = 64  # levels of pre-dumps that are followed
 BATCH = 4 * MiB  # announced together: an extent of a sequential fetch
 
 T = TypeVar("T")
@@ -117,7 +116,7 @@ class Images:
 
     def inherited(self) -> Iterator[str]:
         """The paths of all files of the parent checkpoints, nearest first, through the `parent` links."""
-        for level in range(1, PARENTS + 1):
+        for level in range(1, self.limits.pre_dumps + 1):
             directory = self.path("parent" + "/parent" * (level - 1))
             names = self.files.list(directory)
             if not names:

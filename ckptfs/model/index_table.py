@@ -4,8 +4,8 @@ The table of a file of 4 GiB is 0.6 MB, of which a restore with lazy pages needs
 therefore written in parts of a few hundred rows, each a zstd frame of columns with a digest of its own in the index:
 two levels of a hash tree. Who needs all of it reads all parts at once, as a table without parts.
 
-Bytes in, values out; used by model/index.py and by the writer of layers. A part says how much of the file it stands for
-before it has been read, so that one can be looked up without the others.
+Bytes in, values out. A part says how much of the file it stands for before it has been read, so that one can be looked
+up without the others.
 """
 
 import base64

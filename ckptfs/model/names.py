@@ -1,6 +1,6 @@
 """The names of inodes, for people: recordings, logs and status speak of files, the kernel of numbers.
 
-Owns one map, made when somebody asks and again when the tree has grown. Called by engine/ and the daemon.
+Owns one map, made when somebody asks and again when the tree has grown.
 """
 
 from ckptfs.model.tree import Tree

@@ -1,8 +1,8 @@
 """Extents of a large file without an object for each: columns of numbers and digests, objects made when asked for.
 
 A pages file of 4 GiB has 17 000 chunks or 262 144 cells; those are 100 MB as objects and 15 MB as columns. The files of
-an image that have one chunk each share columns as well: 136 bytes for each instead of 410. Used by the layer writer,
-the index and the readers of tables of contents; readers see an ordinary sequence of Extent.
+an image that have one chunk each share columns as well: 136 bytes for each instead of 410. Readers see an ordinary
+sequence of Extent.
 """
 
 from array import array

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 from ckptfs.model.toc import Chunk
 from ckptfs.model.tree import Node, Tree
-from ckptfs.settings import KiB
+from ckptfs.settings import Sizes
 
 _PAGES = re.compile(rb"pages-(\d+)\.img\Z")
-SMALL = 64 * KiB
+_SMALL = Sizes().small_file
 
 
 class Metadata:
@@ -22,7 +22,7 @@ class Metadata:
         for directory in _directories(tree):
             for node in sorted(directory.visible_children(), key=lambda node: node.name):
                 inode = node.inode
-                if inode is not None and inode.is_file and inode.size <= SMALL and not _PAGES.match(node.name):
+                if inode is not None and inode.is_file and inode.size <= _SMALL and not _PAGES.match(node.name):
                     for extent in inode.extents:
                         yield extent.chunk
 

@@ -37,7 +37,7 @@ class RestoreOrder:
     def plan(self, tree: Tree) -> Iterator[Chunk]:
         """Chunks of the pages files of every checkpoint in the tree; nothing of a checkpoint that cannot be read."""
         for directory in _checkpoints(tree):
-            parents = list(_parents(tree, directory, self._limits.predumps))
+            parents = list(_parents(tree, directory, self._limits.pre_dumps))
             files = dict(_files(directory))
             for name, parent in parents:
                 files |= {f"{name}/{file}": inode for file, inode in _files(parent)}

@@ -2,7 +2,7 @@
 
 Three keys tell three engines that an image is a checkpoint (CRI-O's, podman's, checkpointctl's); checkpointctl's set
 (lib/annotations.go, internal/oci_image_build.go) and podman's (libpod/define/annotations.go) say where it came from.
-Reads config.dump and spec.dump, which are bounded and may lie. Called by push/image.py.
+Reads config.dump and spec.dump, which are bounded and may lie. Called by push/__init__.py.
 """
 
 from collections.abc import Mapping

@@ -2,7 +2,7 @@
 
 Changed are: the root, the cgroup, bind mounts whose sources were on the machine that dumped, namespaces that belonged
 to a pod or to an engine's network. Taken out are hooks and criu's configuration file: both would run or read things of
-this machine because an image says so. Owns config.json and what it points to. Called by flow.py.
+this machine because an image says so. Owns config.json and what it points to. Called by container.py.
 """
 
 import json

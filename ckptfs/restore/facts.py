@@ -1,7 +1,6 @@
 """What a checkpoint says of itself that a restore must know: its documents, its architecture, its root directory.
 
-Reads through CheckpointFiles, so a mount, an unpacked directory and an image without a mount are the same. Called by
-container.py, podman.py and `ckptfs check`.
+Reads through CheckpointFiles, so a mount, an unpacked directory and an image without a mount are the same.
 """
 
 import os

@@ -1,8 +1,8 @@
 """How every restore begins: a directory of its own, the mounts and the questions to criu, all at the same time.
 
-Owns what a container's restore (container.py) and an engine's (podman.py) share: the stack with everything that was
-started, unwound whatever happens, and the events. Imports little: the daemons are forked before the rest is needed.
-Called by keeper.py.
+Owns what a container's restore (container.py) and an engine's (podman.py, containerd.py) share: the stack with
+everything that was started, unwound whatever happens, and the events. Imports little: the daemons are forked before the
+rest is needed. Called by keeper.py.
 """
 
 import contextlib

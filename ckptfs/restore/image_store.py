@@ -1,6 +1,7 @@
 """Base images that are on this machine already: in the storage that podman, CRI-O and buildah share.
 
-podman mounts them; nothing of the storage is read here but whether an image is there. Called by flow.py.
+podman mounts them; nothing of the storage is read here but whether an image is there. Called by container.py, podman.py
+and `ckptfs check`.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """`criu lazy-pages`: the process that hands out memory after the container runs.
 
 Owns its start, its end and its words. It must listen before the runtime restores, reads the same images, and ends by
-itself when every page has been handed out; after a failed restore it would wait for ever. Called by flow.py.
+itself when every page has been handed out; after a failed restore it would wait for ever. Started by flow.py.
 """
 
 import os

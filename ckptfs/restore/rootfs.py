@@ -2,7 +2,7 @@
 
 Below is either the root file system view of the image (base and delta, lazily from a registry), or the delta's
 directory in the checkpoint view over a base that is on this machine. Owns the overlay and its attributes, not where the
-base comes from. Called by flow.py.
+base comes from. Called by container.py.
 """
 
 import os

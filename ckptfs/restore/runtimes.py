@@ -2,7 +2,6 @@
 
 Owns the command lines and the reading of logs. What differs: runc has --lazy-pages; crun 1.21 has not, but the criu
 that it starts reads a configuration file named by the environment; both leave their words in a log that they are given.
-Called by flow.py.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Staying with a restored container until it ends, or until somebody wants it to end.
 
 Owns the signals of this process from the start of a restore on, the relaying of the container's output, and the two
-ways to stop it: its stop signal first, SIGKILL after a while. Called by flow.py and podman.py.
+ways to stop it: its stop signal first, SIGKILL after a while.
 """
 
 import contextlib

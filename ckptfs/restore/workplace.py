@@ -5,7 +5,6 @@
     DIR/bundle      config.json and stand-ins for mounts  DIR/work     criu's logs and sockets
 
 Owns making, locking and removing such directories, those too whose restore was killed. Never looks into an image.
-Called by flow.py and podman.py.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Where a registry may send us: origins, and the rules for redirects and token realms.
 
 A hostile registry must not make this machine talk to its own network (SSRF), must not downgrade to plain HTTP, and must
-not make us show credentials to another origin. Resolves names, sends nothing. Used by endpoint.py and auth.py.
+not make us show credentials to another origin. Resolves names, sends nothing.
 """
 
 import enum

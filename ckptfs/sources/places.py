@@ -1,7 +1,7 @@
 """Places: at which hosts, and under which names there, the images of a reference can be had. Mirrors first.
 
 Puts together what the user has configured for ckptfs (Settings.registries) and what podman or containerd have
-(host_files.py). Sends nothing. Called by registry.py, for pushes by upload.py.
+(host_files.py). Sends nothing. Called by registry.py.
 """
 
 from collections.abc import Mapping

@@ -133,10 +133,15 @@ def shown(found: golden.Listing) -> golden.Listing:
 
 
 @pytest.mark.row("F1")
+def test_random_images_in_every_format(record_property: Record) -> None:
+    require("tar", root=True)
+    a_random_image()
+    record_property("figure", f"random trees in {len(FORMATS)} formats equal GNU tar's extraction")
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(archive=tars())
-def test_a_random_image_in_every_format(archive: Archive) -> None:
-    require("tar", root=True)
+def a_random_image(archive: Archive) -> None:
     tar = archive.tar
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -164,7 +169,3 @@ def test_mounts_of_a_random_image(archive: Archive) -> None:
                 registry.add_image("repo", tag, [(blob.descriptor.media_type, blob.data)], layer_annotations=notes)
                 with mounted(registry.reference(f"repo:{tag}"), folder / tag, "--view", "raw") as mount:
                     assert shown(golden.directory_listing(mount.path)) == expected, kind
-
-
-def test_what_the_row_is_held_with(record_property: Record) -> None:
-    record_property("figure", f"random trees in {len(FORMATS)} formats equal GNU tar's extraction")

@@ -83,7 +83,7 @@ def docker(folder: Path) -> None:
 
 
 def pod(folder: Path) -> None:
-    """Two containers of a pod (CRI-O #9758, checkpointctl's pod.options)."""
+    """Two containers of a pod (https://github.com/cri-o/cri-o/pull/9758, checkpointctl's pod.options)."""
     containers = {"web": "aaaa-web", "db": "bbbb-db"}
     (folder / "pod.options").write_text(json.dumps({"version": 1, "containers": containers, "annotations": {}}))
     for name, fill in (("aaaa-web", cri_o), ("bbbb-db", podman)):

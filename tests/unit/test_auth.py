@@ -245,6 +245,7 @@ def test_a_password_is_shown_to_the_token_server_only() -> None:
     with FakeRegistry(auth="bearer") as registry, client(registry) as c:
         image(registry)
         c.layer(credentials=USER).read_at(0, 1)
+        assert {access.path == "/token" for access in registry.log} == {True, False}
         for access in registry.log:
             sent = access.headers.get("authorization", "Bearer")
             assert sent.startswith("Basic" if access.path == "/token" else "Bearer")

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 
 from ckptfs.model.toc import Chunk, Entry, Extent, Inode
 from ckptfs.model.tree import Tree
-from ckptfs.prefetch.background import SMALL, Background, Metadata
+from ckptfs.prefetch.background import Background, Metadata
+from ckptfs.settings import Sizes
 
 
 def tree_of(sizes: dict[str, int]) -> Tree:
@@ -33,7 +34,7 @@ def test_metadata_is_what_lies_with_criu_s_images_and_beside_them() -> None:
             "checkpoint/inventory.img": 10,
             "checkpoint/core-1.img": 10,
             "checkpoint/pages-1.img": 4096,
-            "checkpoint/tmpfs.img": SMALL + 1,
+            "checkpoint/tmpfs.img": Sizes().small_file + 1,
             "rootfs-diff/etc/passwd": 10,
             "volumes/data/file": 10,
         }

@@ -16,11 +16,16 @@ from ckptfs.layers.deflate import inflate_from
 from ckptfs.layers.gzip_index import PointFinder, can_find_points
 from ckptfs.model.layer_index import unpack_window
 from ckptfs.settings import KiB, Limits, MiB
+from tests.support.tools import unavailable
 
 LIMITS = Limits()
 UNIT = 64 * KiB
 
-pytestmark = pytest.mark.skipif(not can_find_points(), reason="needs libz.so.1")
+
+@pytest.fixture(autouse=True)
+def _zlib() -> None:
+    if not can_find_points():
+        unavailable("needs libz.so.1")
 
 
 def mixed(size: int, seed: int = 1) -> bytes:
