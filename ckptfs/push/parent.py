@@ -11,7 +11,7 @@ from ckptfs.errors import FormatError, IntegrityError
 from ckptfs.layers import Layer, open_indexed
 from ckptfs.model.chunk_digest import ChunkDigest
 from ckptfs.model.index import IndexedFile, IndexedLayer, Table, load_table, manifest_index, read_cells
-from ckptfs.model.oci import Digest, Manifest, parse_json
+from ckptfs.model.oci import Digest, Manifest, parse_diff_ids
 from ckptfs.model.toc import Extent
 from ckptfs.settings import KiB, MiB, Settings
 from ckptfs.sources import Source
@@ -112,12 +112,7 @@ class ParentImage:
 
     def diff_ids(self) -> list[Digest]:
         """Of all layers, from the image's config."""
-        config = parse_json(self.source.fetch(self.manifest.config), "config")
-        rootfs = config.get("rootfs") if isinstance(config, dict) else None
-        found = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
-        if not isinstance(found, list) or len(found) != len(self.manifest.layers):
-            raise FormatError(f"the config of {self.source.reference} does not list its layers")
-        return [Digest.parse(str(digest)) for digest in found]
+        return parse_diff_ids(self.source.fetch(self.manifest.config), self.manifest)
 
     def _range(self, layer: int, extents: Sequence[Extent]) -> list[bytes]:
         if not extents:
