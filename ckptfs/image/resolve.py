@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import trio
 
 from ckptfs.errors import FormatError, NotFoundError, UnavailableError
-from ckptfs.image.views import CRIU_TAR
+from ckptfs.image.views import is_checkpoint_index
 from ckptfs.model.oci import Descriptor, Digest, Index, Manifest, Reference, parse_document
 from ckptfs.settings import Limits
 from ckptfs.sources import Source
@@ -50,7 +50,7 @@ def resolve(source: Source, documents: DocumentStore, limits: Limits, *, offline
             if len(document.layers) > limits.layers:
                 raise FormatError(f"the image has {len(document.layers)} layers, more than {limits.layers}")
             return Resolved(pinned, document, from_cache)
-        if any(d.media_type == CRIU_TAR for d in document.manifests):
+        if is_checkpoint_index(document.manifests):
             whole = Descriptor(document.media_type, document.digest, len(document.raw))
             stand_in = Manifest(document.raw, document.digest, document.media_type, whole, (), document.annotations)
             return Resolved(pinned, stand_in, from_cache, document.manifests)
