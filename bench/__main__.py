@@ -10,16 +10,18 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NoReturn
 
 from bench.lab import Lab, environment
+from bench.quiet import wait_until_idle
 from bench.rows import Row, all_rows
 from ckptfs.bench.charts import timeline
-from ckptfs.bench.machine import stamp, wait_until_idle
-from ckptfs.bench.report import markdown_table, write_report
-from ckptfs.bench.results import Absent, Fact, ResultFile, read_results
+from ckptfs.bench.machine import stamp
+from ckptfs.bench.report import cells, write_report
+from ckptfs.bench.results import Absent, Fact, Figure, ResultFile, read_results
 from tests.support.criu import why_criu_does_not_work
 from tests.support.tools import use_setup_tools
 from tests.support.workload import scratch
@@ -90,10 +92,23 @@ def _write(facts: list[Fact], beside: Path) -> None:
     """The page, the figures as a table for docs/performance.md, and the timeline as a picture of its own."""
     page, table, picture = (beside.with_suffix(suffix) for suffix in (".html", ".md", ".svg"))
     write_report(facts, page)
-    table.write_text(markdown_table(facts))
+    table.write_text(_markdown_table(facts))
     if svg := timeline(facts):
         picture.write_text(svg)
     print(page)
+
+
+def _markdown_table(facts: Sequence[Fact]) -> str:
+    """The figures as a table for a document; those that are not held stand in bold."""
+    lines = ["| | figure | hold | measured | range, runs | peer, same run |", "|---|---|---|---|---|---|"]
+    for fact in facts:
+        if isinstance(fact, Figure):
+            row, name, hold, value, spread, peer = cells(fact)
+            shown = f"**{value}**" if fact.held is False else value
+            lines.append(f"| {row} | {name} | {hold} | {shown} | {spread} | {peer} |")
+        elif isinstance(fact, Absent):
+            lines.append(f"| {fact.row} | not measured: {fact.why} | | | | |")
+    return "\n".join(lines) + "\n"
 
 
 def _problem() -> str:

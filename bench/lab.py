@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.quiet import forget_files
 from ckptfs.bench.link import ShapedLink
-from ckptfs.bench.machine import forget_files
 from ckptfs.bench.results import Absent, Conditions, Fact, Figure, ResultFile, Sample, figure
 from tests.support.command import ckptfs
 from tests.support.criu import Checkpoint, dump

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, Self
 
@@ -388,11 +389,8 @@ def _serve_image(request: MountRequest, claim: _Lock, writer: int | None) -> Non
     from ckptfs.telemetry import NetworkCounters
 
     counters = NetworkCounters()
-
-    def reach(reference: Reference) -> Source:
-        return open_source(reference, settings=request.settings, counters=counters, plain_http=request.plain_http)
-
-    source = reach(request.reference)
+    reach = partial(open_source, settings=request.settings, counters=counters, plain_http=request.plain_http)
+    source: Source = reach(request.reference)
     if not request.offline and request.reference.digest is None:
         source = EarlySource(source)
     from ckptfs.daemon import run

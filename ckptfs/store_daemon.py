@@ -6,6 +6,7 @@ What daemon.py is for the mount of one image. Started by mounting.py.
 import logging
 import os
 import time
+from functools import partial
 from typing import Any
 
 import trio
@@ -21,11 +22,10 @@ from ckptfs.image import ImageOptions
 from ckptfs.image.layer_store import LayerStore, StoredImage
 from ckptfs.image.residency import ResidencyMeter
 from ckptfs.model.names import InodeNames
-from ckptfs.model.oci import Reference
 from ckptfs.mounting import StoreRequest
 from ckptfs.redaction import redact
 from ckptfs.resident import Resident, keep_house, run_with
-from ckptfs.sources import Source, open_source
+from ckptfs.sources import open_source
 from ckptfs.telemetry import NetworkCounters
 
 log = logging.getLogger(__name__)
@@ -49,9 +49,7 @@ async def _serve(
     counters, settings = NetworkCounters(), request.settings
     trio.to_thread.current_default_thread_limiter().total_tokens = _THREADS
 
-    def reach(reference: Reference) -> Source:
-        return open_source(reference, settings=settings, counters=counters, plain_http=request.plain_http)
-
+    reach = partial(open_source, settings=settings, counters=counters, plain_http=request.plain_http)
     memory = MemoryCache(settings.sizes.memory_cache)
     options = ImageOptions(
         view="layers",

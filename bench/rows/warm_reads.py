@@ -15,8 +15,8 @@ from statistics import median
 
 from bench.flows import read_all, status_of
 from bench.lab import SLOW, Image, Lab
+from bench.quiet import forget_files
 from bench.rows import Row
-from ckptfs.bench.machine import forget_files
 from tests.support.command import Mounted, mounted
 from tests.support.images import extract
 from tests.support.tools import run

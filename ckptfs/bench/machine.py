@@ -1,4 +1,4 @@
-"""The machine that measures: what it is, how busy it is, what its processes use, and how to make it forget.
+"""The machine that measures: what it is, and what its processes use.
 
 Owns reading /proc and asking git for the commit. Called by whatever measures; knows nothing of images.
 """
@@ -6,7 +6,6 @@ Owns reading /proc and asking git for the commit. Called by whatever measures; k
 import os
 import platform
 import subprocess
-import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,31 +44,6 @@ def usage(pid: int) -> Usage:
     sizes = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     rss, peak = (int(sizes[name].split()[0]) * KiB for name in ("VmRSS", "VmHWM"))
     return Usage((int(fields[11]) + int(fields[12])) / _TICKS, rss, peak)
-
-
-def forget_files() -> None:
-    """Makes the kernel drop every clean page, entry and inode that it caches. Needs root."""
-    os.sync()
-    Path("/proc/sys/vm/drop_caches").write_text("3")
-
-
-def wait_until_idle(most_load: float, patience: float) -> float:
-    """Waits until less than `most_load` CPUs are busy over two seconds, at most `patience` seconds; the last figure."""
-    deadline = time.monotonic() + patience
-    while (busy := _busy_cpus(2.0)) > most_load and time.monotonic() < deadline:
-        pass
-    return busy
-
-
-def _busy_cpus(seconds: float) -> float:
-    def working() -> float:
-        """proc_stat(5): all but idle and iowait."""
-        fields = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
-        return (sum(fields[:8]) - fields[3] - fields[4]) / _TICKS
-
-    before = working()
-    time.sleep(seconds)
-    return (working() - before) / seconds
 
 
 def _commit() -> str:

@@ -73,32 +73,18 @@ def _figures(facts: Sequence[Fact]) -> Iterator[str]:
 
 def _figure(fact: Figure) -> str:
     verdict = {True: '<span class="ok">held</span>', False: '<span class="missed">missed</span>', None: ""}[fact.held]
-    cells = _cells(fact)
     classes = ("", "", "n", "n", "n", "")
-    tds = "".join(f'<td class="{name}">{escape(cell)}</td>' for name, cell in zip(classes, cells, strict=True))
+    tds = "".join(f'<td class="{name}">{escape(cell)}</td>' for name, cell in zip(classes, cells(fact), strict=True))
     return f"<tr>{tds}<td>{verdict}</td></tr>"
 
 
-def _cells(fact: Figure) -> tuple[str, ...]:
+def cells(fact: Figure) -> tuple[str, ...]:
     """Row, name, what to hold, what came out, its range, the peer."""
     hold = "" if fact.limit is None else f"{'≥' if fact.least else '≤'} {fact.limit:g} {fact.unit}"
     spread = f"{number(fact.low)} – {number(fact.high)}, {fact.runs}" if fact.runs > 1 else ""
     peer = "" if fact.peer_value is None else f"{number(fact.peer_value)} ({fact.peer})"
     name = f"{fact.name} — {fact.note}" if fact.note else fact.name
     return fact.row, name, hold, f"{number(fact.value)} {fact.unit}".strip(), spread, peer
-
-
-def markdown_table(facts: Sequence[Fact]) -> str:
-    """The figures as a table for a document; those that are not held stand in bold."""
-    lines = ["| | figure | hold | measured | range, runs | peer, same run |", "|---|---|---|---|---|---|"]
-    for fact in facts:
-        if isinstance(fact, Figure):
-            row, name, hold, value, spread, peer = _cells(fact)
-            shown = f"**{value}**" if fact.held is False else value
-            lines.append(f"| {row} | {name} | {hold} | {shown} | {spread} | {peer} |")
-        elif isinstance(fact, Absent):
-            lines.append(f"| {fact.row} | not measured: {fact.why} | | | | |")
-    return "\n".join(lines) + "\n"
 
 
 def _pictures(facts: Sequence[Fact]) -> Iterator[str]:

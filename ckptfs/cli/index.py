@@ -2,12 +2,11 @@
 
 import json
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptfs.cli.options import configure_logging, make_settings, open_cache, reference_argument, registry_options
+from ckptfs.cli.options import RegistryOptions, configure_logging, reference_argument, registry_options
 from ckptfs.errors import UsageError
 from ckptfs.model.oci import Reference
 from ckptfs.telemetry import NetworkCounters
@@ -23,11 +22,7 @@ if TYPE_CHECKING:
 def index(
     reference: Reference,
     as_json: bool,
-    plain_http: bool,
-    cache_dir: Path | None,
-    cache_size: int | None,
-    cache_key_file: Path | None,
-    memory: int | None,
+    registry: RegistryOptions,
     verbose: int,
     quiet: bool,
 ) -> None:
@@ -46,12 +41,11 @@ def index(
     from ckptfs.cli.progress import Bars
     from ckptfs.image.publishing import index_layers, publish_index
     from ckptfs.image.resolve import resolve
-    from ckptfs.sources import open_source
     from ckptfs.sources.upload import RegistryTarget
 
-    settings, counters = make_settings(cache_size, memory), NetworkCounters()
-    source = open_source(reference, settings=settings, counters=counters, plain_http=plain_http)
-    cache = open_cache({"cache_dir": cache_dir, "cache_key_file": cache_key_file}, settings)
+    settings, counters = registry.settings(), NetworkCounters()
+    source = registry.reach(counters)(reference)
+    cache = registry.open_cache()
     try:
         manifest = resolve(source, cache, settings.limits).manifest
         total, done, lock = sum(layer.size for layer in manifest.layers), 0, threading.Lock()
@@ -66,7 +60,7 @@ def index(
         if not documents:
             published = None
         else:
-            target = RegistryTarget(reference, settings, counters, plain_http=plain_http)
+            target = RegistryTarget(reference, settings, counters, plain_http=registry.plain_http)
             published = publish_index(target, manifest, documents)
     finally:
         cache.close()

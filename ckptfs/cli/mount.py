@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from ckptfs.cli.options import (
+    RegistryOptions,
     RegistryReference,
     configure_logging,
     deadline,
-    make_settings,
     metrics_option,
-    read_cache_key,
     reference_argument,
     registry_options,
 )
 from ckptfs.model.oci import Reference
-from ckptfs.settings import default_cache_dir
 
 if TYPE_CHECKING:
     from ckptfs.mounting import Request
@@ -89,11 +87,7 @@ def mount(
     read_deadline: str,
     allow_other: bool,
     as_json: bool,
-    plain_http: bool,
-    cache_dir: Path | None,
-    cache_size: int | None,
-    cache_key_file: Path | None,
-    memory: int | None,
+    registry: RegistryOptions,
     verbose: int,
     quiet: bool,
 ) -> None:
@@ -114,8 +108,8 @@ def mount(
         mountpoint=directory,
         started=mounting.command_start(),
         view=view,
-        cache_dir=(cache_dir or default_cache_dir()).absolute(),  # the daemon works in /
-        cache_key=read_cache_key(cache_key_file),
+        cache_dir=registry.cache_path(),
+        cache_key=registry.cache_key(),
         base=base,
         offline=offline,
         ephemeral=ephemeral,
@@ -124,12 +118,12 @@ def mount(
         background=background_fetch and not offline,
         publish_index=publish_index,
         allow_other=allow_other,
-        plain_http=plain_http,
+        plain_http=registry.plain_http,
         record=record.absolute() if record else None,
         stats=stats.absolute() if stats else None,
         metrics=metrics,
         ready_fd=ready_fd,
-        settings=make_settings(cache_size, memory, deadline(read_deadline)),
+        settings=registry.settings(deadline(read_deadline)),
     )
     start(request, f"{reference} is mounted on", foreground=foreground, as_json=as_json, quiet=quiet)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ckptfs.cli.options import F, configure_logging, make_settings, open_cache, registry_options
+from ckptfs.cli.options import F, RegistryOptions, configure_logging, registry_options
 from ckptfs.errors import only_error
 from ckptfs.model.oci import Reference
 from ckptfs.telemetry import NetworkCounters
@@ -70,6 +70,7 @@ def with_images(
     references: Sequence[Reference],
     work: "Callable[[Sequence[OpenImage]], Awaitable[T]]",
     *,
+    registry: RegistryOptions,
     progress: bool = True,
     increments: bool = False,
     **options: Any,
@@ -84,15 +85,12 @@ def with_images(
 
     from ckptfs.hardening import keep_memory_private
     from ckptfs.image import ImageOptions, open_image
-    from ckptfs.sources import Source, open_source
+    from ckptfs.sources import Source
     from ckptfs.sources.early import EarlySource
 
     keep_memory_private()
-    settings = make_settings(options["cache_size"], options["memory"])
     counters = NetworkCounters()
-
-    def reach(wanted: Reference) -> Source:
-        return open_source(wanted, settings=settings, counters=counters, plain_http=options["plain_http"])
+    reach = registry.reach(counters)
 
     def sources() -> list[Source]:
         """Several images are resolved at the same time, unless the node's cache may know them."""
@@ -106,9 +104,9 @@ def with_images(
         prefetch=False,
         background=False,
         increments=increments,
-        settings=settings,
+        settings=registry.settings(),
     )
-    cache = open_cache(options, settings)
+    cache = registry.open_cache()
 
     async def run() -> tuple[T, Traffic]:
         images: list[OpenImage] = []

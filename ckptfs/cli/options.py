@@ -4,9 +4,10 @@ import logging
 import os
 import shlex
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import click
 
@@ -16,11 +17,13 @@ from ckptfs.errors import UsageError
 from ckptfs.model.oci import Reference
 from ckptfs.redaction import log_to_stderr
 from ckptfs.settings import Settings, default_cache_dir
+from ckptfs.telemetry import NetworkCounters
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
     from ckptfs.engine.cache import ChunkCache
+    from ckptfs.sources import Source
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -142,8 +145,57 @@ def metrics_option(function: F) -> F:
     )(function)
 
 
+class RegistryOptions(NamedTuple):
+    """How a command reaches registries and the node's cache: the values of `registry_options`, as they were typed.
+
+    cache_size, memory  bytes; None where nothing was said.
+    """
+
+    plain_http: bool
+    cache_dir: Path | None
+    cache_size: int | None
+    cache_key_file: Path | None
+    memory: int | None
+
+    def settings(self, read_deadline: float | None = None) -> Settings:
+        """The defaults with what the command line says; `read_deadline` in seconds. UsageError."""
+        return make_settings(self.cache_size, self.memory, read_deadline)
+
+    def cache_path(self) -> Path:
+        """Absolute: a daemon works in /."""
+        return (self.cache_dir or default_cache_dir()).absolute()
+
+    def cache_key(self) -> bytes | None:
+        """The secret that encrypts the cache, None for none. UsageError."""
+        return read_cache_key(self.cache_key_file)
+
+    def open_cache(self) -> "ChunkCache":
+        """The node's cache for a command that reads contents. CacheError, UsageError."""
+        from ckptfs.engine.cache import ChunkCache
+
+        size = self.settings().sizes.disk_cache
+        cache = ChunkCache.open(self.cache_path(), size=size, secret=self.cache_key())
+        try:
+            return cache.require_key()
+        except BaseException:
+            cache.close()
+            raise
+
+    def reach(self, counters: NetworkCounters) -> "Callable[[Reference], Source]":
+        """What opens the source of a reference; its requests are counted in `counters`."""
+        from ckptfs.sources import open_source
+
+        return partial(open_source, settings=self.settings(), counters=counters, plain_http=self.plain_http)
+
+
 def registry_options(function: F) -> F:
-    """What every command that touches a registry or the cache takes."""
+    """What every command that touches a registry or the cache takes; the command gets it as `registry`."""
+
+    @wraps(function)
+    def command(**options: Any) -> Any:
+        found = RegistryOptions(**{name: options.pop(name) for name in RegistryOptions._fields})
+        return function(registry=found, **options)
+
     for option in (
         config_option,
         plain_http_option,
@@ -162,8 +214,8 @@ def registry_options(function: F) -> F:
             "--memory", type=ByteSize(), default=None, help="Most that decoded chunks take in memory, e.g. 64M."
         ),
     ):
-        function = option(function)
-    return verbosity_options(function)
+        command = option(command)
+    return cast("F", verbosity_options(command))
 
 
 def make_settings(
@@ -203,20 +255,6 @@ def read_cache_key(file: Path | None) -> bytes | None:
     if len(secret) > _KEY_BYTES:
         raise UsageError(f"the cache key {file} is larger than 64 KiB", hint="32 random bytes are enough")
     return secret.removesuffix(b"\n")
-
-
-def open_cache(options: Mapping[str, Any], settings: Settings) -> "ChunkCache":
-    """The node's cache for a command that reads contents. `options` are those of `registry_options`."""
-    from ckptfs.engine.cache import ChunkCache
-
-    secret = read_cache_key(options["cache_key_file"])
-    path = options["cache_dir"] or default_cache_dir()
-    cache = ChunkCache.open(path, size=settings.sizes.disk_cache, secret=secret)
-    try:
-        return cache.require_key()
-    except BaseException:
-        cache.close()
-        raise
 
 
 def configure_logging(verbose: int, quiet: bool) -> None:

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptfs.cli.options import (
+    RegistryOptions,
     RegistryReference,
     configure_logging,
     make_settings,
-    read_cache_key,
     registry_options,
     transfer_options,
     verbosity_options,
 )
 from ckptfs.errors import NotFoundError, RestoreError, UsageError
 from ckptfs.model.oci import Reference
-from ckptfs.settings import Limits, MiB, default_cache_dir
+from ckptfs.settings import Limits, MiB
 from ckptfs.telemetry import NetworkCounters
 from ckptfs.terminal import printable, size_text
 
@@ -67,11 +67,7 @@ def record(
     command: tuple[str, ...],
     recordings: tuple[Path, ...],
     out: Path | None,
-    plain_http: bool,
-    cache_dir: Path | None,
-    cache_size: int | None,
-    cache_key_file: Path | None,
-    memory: int | None,
+    registry: RegistryOptions,
     verbose: int,
     quiet: bool,
 ) -> None:
@@ -86,7 +82,8 @@ def record(
     ckptfs profile record --from reads.jsonl localhost:5000/counter:1 --out counter.json
     """
     configure_logging(verbose, quiet)
-    limits = make_settings(cache_size, memory).limits
+    settings = registry.settings()
+    limits = settings.limits
     if recordings and command:
         raise UsageError("both --from and a COMMAND", hint="give one of them")
     if not recordings and not (reference and command):
@@ -103,12 +100,12 @@ def record(
                 reference,
                 f"{folder}/mount",
                 command_start(),
-                cache_dir=(cache_dir or default_cache_dir()).absolute(),
-                cache_key=read_cache_key(cache_key_file),
-                plain_http=plain_http,
+                cache_dir=registry.cache_path(),
+                cache_key=registry.cache_key(),
+                plain_http=registry.plain_http,
                 record=(reads := Path(folder) / "reads.jsonl"),
                 transfer_rate=_TRANSFER_RATE,
-                settings=make_settings(cache_size, memory),
+                settings=settings,
             )
             with _mounted(request) as mount:
                 _run(command, mount)

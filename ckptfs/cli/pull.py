@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from functools import partial
 from pathlib import Path
 
 import click
@@ -58,12 +59,10 @@ def pull(
     from ckptfs.cli.progress import Bars
     from ckptfs.pull import PullProgress
     from ckptfs.pull import pull as write
-    from ckptfs.sources import Source, open_source
+    from ckptfs.sources import open_source
 
     settings, counters, progress = make_settings(), NetworkCounters(), PullProgress()
-
-    def reach(wanted: Reference) -> Source:
-        return open_source(wanted, settings=settings, counters=counters, plain_http=plain_http)
+    reach = partial(open_source, settings=settings, counters=counters, plain_http=plain_http)
 
     def amounts() -> dict[str, tuple[int, int]]:
         fetched = {"fetched": (min(counters.bytes, progress.image), progress.image)} if counters.bytes else {}

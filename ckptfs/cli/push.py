@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,15 +78,12 @@ def push(
     from ckptfs.cli.progress import Bars
     from ckptfs.push import Progress, PushOptions, open_base, open_checkpoint, open_parent, open_target
     from ckptfs.push import push as publish
-    from ckptfs.sources import Source, open_source
+    from ckptfs.sources import open_source
 
     settings, counters = make_settings(), NetworkCounters()
     options = PushOptions(name or "checkpoint", notes, work=work_dir, settings=settings)
     target = open_target(reference, settings=settings, counters=counters, plain_http=plain_http)
-
-    def reach(wanted: Reference) -> Source:
-        return open_source(wanted, settings=settings, counters=counters, plain_http=plain_http)
-
+    reach = partial(open_source, settings=settings, counters=counters, plain_http=plain_http)
     latest = [Progress()]
 
     def amounts() -> Mapping[str, tuple[int, int]]:

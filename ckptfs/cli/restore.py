@@ -9,17 +9,15 @@ import click
 
 from ckptfs.cli.options import (
     F,
+    RegistryOptions,
     RegistryReference,
     configure_logging,
     deadline,
-    make_settings,
-    read_cache_key,
     reference_argument,
     registry_options,
 )
 from ckptfs.errors import NotFoundError, UsageError
 from ckptfs.model.oci import Reference
-from ckptfs.settings import default_cache_dir
 
 STORE = "containers-storage:"
 
@@ -90,11 +88,7 @@ def restore(
     offline: bool,
     read_deadline: str,
     as_json: bool,
-    plain_http: bool,
-    cache_dir: Path | None,
-    cache_size: int | None,
-    cache_key_file: Path | None,
-    memory: int | None,
+    registry: RegistryOptions,
     verbose: int,
     quiet: bool,
 ) -> None:
@@ -122,12 +116,12 @@ def restore(
             reference=reference,
             mountpoint="",
             started=command_start(),
-            cache_dir=(cache_dir or default_cache_dir()).absolute(),
-            cache_key=read_cache_key(cache_key_file),
+            cache_dir=registry.cache_path(),
+            cache_key=registry.cache_key(),
             offline=offline,
             background=not offline,
-            plain_http=plain_http,
-            settings=make_settings(cache_size, memory, deadline(read_deadline)),
+            plain_http=registry.plain_http,
+            settings=registry.settings(deadline(read_deadline)),
         ),
         name=name,
         runtime=runtime,

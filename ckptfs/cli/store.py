@@ -1,19 +1,15 @@
 """ckptfs store."""
 
-from pathlib import Path
-
 import click
 
 from ckptfs.cli.mount import start
 from ckptfs.cli.options import (
+    RegistryOptions,
     configure_logging,
     deadline,
-    make_settings,
     metrics_option,
-    read_cache_key,
     registry_options,
 )
-from ckptfs.settings import default_cache_dir
 
 
 @click.command()
@@ -53,11 +49,7 @@ def store(
     read_deadline: str,
     allow_other: bool,
     as_json: bool,
-    plain_http: bool,
-    cache_dir: Path | None,
-    cache_size: int | None,
-    cache_key_file: Path | None,
-    memory: int | None,
+    registry: RegistryOptions,
     verbose: int,
     quiet: bool,
 ) -> None:
@@ -77,15 +69,15 @@ def store(
     request = mounting.StoreRequest(
         mountpoint=directory,
         started=mounting.command_start(),
-        cache_dir=(cache_dir or default_cache_dir()).absolute(),  # the daemon works in /
-        cache_key=read_cache_key(cache_key_file),
+        cache_dir=registry.cache_path(),
+        cache_key=registry.cache_key(),
         offline=offline,
         strict=verify == "strict",
         background=background_fetch,
         allow_other=allow_other,
-        plain_http=plain_http,
+        plain_http=registry.plain_http,
         metrics=metrics,
         ready_fd=ready_fd,
-        settings=make_settings(cache_size, memory, deadline(read_deadline)),
+        settings=registry.settings(deadline(read_deadline)),
     )
     start(request, "layers are served on", foreground=foreground, as_json=as_json, quiet=quiet)

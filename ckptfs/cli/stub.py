@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptfs.cli.opening import image_options, with_image
-from ckptfs.cli.options import RegistryReference, make_settings, reference_argument
+from ckptfs.cli.options import RegistryOptions, RegistryReference, make_settings, reference_argument
 from ckptfs.errors import UsageError
 from ckptfs.model.oci import Reference
 from ckptfs.telemetry import NetworkCounters
@@ -77,7 +77,7 @@ def stub(
             return await in_thread(opened, work)
 
         size = with_image(reference, write, **options)
-        digest = _publish(archive, image, options["plain_http"]) if image is not None else ""
+        digest = _publish(archive, image, options["registry"]) if image is not None else ""
     facts: dict[str, object] = {"bytes": size, "criu_config": str(there.config), "work_dir": str(there.work)}
     facts |= {"archive": os.path.abspath(out)} if out is not None else {}
     facts |= {"image": f"{image}@{digest}"} if image is not None else {}
@@ -89,17 +89,12 @@ def stub(
                 click.echo(f"{facts[key]} ({size} bytes)")
 
 
-def _publish(archive: Path, image: Reference, plain_http: bool) -> str:
+def _publish(archive: Path, image: Reference, registry: RegistryOptions) -> str:
     """The stub as a checkpoint image; returns its digest."""
     from ckptfs.push import PushOptions, open_checkpoint, open_target, push
-    from ckptfs.sources import Source, open_source
 
-    settings, counters = make_settings(), NetworkCounters()
-
-    def reach(wanted: Reference) -> Source:
-        return open_source(wanted, settings=settings, counters=counters, plain_http=plain_http)
-
+    settings, counters = registry.settings(), NetworkCounters()
     options = PushOptions(image.repository.rpartition("/")[2] or "stub", settings=settings)
-    target = open_target(image, settings=settings, counters=counters, plain_http=plain_http)
-    with open_checkpoint(str(archive), reach, options) as checkpoint:
+    target = open_target(image, settings=settings, counters=counters, plain_http=registry.plain_http)
+    with open_checkpoint(str(archive), registry.reach(counters), options) as checkpoint:
         return str(push(checkpoint, target, image.tag, options).manifest.digest)

@@ -21,9 +21,10 @@ from ckptfs.image.views import (
     CONTAINERD_CONFIG,
     CRIU_TAR,
     Layout,
-    criu_descriptors,
     gathering,
     images_directory,
+    index_entries,
+    is_checkpoint_index,
     recognise,
     spec_of,
 )
@@ -31,7 +32,7 @@ from ckptfs.layers.protocols import SideDocument
 from ckptfs.model.annotations import PARENT
 from ckptfs.model.blob import Blob
 from ckptfs.model.index import ImageIndex, IndexedLayer
-from ckptfs.model.oci import Descriptor, Manifest, Reference, parse_json
+from ckptfs.model.oci import Descriptor, Manifest, Reference
 from ckptfs.model.parents import parent_link
 from ckptfs.model.toc import Entry, Inode
 from ckptfs.model.tree import Node, Tree
@@ -138,23 +139,21 @@ async def _unnest(image: OpenImage) -> None:
         await image.progress.wait()
     raw = image.tree
     index = raw.find(b"index.json")
-    descriptors = None
+    blobs: list[Descriptor] = []
     for _ in range(image.options.settings.limits.index_depth):
         if index is None or index.inode is None or index.inode.size > image.options.settings.limits.manifest_bytes:
             break
-        document = await image.read(index.inode, 0, index.inode.size)
-        descriptors = criu_descriptors(document)
-        if descriptors is not None:
+        entries = index_entries(await image.read(index.inode, 0, index.inode.size))
+        if is_checkpoint_index(entries):
+            blobs = entries
             break
-        value = parse_json(document, "index.json")
-        first = value["manifests"][0] if isinstance(value, dict) and value["manifests"] else None
-        index = _blob_node(raw, Descriptor.from_json(first)) if first is not None else None
-    if descriptors is None:
+        index = _blob_node(raw, entries[0]) if entries else None
+    if not blobs:
         image.layout = Layout.NONE
         log.warning("the OCI layout inside %s holds no checkpoint", image.resolved.reference)
         return
     tree = image.show_new_tree()
-    for descriptor in descriptors:
+    for descriptor in blobs:
         node = _blob_node(raw, descriptor)
         if node is None or node.inode is None:
             continue

@@ -5,8 +5,6 @@ files stay in their layers: they are read in parts where bytes are asked for (pa
 first opened, and then it is seen what an earlier image shares with it.
 """
 
-import base64
-import binascii
 import logging
 from collections.abc import Callable, Sequence
 
@@ -19,7 +17,7 @@ from ckptfs.image.parts import TableParts
 from ckptfs.image.resolve import DocumentStore
 from ckptfs.layers import may_be_indexed
 from ckptfs.model.blob import Blob
-from ckptfs.model.index import ANNOTATION_INDEX, ImageIndex, IndexedFile, decode_index
+from ckptfs.model.index import ImageIndex, IndexedFile, manifest_index
 from ckptfs.model.oci import Manifest
 from ckptfs.model.toc import Extent, Inode
 from ckptfs.settings import Limits
@@ -29,18 +27,12 @@ log = logging.getLogger(__name__)
 
 def inline_index(manifest: Manifest, first_layer: int, limits: Limits) -> ImageIndex | None:
     """The manifest's own index; None when it has none, or one that does not fit its layers (each has its own TOC)."""
-    text = manifest.annotations.get(ANNOTATION_INDEX)
-    if text is None:
-        return None
     try:
-        index = decode_index(base64.b64decode(text, validate=True), first_layer=first_layer, limits=limits)
-    except (binascii.Error, FormatError) as error:
+        index = manifest_index(manifest, first_layer=first_layer, limits=limits)
+    except FormatError as error:
         log.warning("the index in the manifest is not used: %s", error)
         return None
-    if [(layer.digest, layer.size) for layer in index.layers] != [(d.digest, d.size) for d in manifest.layers]:
-        log.warning("the index in the manifest is not used: it describes other layers")
-        return None
-    if not all(map(may_be_indexed, manifest.layers)):
+    if index is not None and not all(map(may_be_indexed, manifest.layers)):
         log.warning("the index in the manifest is not used: it tells chunks of layers that have none")
         return None
     return index

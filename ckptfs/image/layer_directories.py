@@ -26,7 +26,7 @@ from ckptfs.layers.media_types import Compression, compression_of
 from ckptfs.layers.toc_layer import ANNOTATION_TOC_DIGEST
 from ckptfs.layers.zstd_chunked import ANNOTATION_CHECKSUM as CHECKSUM
 from ckptfs.model.blob import Blob
-from ckptfs.model.oci import Descriptor, Digest, parse_json
+from ckptfs.model.oci import Descriptor, Digest, parse_diff_ids
 from ckptfs.model.toc import Entry, Inode
 from ckptfs.model.tree import Node, Tree
 
@@ -150,7 +150,7 @@ class LayerDirectories:
         return {**record, "compressed-diff-digest": str(descriptor.digest), "diff-digest": str(diff_id)}
 
     def _diff_ids(self) -> list[Digest]:
-        """image-spec config.md: the digests of the uncompressed layers, in order. Blocks."""
+        """Out of the image's configuration. Blocks."""
         resolved, key = self._image.resolved, f"config/{self._image.resolved.manifest.config.digest}"
         descriptor = resolved.manifest.config
         raw = self._image.cache.get_document(key)
@@ -158,15 +158,11 @@ class LayerDirectories:
             raw = self._image.source.fetch(descriptor)
             self._image.cache.put_document(key, raw)
         descriptor.digest.check(raw, "the image's configuration")
-        config = parse_json(raw, "image's configuration")
-        rootfs = config.get("rootfs") if isinstance(config, dict) else None
-        listed = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
-        if not isinstance(listed, list) or len(listed) != len(resolved.manifest.layers):
-            raise FormatError(
-                f"the configuration of {resolved.reference} does not list its layers",
-                hint="an engine cannot store such an image; mount it with `ckptfs mount`",
-            )
-        return [Digest.parse(str(diff_id)) for diff_id in listed]
+        try:
+            return parse_diff_ids(raw, resolved.manifest)
+        except FormatError as error:
+            error.hint = "an engine cannot store such an image; mount it with `ckptfs mount`"
+            raise
 
 
 def toc_digest(descriptor: Descriptor) -> Digest | None:

@@ -5,13 +5,14 @@ network, and a tag can still be mounted while its registry is away if the user s
 """
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Protocol
 
 import trio
 
 from ckptfs.errors import FormatError, NotFoundError, UnavailableError
-from ckptfs.image.views import CRIU_TAR
+from ckptfs.image.views import is_checkpoint_index
 from ckptfs.model.oci import Descriptor, Digest, Index, Manifest, Reference, parse_document
 from ckptfs.settings import Limits
 from ckptfs.sources import Source
@@ -45,25 +46,41 @@ def resolve(source: Source, documents: DocumentStore, limits: Limits, *, offline
     reference = source.reference
     document, from_cache = _top(source, documents, offline)
     pinned = reference.pinned(document.digest)
+
+    def fetch(chosen: Descriptor) -> bytes:
+        raw = documents.get_document(_manifest_key(chosen.digest))
+        if raw is not None:
+            chosen.digest.check(raw, "the cached manifest")
+            return raw
+        if offline and reference.kind == "registry":
+            raise _not_here(reference)
+        raw = source.fetch(chosen)
+        documents.put_document(_manifest_key(chosen.digest), raw)
+        return raw
+
+    found = find_image(document, fetch, limits)
+    if isinstance(found, Manifest):
+        return Resolved(pinned, found, from_cache)
+    whole = Descriptor(found.media_type, found.digest, len(found.raw))
+    stand_in = Manifest(found.raw, found.digest, found.media_type, whole, (), found.annotations)
+    return Resolved(pinned, stand_in, from_cache, found.manifests)
+
+
+def find_image(document: Manifest | Index, fetch: Callable[[Descriptor], bytes], limits: Limits) -> Manifest | Index:
+    """From what a reference names, through indexes, to the manifest for this machine.
+
+    containerd's checkpoint index, which names no image, is returned itself. `fetch` gets a manifest or an index whole.
+    FormatError when there is none for this machine, or too deep, or with too many layers.
+    """
     for _ in range(limits.index_depth):
         if isinstance(document, Manifest):
             if len(document.layers) > limits.layers:
                 raise FormatError(f"the image has {len(document.layers)} layers, more than {limits.layers}")
-            return Resolved(pinned, document, from_cache)
-        if any(d.media_type == CRIU_TAR for d in document.manifests):
-            whole = Descriptor(document.media_type, document.digest, len(document.raw))
-            stand_in = Manifest(document.raw, document.digest, document.media_type, whole, (), document.annotations)
-            return Resolved(pinned, stand_in, from_cache, document.manifests)
+            return document
+        if is_checkpoint_index(document.manifests):
+            return document
         chosen = document.select()
-        raw = documents.get_document(_manifest_key(chosen.digest))
-        if raw is None:
-            if offline and reference.kind == "registry":
-                raise _not_here(reference)
-            raw = source.fetch(chosen)
-            documents.put_document(_manifest_key(chosen.digest), raw)
-        else:
-            chosen.digest.check(raw, "the cached manifest")
-        document = parse_document(raw, chosen.media_type)
+        document = parse_document(fetch(chosen), chosen.media_type)
     raise FormatError(f"the index nests deeper than {limits.index_depth} levels")
 
 

@@ -10,7 +10,7 @@ None of these: no checkpoint; the tree stays raw.
 
 import json
 import posixpath
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
 
 from ckptfs.criu.wire import Message
@@ -104,14 +104,18 @@ def inner_tars(tree: Tree) -> Iterator[tuple[bytes, Inode]]:
                 yield node.path, node.inode
 
 
-def criu_descriptors(raw: bytes) -> list[Descriptor] | None:
-    """The blobs of a containerd checkpoint index (core/images/mediatypes.go); None when it is of another kind."""
+def index_entries(raw: bytes) -> list[Descriptor]:
+    """What an index inside an image names. FormatError when it is no index."""
     value = parse_json(raw, "index.json")
     manifests = value.get("manifests") if isinstance(value, dict) else None
     if not isinstance(manifests, list):
         raise FormatError("index.json has no list of manifests")
-    descriptors = [Descriptor.from_json(m, f"index.json: manifests[{i}]") for i, m in enumerate(manifests)]
-    return descriptors if any(d.media_type == CRIU_TAR for d in descriptors) else None
+    return [Descriptor.from_json(m, f"index.json: manifests[{i}]") for i, m in enumerate(manifests)]
+
+
+def is_checkpoint_index(entries: Iterable[Descriptor]) -> bool:
+    """Whether they are the raw blobs of a checkpoint of containerd (core/images/mediatypes.go), and no manifests."""
+    return any(entry.media_type == CRIU_TAR for entry in entries)
 
 
 def spec_of(config: bytes) -> bytes:

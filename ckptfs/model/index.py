@@ -26,7 +26,7 @@ from ckptfs.model.index_columns import ColumnReader, ColumnWriter, Row
 from ckptfs.model.index_table import Table as Table
 from ckptfs.model.index_table import decompress
 from ckptfs.model.index_table import encode_table as encode_table
-from ckptfs.model.oci import Digest, parse_json
+from ckptfs.model.oci import Digest, Manifest, parse_json
 from ckptfs.model.paths import plain, symlink_target
 from ckptfs.model.toc import Entry, Extent, Inode
 from ckptfs.settings import Limits, MiB
@@ -122,6 +122,26 @@ def decode_index(
         raise FormatError("the index has no list of layers, or too many")
     reader = _Reader(body, _HEAD + length, [_layer(value, limits) for value in described], limits, with_rows)
     return reader.read(first_layer)
+
+
+def manifest_index(
+    manifest: Manifest, *, first_layer: int = 0, limits: Limits | None = None, with_rows: bool = False
+) -> ImageIndex | None:
+    """The index that a manifest brings along, as `decode_index` gives it; None without one.
+
+    FormatError also for one that describes other layers than the manifest has.
+    """
+    text = manifest.annotations.get(ANNOTATION_INDEX)
+    if text is None:
+        return None
+    try:
+        data = base64.b64decode(text, validate=True)
+    except ValueError:
+        raise FormatError("the index is not base64") from None
+    index = decode_index(data, first_layer=first_layer, limits=limits, with_rows=with_rows)
+    if [(layer.digest, layer.size) for layer in index.layers] != [(d.digest, d.size) for d in manifest.layers]:
+        raise FormatError("the index describes other layers")
+    return index
 
 
 def load_table(file: IndexedFile, data: bytes, layer: int, layer_size: int, limits: Limits | None = None) -> None:

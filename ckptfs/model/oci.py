@@ -247,6 +247,16 @@ def parse_document(raw: bytes, media_type: str = "") -> Manifest | Index:
     )
 
 
+def parse_diff_ids(config: bytes, manifest: Manifest) -> list[Digest]:
+    """The digests of the unpacked layers, in order, out of the image's config (image-spec, config.md); FormatError."""
+    value = parse_json(config, "image's config")
+    rootfs = value.get("rootfs") if isinstance(value, dict) else None
+    found = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
+    if not isinstance(found, list) or len(found) != len(manifest.layers):
+        raise FormatError("the image's config does not list its layers")
+    return [Digest.parse(str(diff_id)) for diff_id in found]
+
+
 def parse_json(raw: bytes, what: str) -> object:
     """JSON from outside, with every way in which it can fail made a FormatError."""
     try:

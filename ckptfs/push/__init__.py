@@ -18,7 +18,6 @@ from ckptfs.model.annotations import BASE_DIGEST, BASE_NAME, PARENT, ROLE, ROOTF
 from ckptfs.model.blob import MemoryBlob
 from ckptfs.model.index import ANNOTATION_INDEX
 from ckptfs.model.oci import OCI_MANIFEST, Descriptor, Digest, Reference
-from ckptfs.push.archive import FileBlob
 from ckptfs.push.checkpoint_files import Checkpoint, CheckpointFile, under_checkpoint
 from ckptfs.push.containerd import nested, raw_index
 from ckptfs.push.directory import read_directory
@@ -36,6 +35,7 @@ from ckptfs.push.spool import Spool, Work
 from ckptfs.push.target import Target, open_target
 from ckptfs.settings import Settings
 from ckptfs.sources import Source
+from ckptfs.sources.archive import ArchiveSource
 
 __all__ = [
     "BaseImage",
@@ -100,15 +100,13 @@ def _opened(source: str, open_source: OpenSource, options: PushOptions) -> Itera
         return
     with ExitStack() as stack:
         work = Work(options.work, stack)
+        image: Source
         if path.is_file():
-            blob = FileBlob(path)
-            stack.callback(blob.close)
-            layers = work.enter(LayerFiles([blob], options.work, options.settings))
-            yield _arranged(Checkpoint(layers.files()), work, options)
-            return
-        if source.startswith(("/", ".", "archive:")) and not path.is_dir():
+            image = ArchiveSource(Reference("archive", path=str(path)))
+        elif source.startswith(("/", ".", "archive:")) and not path.is_dir():
             raise NotFoundError(f"there is no {path}", hint="name a directory, an archive, or an image")
-        image = open_source(_reference(f"oci:{path}" if path.is_dir() else source))
+        else:
+            image = open_source(_reference(f"oci:{path}" if path.is_dir() else source))
         raw = raw_index(image, work, options.settings)
         if raw is not None:
             yield Checkpoint(*raw)

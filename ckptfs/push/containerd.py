@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from ckptfs.errors import FormatError
-from ckptfs.image.views import CONTAINERD_CONFIG, CRIU_TAR, criu_descriptors, spec_of
+from ckptfs.image.views import CONTAINERD_CONFIG, CRIU_TAR, index_entries, is_checkpoint_index, spec_of
 from ckptfs.layers.zstd_chunked_writer import Payload
 from ckptfs.model.annotations import BASE_NAME
 from ckptfs.model.blob import Blob
@@ -23,7 +23,6 @@ from ckptfs.model.oci import (
     Index,
     Manifest,
     parse_document,
-    parse_json,
 )
 from ckptfs.model.toc import Inode
 from ckptfs.push.checkpoint_files import CheckpointFile
@@ -59,17 +58,14 @@ def nested(files: Sequence[CheckpointFile], work: Work, settings: Settings) -> F
 
     raw = index.read(settings.limits.manifest_bytes)
     for _ in range(settings.limits.index_depth):
-        descriptors = criu_descriptors(raw)
-        if descriptors is not None:
-            flat = _flat(descriptors, blob, index.inode.mtime_ns, work, settings)
+        entries = index_entries(raw)
+        if is_checkpoint_index(entries):
+            flat = _flat(entries, blob, index.inode.mtime_ns, work, settings)
             return flat, _annotations(parse_document(raw, OCI_INDEX))
-        value = parse_json(raw, "index.json")
-        inner = value["manifests"] if isinstance(value, dict) else []
-        if not inner:
+        if not entries:
             return None
-        first = Descriptor.from_json(inner[0])
-        raw = document(first.digest)
-        if not isinstance(parse_document(raw, first.media_type), Index):
+        raw = document(entries[0].digest)
+        if not isinstance(parse_document(raw, entries[0].media_type), Index):
             return None
     return None
 
@@ -80,9 +76,8 @@ def raw_index(source: Source, work: Work, settings: Settings) -> tuple[list[Chec
     for _ in range(settings.limits.index_depth):
         if not isinstance(document, Index):
             return None
-        descriptors = criu_descriptors(document.raw)
-        if descriptors is not None:
-            return _flat(descriptors, source.blob, 0, work, settings), _annotations(document)
+        if is_checkpoint_index(document.manifests):
+            return _flat(document.manifests, source.blob, 0, work, settings), _annotations(document)
         if len(document.manifests) != 1:
             return None
         (only,) = document.manifests

@@ -15,11 +15,12 @@ from types import TracebackType
 from typing import BinaryIO, Protocol, Self, cast
 
 from ckptfs.errors import CacheError, FormatError, IntegrityError
+from ckptfs.image.resolve import find_image
 from ckptfs.layers import Layer, select_format
 from ckptfs.layers.zstd_chunked_writer import Payload
 from ckptfs.model.annotations import OURS
 from ckptfs.model.blob import Blob
-from ckptfs.model.oci import Manifest, parse_document, parse_json
+from ckptfs.model.oci import Manifest, parse_json
 from ckptfs.model.toc import Chunk, Extent, Inode, piece_of
 from ckptfs.model.tree import Tree
 from ckptfs.push.checkpoint_files import Checkpoint, CheckpointFile
@@ -98,15 +99,10 @@ class LayerFiles:
 
 def select_manifest(source: Source, settings: Settings) -> Manifest:
     """The image manifest that `source` names, through indexes. FormatError when there is none for this machine."""
-    document = source.resolve()
-    for _ in range(settings.limits.index_depth):
-        if isinstance(document, Manifest):
-            if len(document.layers) > settings.limits.layers:
-                raise FormatError(f"the image has {len(document.layers)} layers, more than {settings.limits.layers}")
-            return document
-        chosen = document.select()
-        document = parse_document(source.fetch(chosen), chosen.media_type)
-    raise FormatError(f"the index nests deeper than {settings.limits.index_depth} levels")
+    found = find_image(source.resolve(), source.fetch, settings.limits)
+    if not isinstance(found, Manifest):
+        raise FormatError(f"{source.reference} is a checkpoint of containerd in raw blobs, not an image")
+    return found
 
 
 def read_image(source: Source, manifest: Manifest, layers: LayerFiles) -> Checkpoint:

@@ -4,25 +4,14 @@ Everything is read through its index: pagemaps out of the manifest, digests of c
 those that a comparison asks for. Only images that `ckptfs push` made have such an index. Calls block.
 """
 
-import base64
-import binascii
 from collections.abc import Sequence
 
 from ckptfs.criu.images import parse_name
 from ckptfs.errors import FormatError, IntegrityError
 from ckptfs.layers import Layer, open_indexed
 from ckptfs.model.chunk_digest import ChunkDigest
-from ckptfs.model.index import (
-    ANNOTATION_INDEX,
-    ImageIndex,
-    IndexedFile,
-    IndexedLayer,
-    Table,
-    decode_index,
-    load_table,
-    read_cells,
-)
-from ckptfs.model.oci import Digest, Manifest, parse_json
+from ckptfs.model.index import IndexedFile, IndexedLayer, Table, load_table, manifest_index, read_cells
+from ckptfs.model.oci import Digest, Manifest, parse_diff_ids
 from ckptfs.model.toc import Extent
 from ckptfs.settings import KiB, MiB, Settings
 from ckptfs.sources import Source
@@ -42,7 +31,12 @@ class ParentImage:
         self.layers: Sequence[IndexedLayer] = ()
         self._files: dict[bytes, tuple[IndexedFile, int]] = {}
         self._opened: dict[int, Layer] = {}
-        index = self._index()
+        try:
+            index = manifest_index(manifest, limits=settings.limits, with_rows=True)
+        except FormatError as error:
+            raise FormatError(
+                f"the parent {source.reference} cannot be used: {error.message}", hint=error.hint
+            ) from None
         if index is None:
             return
         self.layers = index.layers
@@ -118,12 +112,7 @@ class ParentImage:
 
     def diff_ids(self) -> list[Digest]:
         """Of all layers, from the image's config."""
-        config = parse_json(self.source.fetch(self.manifest.config), "config")
-        rootfs = config.get("rootfs") if isinstance(config, dict) else None
-        found = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
-        if not isinstance(found, list) or len(found) != len(self.manifest.layers):
-            raise FormatError(f"the config of {self.source.reference} does not list its layers")
-        return [Digest.parse(str(digest)) for digest in found]
+        return parse_diff_ids(self.source.fetch(self.manifest.config), self.manifest)
 
     def _range(self, layer: int, extents: Sequence[Extent]) -> list[bytes]:
         if not extents:
@@ -152,19 +141,6 @@ class ParentImage:
 
     def _table(self, table: Table, layer: int) -> bytes:
         return self.source.blob(self.manifest.layers[layer]).read_at(table.offset, table.size)
-
-    def _index(self) -> ImageIndex | None:
-        text = self.manifest.annotations.get(ANNOTATION_INDEX)
-        if text is None:
-            return None
-        try:
-            index = decode_index(base64.b64decode(text, validate=True), limits=self._settings.limits, with_rows=True)
-        except binascii.Error:
-            raise FormatError(f"the index of {self.source.reference} is not base64") from None
-        described = [(layer.digest, layer.size) for layer in index.layers]
-        if described != [(layer.digest, layer.size) for layer in self.manifest.layers]:
-            raise FormatError(f"the index of {self.source.reference} describes other layers")
-        return index
 
 
 def _may_be_reused(file: IndexedFile) -> bool:

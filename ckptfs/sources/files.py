@@ -47,7 +47,9 @@ class OpenFile:
         except OSError as error:
             raise UnavailableError(f"{self.name}: {error.strerror}", permanent=True) from None
         if now != self.identity:
-            raise IntegrityError(f"{self.name} was changed while it was open", hint="mount it again")
+            raise IntegrityError(
+                f"{self.name} was changed while it was open", hint="begin again, and leave it as it is"
+            )
         if left:
             raise IntegrityError(f"{self.name} ends {left} bytes early")
         return parts[0] if len(parts) == 1 else b"".join(parts)

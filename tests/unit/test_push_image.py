@@ -306,7 +306,7 @@ def test_nothing_is_left_in_the_work_directory(tmp_path: Path) -> None:
     [
         (lambda top: top / "missing", NotFoundError, "there is no"),
         (lambda top: "nonsense", NotFoundError, "there is no nonsense"),
-        (lambda top: _file(top, b""), FormatError, "is empty"),
+        (lambda top: _file(top, b""), FormatError, "too short for a tar"),
         (lambda top: _file(top, b"no tar at all" * 100), FormatError, "tar"),
         (lambda top: top / "empty", FormatError, "is empty"),
         (lambda top: _other(top), FormatError, "no checkpoint"),

@@ -1,5 +1,6 @@
 """The inline index: what goes in comes out, and nothing that a stranger put in does harm."""
 
+import base64
 import copy
 import json
 import struct
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from ckptfs.errors import CkptfsError, FormatError, IntegrityError, LimitExceeded
 from ckptfs.model.chunk_digest import ChunkDigest
 from ckptfs.model.index import (
+    ANNOTATION_INDEX,
     IndexedFile,
     IndexedLayer,
     Table,
@@ -21,9 +23,10 @@ from ckptfs.model.index import (
     encode_index,
     encode_table,
     load_table,
+    manifest_index,
 )
 from ckptfs.model.index_columns import Row
-from ckptfs.model.oci import Digest
+from ckptfs.model.oci import OCI_MANIFEST, Descriptor, Digest, Manifest
 from ckptfs.model.toc import Entry, Inode
 from ckptfs.settings import Limits
 
@@ -190,6 +193,26 @@ def set_in(layer: int, file: int, **values: Any) -> Any:
 def test_nonsense_is_refused(change: Any) -> None:
     with pytest.raises(FormatError):
         decode_index(changed(change))
+
+
+def manifest(annotation: str, described: list[IndexedLayer]) -> Manifest:
+    blobs = tuple(Descriptor("", layer.digest, layer.size) for layer in described)
+    return Manifest(b"", Digest.of(b""), OCI_MANIFEST, blobs[0], blobs, {ANNOTATION_INDEX: annotation})
+
+
+def test_the_index_of_a_manifest() -> None:
+    text = base64.b64encode(encode_index(layers())).decode()
+    index = manifest_index(manifest(text, layers()), first_layer=3)
+    assert index is not None and [layer.digest for layer in index.layers] == [layer.digest for layer in layers()]
+    assert manifest_index(manifest(text, layers())._replace(annotations={})) is None
+    with pytest.raises(FormatError, match="other layers"):
+        manifest_index(manifest(text, layers()[:1]))
+
+
+@pytest.mark.parametrize("text", ["", "=", "not base64", "QUJD\n", "caf\u00e9", "QUJDRA=="])
+def test_an_annotation_that_is_no_index(text: str) -> None:
+    with pytest.raises(FormatError):
+        manifest_index(manifest(text, layers()))
 
 
 def test_a_bomb_is_refused_before_it_is_unpacked() -> None:
