@@ -209,8 +209,9 @@ class Fetcher:
             chunks = list(islice(self._plan, 2 * _LOW_WATER))
             if not chunks:
                 self._plan = None
-        self._owe(chunk for chunk in chunks if chunk.key in self._failed)
-        self.want(chunks, Priority.BACKGROUND)
+        if chunks:
+            self._owe(chunk for chunk in chunks if chunk.key in self._failed)
+            self.want(chunks, Priority.BACKGROUND)
 
     def _owe(self, chunks: Iterable[Chunk]) -> None:
         """Those of these that may be had later are asked for again."""
