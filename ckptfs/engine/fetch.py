@@ -352,9 +352,12 @@ class Fetcher:
     # -- in other threads ----------------------------------------------------------------------------------------------
 
     def publish_stream(self, chunks: list[tuple[bytes, Buffer]]) -> None:
-        """Chunks that came along while a layer was scanned, from the scanning thread."""
-        self._receiver.publish(chunks)
+        """Chunks that came along while a layer was scanned, from the scanning thread.
+
+        Into the cache first: who waited for the last one may look what this node has.
+        """
         self.cache.put_many(chunks)
+        self._receiver.publish(chunks)
 
     def discard(self, keys: Iterable[bytes]) -> None:
         """These chunks turned out to be wrong: no cache keeps them."""
