@@ -1,5 +1,6 @@
 """Rows N9, N12 and C5: what goes on by itself once a registry, or another process of the node, is well again."""
 
+import gzip
 import time
 from pathlib import Path
 from random import Random
@@ -9,6 +10,7 @@ import trio
 
 import ckptfs.image.opened
 from ckptfs.engine.cache import ChunkCache
+from ckptfs.engine.disk import Buffer
 from ckptfs.engine.owed import Owed
 from ckptfs.engine.regions import RegionClaims
 from ckptfs.errors import CkptfsError, UnavailableError
@@ -173,3 +175,26 @@ def test_an_error_that_is_kept_does_not_grow(tmp_path: Path) -> None:
 
         lengths = with_image(c, tmp_path, work)
     assert len(set(lengths)) == 1
+
+
+def test_what_a_stream_has_handed_out_is_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cache warm` counts what it has when the last chunk has come; here over a slow disk."""
+    put = ChunkCache.put_many
+
+    def slowly(cache: ChunkCache, chunks: list[tuple[bytes, Buffer]]) -> None:
+        time.sleep(0.05)
+        put(cache, chunks)
+
+    monkeypatch.setattr(ChunkCache, "put_many", slowly)
+    with FakeRegistry() as registry, client(registry, timeouts=FAST) as c:
+        registry.add_image("repo", "latest", [(TAR + "+gzip", gzip.compress(tar_of({"f": DATA}), 1))])
+
+        async def work(image: OpenImage) -> bool:
+            assert await read_file(image, b"f", len(DATA) - 1, 1) == DATA[-1:]
+            node = await image.find(b"f")
+            assert node is not None and node.inode is not None
+            *_, last = node.inode.extents
+            image.fetcher.memory.drop(last.chunk.key)
+            return image.fetcher.has(last.chunk)
+
+        assert with_image(c, tmp_path, work)
