@@ -92,7 +92,7 @@ class ChunkLog:
             if error.errno not in FULL:
                 raise
             count = 1
-            self._append(self._rotate(len(chunks[0][1]), full=error), chunks[:count])
+            self._append(self._rotate(len(chunks[0][1]), full=error.errno), chunks[:count])
         return count
 
     def _append(self, writer: SegmentWriter, chunks: Sequence[_Chunk]) -> None:
@@ -119,36 +119,41 @@ class ChunkLog:
 
     # -- the next segment ----------------------------------------------------------------------------------------------
 
-    def _rotate(self, length: int, full: OSError | None = None) -> SegmentWriter:
+    def _rotate(self, length: int, full: int | None = None) -> SegmentWriter:
         """Go on in a segment that has room for `length` bytes, evicting what must go for it.
 
-        `full` is the error of a disk that has less room than planned.
+        `full` is the errno of a disk that has less room than planned. (Not the error, for one that is raised out of a
+        frame that holds it keeps itself alive, and with it every segment of the frames that it has passed.)
         """
         self._close_writer(seal=True)
-        with self._files.room():
-            self._index.refresh()
-            usage = self._files.usage()
-            total = sum(u.bytes for u in usage) + self._other_bytes()
-            limit = self._plan(total, full)
-            if length > self._cap:
-                raise full or OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            idle, reserved = self._idle(usage)
-            if full and not idle:
-                raise full
-            writer = None if full else self._resume(idle, length)
-            growth = self._cap - writer.size if writer else self._cap
-            keep = 0 if full else min(self._cap // 2, growth - length)
-            evicted = self._evict(idle, total - (limit - reserved - growth), keep)
-            if writer is None:
-                segment, data, index = self._index.begin()
-                writer = SegmentWriter(self._ops, segment, data, index, 0)
-        self._writer = writer
-        for segment, hot in evicted:
-            self._move(segment, hot, writer)
-            self._index.forget(segment)
+        evicted: list[tuple[Segment, list[_Record]]] = []
+        try:
+            with self._files.room():
+                self._index.refresh()
+                usage = self._files.usage()
+                total = sum(u.bytes for u in usage) + self._other_bytes()
+                limit = self._plan(total, full)
+                if length > self._cap:
+                    raise _refusal(full or errno.ENOSPC)
+                idle, reserved = self._idle(usage)
+                if full and not idle:
+                    raise _refusal(full)
+                writer = None if full else self._resume(idle, length)
+                growth = self._cap - writer.size if writer else self._cap
+                keep = 0 if full else min(self._cap // 2, growth - length)
+                evicted = self._evict(idle, total - (limit - reserved - growth), keep)
+                if writer is None:
+                    segment, data, index = self._index.begin()
+                    writer = SegmentWriter(self._ops, segment, data, index, 0)
+            self._writer = writer
+            for segment, hot in evicted:
+                self._move(segment, hot, writer)
+        finally:
+            for segment, _ in evicted:  # whatever was refused meanwhile: the disk gets their bytes back only so
+                self._index.forget(segment)
         return writer
 
-    def _plan(self, total: int, full: OSError | None) -> int:
+    def _plan(self, total: int, full: int | None) -> int:
         """The bytes that the cache may take up now: never more than the disk has. Sets the size of a segment."""
         now = self._clock()
         if full:
@@ -274,6 +279,10 @@ class ChunkLog:
         with self._lock:
             self._closed = True
             self._close_writer(seal=False)
+
+
+def _refusal(code: int) -> OSError:
+    return OSError(code, os.strerror(code))
 
 
 def _capacity(limit: int, segment: int) -> int:

@@ -168,6 +168,13 @@ class AnonymousSegments(SegmentFiles):
     def open(self, name: str) -> Handle:
         return self._open[name]
 
+    def open_index(self, name: str) -> Handle | None:
+        return None
+
+    def take_over(self, name: str) -> tuple[Handle, Handle | None] | None:
+        """One that a refused write has left unfinished: nobody else appends to it."""
+        return self.open(name), None
+
     def create(self) -> tuple[str, Handle, Handle | None]:
         try:
             data = Handle(self._ops, self._path, os.O_TMPFILE | os.O_RDWR)
