@@ -30,7 +30,9 @@ from ckptfs.errors import CacheError
 VERSION = "v1"
 FILE_SUFFIXES = (".seg", ".idx", ".doc", ".tmp")
 _LOCKS = ("users", "room", "claims")
-_LOCK_PATIENCE = 2.0  # seconds; the holder of `room` is done in milliseconds unless it was stopped
+# Seconds for the holder of a lock, which may have been stopped
+_ROOM_PATIENCE = 2.0  # it is done in milliseconds
+_USERS_PATIENCE = 10.0  # it is alone to remove everything: 40 GB are a thousand files
 
 
 class CacheDirectory:
@@ -55,8 +57,7 @@ class CacheDirectory:
             _check(self.key_mark, ops, "file")
             self._users = self._open_lock("users")
             self._room = self._open_lock("room")
-            if self._users:
-                ops.flock(self._users.fd, fcntl.LOCK_SH)
+            self._share()
         except OSError as error:
             raise CacheError(
                 f"cache directory {path}: {error.strerror or error}",
@@ -76,19 +77,24 @@ class CacheDirectory:
                 return None
             raise
 
+    def _share(self) -> None:
+        """Be one of those who have the cache open. CacheError while somebody has it for himself."""
+        if self._users is not None and not self._wait(self._users, fcntl.LOCK_SH, _USERS_PATIENCE):
+            raise CacheError(
+                f"the cache {self.root} is being cleared, and that does not end",
+                hint=f"lslocks shows who has {self.locks / 'users'}: continue or kill it if it was stopped",
+            )
+
     @contextmanager
     def room(self) -> Iterator[None]:
         """The right to evict and to begin segments; one holder on the node.
 
-        OSError after _LOCK_PATIENCE: a holder that was stopped must not stop us. Not for two threads at once.
+        OSError where it is not to be had: a holder that was stopped must not stop us. Not for two threads at once.
         """
         if self._room is None:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        give_up = time.monotonic() + _LOCK_PATIENCE
-        while not self._try_lock(self._room, fcntl.LOCK_EX):
-            if time.monotonic() > give_up:
-                raise OSError(errno.EBUSY, "another process holds the lock on evicting")
-            time.sleep(0.002)
+        if not self._wait(self._room, fcntl.LOCK_EX, _ROOM_PATIENCE):
+            raise OSError(errno.EBUSY, "another process holds the lock on evicting")
         try:
             yield
         finally:
@@ -96,14 +102,25 @@ class CacheDirectory:
 
     @contextmanager
     def alone(self) -> Iterator[bool]:
-        """Whether no other process has this cache open; while True holds, no other can open it. OSError: EROFS."""
+        """Whether no other process has this cache open; while True holds, no other can open it. OSError: EROFS.
+
+        CacheError as when it is opened.
+        """
         if self._users is None:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         got = self._try_lock(self._users, fcntl.LOCK_EX)
         try:
             yield got
         finally:
-            self._ops.flock(self._users.fd, fcntl.LOCK_SH)
+            self._share()  # a lock that could not be changed is lost (flock(2))
+
+    def _wait(self, lock: Handle, kind: int, patience: float) -> bool:
+        give_up = time.monotonic() + patience
+        while not self._try_lock(lock, kind):
+            if time.monotonic() > give_up:
+                return False
+            time.sleep(0.002)
+        return True
 
     def _try_lock(self, lock: Handle, kind: int) -> bool:
         try:

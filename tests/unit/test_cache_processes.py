@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ckptfs.engine import directory
 from ckptfs.engine.cache import ChunkCache
 from ckptfs.errors import CacheError
 from tests.support.cache_load import chunk, item, key, segment_files
@@ -162,6 +163,27 @@ def test_a_stopped_process_that_evicts_does_not_stop_others(path: Path, caplog: 
             cache.put_many([item(number, 1000)])
         assert cache.stats().read_only and cache.stats().chunks == 0
     assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_a_stopped_process_that_clears_is_named_to_who_opens_the_cache(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directory, "_USERS_PATIENCE", 0.1)
+    ChunkCache.open(path, size=SIZE).close()
+    with (path / "v1/locks/users").open("r+") as users:
+        fcntl.flock(users, fcntl.LOCK_EX)
+        with pytest.raises(CacheError, match="is being cleared") as caught:
+            ChunkCache.open(path, size=SIZE)
+    assert "kill it" in caught.value.hint and str(path / "v1/locks/users") in caught.value.hint
+    ChunkCache.open(path, size=SIZE).close()
+
+
+def test_who_opens_a_cache_waits_until_it_is_cleared(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ChunkCache.open(path, size=SIZE).close()
+    with (path / "v1/locks/users").open("r+") as users:
+        fcntl.flock(users, fcntl.LOCK_EX)
+        monkeypatch.setattr(time, "sleep", lambda seconds: users.close())
+        ChunkCache.open(path, size=SIZE).close()
 
 
 def test_segments_that_vanish_are_misses(path: Path) -> None:
