@@ -5,7 +5,7 @@
                    locks/      users: held shared by every process that has the cache open
                                room: held by the one that evicts or begins a segment
                                claims: byte ranges (claims.py)
-                   key         which key it is encrypted with, if it is (key_mark.py)
+                   key         which key it is encrypted with, or that it is not (key_mark.py)
 
 The cache holds process memory, passwords among it: every directory is 0700, every file 0600 and ours. What is not
 named like a file of ours is left alone, and so are other versions beside v1. Raises CacheError with the command that
@@ -19,7 +19,7 @@ import pwd
 import shlex
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -101,23 +101,23 @@ class CacheDirectory:
             self._ops.flock(self._room.fd, fcntl.LOCK_UN)
 
     @contextmanager
-    def alone(self) -> Iterator[bool]:
+    def alone(self, patience: float = 0.0, unless: Callable[[], bool] = lambda: False) -> Iterator[bool]:
         """Whether no other process has this cache open; while True holds, no other can open it. OSError: EROFS.
 
-        CacheError as when it is opened.
+        Others are waited for as long as `patience` seconds, `unless` what it is about has happened. Of several who
+        wait, the first gets in: they have all lost their share. CacheError as when it is opened.
         """
         if self._users is None:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        got = self._try_lock(self._users, fcntl.LOCK_EX)
         try:
-            yield got
+            yield self._wait(self._users, fcntl.LOCK_EX, patience, unless)
         finally:
             self._share()  # a lock that could not be changed is lost (flock(2))
 
-    def _wait(self, lock: Handle, kind: int, patience: float) -> bool:
+    def _wait(self, lock: Handle, kind: int, patience: float, unless: Callable[[], bool] = lambda: False) -> bool:
         give_up = time.monotonic() + patience
         while not self._try_lock(lock, kind):
-            if time.monotonic() > give_up:
+            if time.monotonic() > give_up or unless():
                 return False
             time.sleep(0.002)
         return True
