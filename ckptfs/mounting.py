@@ -152,8 +152,11 @@ def umount(directory: str, *, force: bool = False) -> None:
             files.remove()
             raise MountError(f"nothing is mounted on {path}", hint="`ckptfs status` shows the mounts") from None
         detach(path)
-        with _Lock(path) as lock:
-            lock.remove()
+        try:
+            with _Lock(path) as lock:
+                lock.remove()
+        except MountError:  # it lives and was stopped; its files are its own to remove, or of whoever finds it dead
+            log.warning("%s is unmounted; its daemon does not answer, and ends once it runs again", path)
         return
     # The daemon holds the lock until it has ended.
     deadline = time.monotonic() + _ENDS
