@@ -7,14 +7,24 @@ import functools
 
 from ckptfs.errors import FormatError
 from ckptfs.layers.media_types import is_encrypted
-from ckptfs.layers.protocols import Emit, Layer, LayerFormat, Verification
+from ckptfs.layers.protocols import Emit, Layer, LayerFormat, Verification, WholeLayer
 from ckptfs.layers.zstd_chunked import ZstdChunkedFormat
 from ckptfs.model.blob import Blob
 from ckptfs.model.chunk_digest import ChunkDigest
 from ckptfs.model.oci import Descriptor
 from ckptfs.settings import Settings
 
-__all__ = ["Emit", "Layer", "LayerFormat", "Verification", "formats", "may_be_indexed", "open_indexed", "select_format"]
+__all__ = [
+    "Emit",
+    "Layer",
+    "LayerFormat",
+    "Verification",
+    "WholeLayer",
+    "formats",
+    "may_be_indexed",
+    "open_indexed",
+    "select_format",
+]
 
 
 @functools.cache
