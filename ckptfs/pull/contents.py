@@ -11,12 +11,11 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeGuard
 
 from ckptfs.engine.disk import Buffer
 from ckptfs.engine.fetch import Fetcher
 from ckptfs.errors import IntegrityError
-from ckptfs.layers import Layer, WholeLayer
+from ckptfs.layers import Layer, right_as_a_whole
 from ckptfs.model.blob import Blob
 from ckptfs.model.toc import Chunk, Inode, piece_of
 from ckptfs.pull.destination import Destination, Directories, translated
@@ -89,7 +88,7 @@ class Contents:
         for number in range(self._fetcher.next_layer):
             blob, layer = self._fetcher.layer(number)
             chunks = self._wanted.get(number, {})
-            if _right_as_a_whole(layer, blob):
+            if right_as_a_whole(layer, blob):
                 # Also where no file has bytes in it: names, modes and links came out of it.
                 items: dict[Chunk, list[Piece]] = {chunk: [] for chunk in layer.chunks() if self._fetcher.has(chunk)}
                 items |= chunks
@@ -297,11 +296,6 @@ class _Copy:
     def __call__(self, writer: _Writer) -> None:
         for chunk, pieces in self.wanted:
             writer.write(pieces, self.contents.lookup(chunk))
-
-
-def _right_as_a_whole(layer: Layer, blob: Blob) -> TypeGuard[WholeLayer]:
-    """Whether only the layer's digest says that its chunks are right; a name in its place says nothing."""
-    return not layer.sequential and layer.verification != "chunk" and not blob.descriptor.synthetic
 
 
 def _place(item: Wanted) -> tuple[int, int, int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from ckptfs.errors import FormatError, NotFoundError, UnavailableError
 from ckptfs.layers.compression import MAGIC_BYTES, sniff
 from ckptfs.model.blob import DescribedBlob
-from ckptfs.model.oci import Descriptor, Digest
+from ckptfs.model.oci import ANNOTATION_SYNTHETIC, Descriptor, Digest
 
 _TAR = "application/vnd.oci.image.layer.v1.tar"
 
@@ -32,7 +32,8 @@ class FileBlob(DescribedBlob):
         try:
             status = os.fstat(self._file.fileno())
             compression = sniff(os.pread(self._file.fileno(), MAGIC_BYTES, 0))
-            if compression == "none":  # nothing is compared with its digest, it only names the chunks
+            synthetic = compression == "none"  # nothing is compared with its digest, it only names the chunks
+            if synthetic:
                 digest = Digest.of(f"{self._name}/{status.st_size}/{status.st_mtime_ns}".encode())
             else:
                 digest = Digest("sha256", hashlib.file_digest(self._file, "sha256").hexdigest())
@@ -41,7 +42,7 @@ class FileBlob(DescribedBlob):
         if not status.st_size:
             raise FormatError(f"{self._name} is empty", hint="was the checkpoint written to the end?")
         kind = media_type or (_TAR if compression == "none" else f"{_TAR}+{compression}")
-        return Descriptor(kind, digest, status.st_size)
+        return Descriptor(kind, digest, status.st_size, {ANNOTATION_SYNTHETIC: "file"} if synthetic else {})
 
     def read_at(self, offset: int, length: int, *, attempt: int = 0) -> bytes:
         try:
