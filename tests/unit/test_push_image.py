@@ -1,17 +1,19 @@
 """From a checkpoint to an image: the same one whatever the source, complete, and never half of it."""
 
 import base64
+import gzip
 import json
 import os
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import zstandard
 
-from ckptfs.errors import FormatError, NotFoundError, UnavailableError
+from ckptfs.errors import FormatError, IntegrityError, NotFoundError, UnavailableError
 from ckptfs.layers import open_indexed
 from ckptfs.model.blob import Blob
 from ckptfs.model.index import decode_index
@@ -21,10 +23,12 @@ from ckptfs.push.layout_target import LayoutTarget
 from ckptfs.push.target import Sent
 from ckptfs.settings import Settings
 from ckptfs.sources.layout import LayoutSource
-from tests.support.blobs import ScannedLayer
+from tests.support.blobs import TAR, ScannedLayer, blob_of
 from tests.support.golden import Listing, directory_listing
 from tests.support.push import DATA, layer_blob, manifest_of, push_to_layout, tree_images, unpacked
+from tests.support.tars import tar_of
 from tests.support.tools import require, run
+from tests.support.trees import layout_with
 
 CONFIG = {
     "id": "c1",
@@ -101,6 +105,24 @@ def test_foreign_formats_give_the_same_image(tmp_path: Path) -> None:
         for name in ("k8s-zstd", "k8s-zstdchunked", "k8s-estargz64k", "k8s-stargz-zstdchunked")
     }
     assert len(found) == 1
+
+
+@pytest.mark.row("N2")
+@pytest.mark.parametrize("media_type", [TAR, f"{TAR}+gzip"])
+def test_a_wrong_byte_of_the_source_gets_no_right_digest(media_type: str, tmp_path: Path) -> None:
+    images = tree_images(tmp_path / "images").iterdir()
+    files = {f"checkpoint/{path.name}": path.read_bytes() for path in images}
+    tar = tar_of({**files, "checkpoint/pages-9.img": b"A" * 8192})
+    pack = bytes if media_type == TAR else partial(gzip.compress, compresslevel=0, mtime=0)
+    blob = blob_of(pack(tar), media_type)
+    source = layout_with(tmp_path / "source", [blob])
+    push_to_layout(f"oci:{source}:latest", tmp_path / "layout")
+    wrong = pack(tar.replace(b"A" * 8192, b"A" * 8191 + b"Z"))
+    (source / "blobs" / str(blob.descriptor.digest).replace(":", "/")).write_bytes(wrong)
+    assert len(wrong) == blob.size
+    with pytest.raises(IntegrityError, match="arrived with digest"):
+        push_to_layout(f"oci:{source}:latest", tmp_path / "none")
+    assert not (tmp_path / "none" / "index.json").exists()
 
 
 def test_roles_and_layers(tmp_path: Path) -> None:
