@@ -5,16 +5,19 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import cast
 
 import pytest
 import zstandard
 
+from ckptfs.engine.reader import Reader
 from ckptfs.errors import FormatError, LimitExceeded
+from ckptfs.image.inner import InodeBlob, within
 from ckptfs.layers.grid import Grid
 from ckptfs.layers.stream import StreamFormat
 from ckptfs.layers.tar import TarFormat
 from ckptfs.layers.tar_scanner import TarScanner
-from ckptfs.model.toc import Entry, Inode
+from ckptfs.model.toc import Chunk, Entry, Inode
 from ckptfs.model.tree import Tree
 from ckptfs.settings import KiB, Limits, MiB, Settings
 from tests.support.blobs import TAR, ScannedLayer, blob_of
@@ -145,6 +148,26 @@ def test_a_stream_that_claims_exabytes_costs_nothing() -> None:
     with peak_memory() as peak, pytest.raises(FormatError, match="cut off"):
         found.extend(StreamFormat("gzip").open(blob, 0, Settings()).scan(lambda chunk, piece: None))
     assert peak.grown < 16 * MiB
+
+
+@pytest.mark.row("M3")
+@pytest.mark.parametrize("segments", [[(0, 1 << 60, 512)], [((1 << 60) - 512, 512, 1536)]], ids=["payload", "hole"])
+def test_a_tar_inside_that_claims_exabytes_costs_nothing(segments: list[tuple[int, int, int]]) -> None:
+    """Its name and its members are known without a walk over 2**42 chunks: it would be in the event loop."""
+    grid = FewChunks("outer", 0, 256 * KiB)
+    outer = Inode(0o100644, size=1 << 60, extents=grid.extents(segments))
+    blob = InodeBlob(cast("Reader", None), outer, TAR)
+    others = [Inode(0o100644, size=1 << 60, extents=grid.extents([(a, b, c + 1)])) for a, b, c in segments]
+    assert blob.descriptor.digest != InodeBlob(cast("Reader", None), others[0], TAR).descriptor.digest
+    member = Inode(0o100644, size=1 << 59, extents=FewChunks("inner", 1, 256 * KiB).extents([(0, 1 << 59, 512)]))
+    found = within(Entry(b"big", member), outer, b"rootfs-diff").inode
+    assert found is not None and len(found.extents) == ((1 << 41) + 1 if segments[0][0] == 0 else 0)
+
+
+class FewChunks(Grid):
+    def _made(self, index: int) -> Chunk:
+        assert len(self._chunks) < 10, "somebody walks over the chunks"
+        return super()._made(index)
 
 
 @pytest.mark.row("M3")
