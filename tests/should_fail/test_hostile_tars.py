@@ -1,18 +1,22 @@
 """Tar layers that nobody should make, one test for each sin: refused, or harmless."""
 
 import gzip
+import json
 import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import cast
 
 import pytest
 import zstandard
 
+from ckptfs.criu.wire import encoded
 from ckptfs.engine.reader import Reader
-from ckptfs.errors import FormatError, LimitExceeded
+from ckptfs.errors import FormatError, LimitExceeded, only_error
 from ckptfs.image.inner import InodeBlob, within
+from ckptfs.image.views import CONTAINERD_CONFIG, CRIU_TAR
 from ckptfs.layers.grid import Grid
 from ckptfs.layers.stream import StreamFormat
 from ckptfs.layers.tar import TarFormat
@@ -23,8 +27,10 @@ from ckptfs.settings import KiB, Limits, MiB, Settings
 from tests.support.blobs import TAR, ScannedLayer, blob_of
 from tests.support.memory import peak_memory
 from tests.support.speed import slowness
-from tests.support.tars import END, entries, gnu_long, gnu_sparse, header, member, padded, pax, refused
+from tests.support.tars import END, entries, gnu_long, gnu_sparse, header, member, padded, pax, refused, tar_of
 from tests.support.tocs import gzip_bomb
+from tests.support.trees import layout_with
+from tests.support.views import show
 
 LIMITS = Limits()
 Figure = Callable[[str, object], None]
@@ -278,6 +284,27 @@ def test_a_zstd_window_at_the_limit_and_one_past_it() -> None:
     assert len(ScannedLayer.of(blob_of(packed(20), TAR + "+zstd"), StreamFormat("zstd"), settings).entries) == 1
     with pytest.raises(LimitExceeded, match="window"):
         ScannedLayer.of(blob_of(packed(21), TAR + "+zstd"), StreamFormat("zstd"), settings)
+
+
+@pytest.mark.row("M4")
+@pytest.mark.parametrize("past", [0, 1])
+def test_a_config_of_containerd_at_the_limit_and_one_past_it(past: int, tmp_path: Path) -> None:
+    size, criu = LIMITS.dump_bytes + past, tar_of({"inventory.img": b"x"})
+    kinds = {CRIU_TAR: "a", CONTAINERD_CONFIG: "b"}
+    index = {"manifests": [{"mediaType": kind, "digest": "sha256:" + d * 64, "size": 1} for kind, d in kinds.items()]}
+    spec = b'"' + b" " * (size - 7) + b'"'
+    blobs = {b"a": criu, b"b": b"\x12" + encoded(len(spec)) + spec}
+    assert len(blobs[b"b"]) == size
+    layer = member(b"oci-layout", b"{}") + member(b"index.json", json.dumps(index).encode())
+    layer += b"".join(member(b"blobs/sha256/" + name * 64, data) for name, data in blobs.items()) + END
+    layout = layout_with(tmp_path / "layout", [blob_of(gzip.compress(layer, 1), TAR + "+gzip")])
+    if past:
+        with pytest.raises(BaseExceptionGroup) as caught:
+            show(f"oci:{layout}", tmp_path / "cache")
+        error = only_error(caught.value)
+        assert isinstance(error, LimitExceeded) and "config blob" in str(error)
+    else:
+        assert show(f"oci:{layout}", tmp_path / "cache").entries["spec.dump"]["size"] == len(spec)
 
 
 # M5: the same path twice
