@@ -342,6 +342,25 @@ def test_chains_of_hard_links(kind: str, record_property: Figure) -> None:
     assert took[1] <= 20 * took[0], "no more than in proportion"
 
 
+@pytest.mark.row("M6")
+@pytest.mark.parametrize("layers", [2])
+def test_links_to_nothing_among_many_hidden_files(layers: int, record_property: Figure) -> None:
+    """In proportion to their number: the event loop stands still meanwhile."""
+    count, tree = 50_000, Tree()
+    for rank in range(1, layers + 1):
+        tree.begin(rank)
+    tree.add([Entry(b"%d" % i, Inode(0o100644)) for i in range(count)], 1)
+    links = (Entry(b"link%d" % i, None, b"nothing%d" % i) for i in range(count))
+    tree.add([Entry(b".wh..wh..opq", Inode(0o100644)), *links], layers)
+    began = time.process_time()
+    with pytest.raises(FormatError, match="does not have"):
+        for rank in range(layers, 0, -1):
+            tree.finish(rank)
+    took = time.process_time() - began
+    record_property("figure", f"{layers} layers: {took:.2f} s")
+    assert took <= 1.0 * slowness()
+
+
 def resolved(kind: str, count: int) -> float:
     """CPU seconds until a tree knows what a chain of links leads to, or that it leads nowhere."""
     file = Entry(b"%d" % count, Inode(0o100644))
