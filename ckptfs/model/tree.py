@@ -117,12 +117,13 @@ class Tree:
             node = self.find(path)
             if node is not None and node.inode is not None and node.inode.is_dir:
                 node.inode.xattrs = {**node.inode.xattrs, OPAQUE_XATTR: b"y"}
-        for waiting in sorted(self._awaited):  # links of higher ranks may have waited for this one
+        # What a link across layers leads to is known when all of them are here, its own too; each is asked for once.
+        for waiting in sorted(rank for rank in self._awaited if not any(r <= rank for r in self._open)):
             for target in list(self._awaited[waiting]):
                 inode = self._find_below(target, waiting)
                 if inode is not None:
                     self._place(target, inode, waiting, alias=True)
-            if self._awaited[waiting] and not any(r <= waiting for r in self._open):
+            if self._awaited[waiting]:
                 target, names = next(iter(self._awaited.pop(waiting).items()))
                 raise FormatError(
                     f"hard link {show(names[0])} points to {show(target)}, which the image does not have",
