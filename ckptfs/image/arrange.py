@@ -11,7 +11,7 @@ from typing import TypedDict
 
 import trio
 
-from ckptfs.errors import UsageError
+from ckptfs.errors import LimitExceeded, UsageError
 from ckptfs.image.delta import DerivedTars, Unpacked
 from ckptfs.image.earlier import EarlierImages
 from ckptfs.image.indexed import inline_index
@@ -160,6 +160,9 @@ async def _unnest(image: OpenImage) -> None:
         if descriptor.media_type == CRIU_TAR:
             Unpacked(image, tree, b"checkpoint", node.inode, "plain").now()
         elif descriptor.media_type == CONTAINERD_CONFIG:
+            most = image.options.settings.limits.dump_bytes
+            if node.inode.size > most:  # real ones have 10 KB; a sparse file of any size costs an image nothing
+                raise LimitExceeded(f"containerd's config blob has {node.inode.size} bytes, more than {most}")
             spec = spec_of(await image.read(node.inode, 0, node.inode.size))
             extent_free = Inode(stat.S_IFREG | 0o600, size=len(spec), mtime_ns=node.inode.mtime_ns)
             tree.add([Entry(b"spec.dump", image.fetcher.keep_file(spec, extent_free))], image.next_rank)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
 from ckptfs.errors import FormatError
+from ckptfs.model.hidden import Hidden
+from ckptfs.model.paths import show
 from ckptfs.model.toc import Entry, Inode
 
 ROOT_INO = 1
@@ -68,7 +70,7 @@ class Tree:
         self._changed = changed
         self._open: dict[int, bytes] = {}  # rank -> prefix, of layers that are still arriving
         self._undescribed: dict[int, bytes] = {}  # the same, of those whose first entry may describe that directory
-        self._losers: dict[tuple[int, bytes], Inode] = {}  # (rank, path): hidden inodes, for hard links to them
+        self._hidden = Hidden()
         self._opaque: dict[int, list[bytes]] = {}  # rank -> opaque directories of a layer shown as overlayfs has it
         self._awaited: dict[int, dict[bytes, list[bytes]]] = {}  # rank -> target path -> link paths
         self._parent_path: bytes | None = None  # the last parent looked up: tars list a directory's files together
@@ -115,19 +117,20 @@ class Tree:
             node = self.find(path)
             if node is not None and node.inode is not None and node.inode.is_dir:
                 node.inode.xattrs = {**node.inode.xattrs, OPAQUE_XATTR: b"y"}
-        for waiting in sorted(self._awaited):  # links of higher ranks may have waited for this one
+        # What a link across layers leads to is known when all of them are here, its own too; each is asked for once.
+        for waiting in sorted(rank for rank in self._awaited if not any(r <= rank for r in self._open)):
             for target in list(self._awaited[waiting]):
                 inode = self._find_below(target, waiting)
                 if inode is not None:
                     self._place(target, inode, waiting, alias=True)
-            if self._awaited[waiting] and not any(r <= waiting for r in self._open):
+            if self._awaited[waiting]:
                 target, names = next(iter(self._awaited.pop(waiting).items()))
                 raise FormatError(
-                    f"hard link {_show(names[0])} points to {_show(target)}, which the image does not have",
+                    f"hard link {show(names[0])} points to {show(target)}, which the image does not have",
                     hint="the layer is damaged: push the image again",
                 )
         if not self._open:
-            self._losers.clear()
+            self._hidden.clear()
 
     # -- asking --------------------------------------------------------------------------------------------------------
 
@@ -202,7 +205,7 @@ class Tree:
         """
         node = self.find(source)
         if node is None or node.inode is None or target in self.root.children:
-            raise FormatError(f"the image has a file {_show(target)} where a directory is expected")
+            raise FormatError(f"the image has a file {show(target)} where a directory is expected")
         if node is self.root:
             moved = Node(target, self.root)
             self._imply(moved)
@@ -271,25 +274,25 @@ class Tree:
         parent_path, _, name = path.rpartition(b"/")
         parent = self._directory(parent_path, rank)
         if parent is None:
-            self._losers[rank, path] = inode
+            self._hidden.add(path, rank, inode)
             return
         node = parent.children.get(name)
         if node is None:
             node = parent.children[name] = Node(name, parent)
         if rank < node.hide:
-            self._losers[rank, path] = inode
+            self._hidden.add(path, rank, inode)
             return
         if inode.is_dir:
             if node.inode is None or not node.inode.is_dir or rank >= node.rank:
                 self._show(node, inode, rank)
         elif rank >= node.claim:
             if self._open and node.inode is not None and node.rank != rank:
-                self._losers[node.rank, path] = node.inode
+                self._hidden.add(path, node.rank, node.inode)
             if node.inode is not None or node.children:  # else it is new: nothing is below, and the parent stays known
                 self._hide_below(node, rank, own=True)
             self._show(node, inode, rank)
         else:  # a higher rank has a directory here; it keeps only what is not below this file
-            self._losers[rank, path] = inode
+            self._hidden.add(path, rank, inode)
             self._hide_below(node, rank, own=True)
         node.claim = max(node.claim, rank)
 
@@ -304,7 +307,7 @@ class Tree:
             return
         target = name[len(WHITEOUT) :]
         if not target or target in (b".", b".."):
-            raise FormatError(f"whiteout {_show(name)} names nothing")
+            raise FormatError(f"whiteout {show(name)} names nothing")
         node = parent.children.get(target)
         if node is None:
             node = parent.children[target] = Node(target, parent)
@@ -372,7 +375,7 @@ class Tree:
             if node.parent is not None and node.parent.inode is not None:
                 node.parent.inode.nlink -= 1
         elif self._open:
-            self._losers[node.rank, node.path] = inode
+            self._hidden.add(node.path, node.rank, inode)
         inode.nlink -= 1
         if inode.is_dir or inode.nlink == 0:
             self.inodes.pop(inode.ino, None)
@@ -420,12 +423,12 @@ class Tree:
 
     def _link(self, path: bytes, target: bytes, rank: int) -> None:
         if path == target:
-            raise FormatError(f"hard link {_show(path)} points to itself", hint="the layer is damaged")
+            raise FormatError(f"hard link {show(path)} points to itself", hint="the layer is damaged")
         inode = self._find_at(target, rank)
         if inode is None:
             self._awaited.setdefault(rank, {}).setdefault(target, []).append(path)
         elif inode.is_dir:
-            raise FormatError(f"hard link {_show(path)} points to the directory {_show(target)}")
+            raise FormatError(f"hard link {show(path)} points to the directory {show(target)}")
         else:
             self._place(path, inode, rank)
 
@@ -434,16 +437,11 @@ class Tree:
         node = self.find(path)
         if node is not None and node.rank == rank:
             return node.inode
-        return self._losers.get((rank, path))
+        return self._hidden.at(path, rank)
 
     def _find_below(self, path: bytes, rank: int) -> Inode | None:
         """The inode that the layers below `rank` show at `path`: a link across layers copies up when extracted."""
         node = self.find(path)
         if node is not None and node.rank < rank and node.inode is not None and not node.inode.is_dir:
             return node.inode
-        candidates = [(r, inode) for (r, p), inode in self._losers.items() if p == path and r < rank]
-        return max(candidates, key=lambda c: c[0])[1] if candidates else None
-
-
-def _show(path: bytes) -> str:
-    return repr(path.decode("utf-8", "replace"))[:200]
+        return self._hidden.below(path, rank)
