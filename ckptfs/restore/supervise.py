@@ -6,10 +6,12 @@ ways to stop it: its stop signal first, SIGKILL after a while. Called by flow.py
 
 import contextlib
 import ctypes
+import math
 import os
 import select
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -75,6 +77,8 @@ class Watch:
         self._patience = patience
         self._relays = relays
         self._signals: list[int] = []
+        self._asked = False  # it has got its stop signal
+        self._kill_at = math.inf  # by the monotonic clock
 
     def run(self, lazy: LazyPages | None, running: Callable[[], None], resident: Callable[[], None]) -> int | None:
         """Until the container has ended; returns its exit code, 128 + N for signal N, None where nobody can know.
@@ -92,10 +96,11 @@ class Watch:
             daemon = stack.enter_context(_pidfd(lazy.pid)) if lazy is not None else -1
             if lazy is not None:
                 poll.register(daemon, select.POLLIN)
-            poll.register(stack.enter_context(_collected(self._signals)), select.POLLIN)
+            wakeup = stack.enter_context(_collected(self._signals))
+            poll.register(wakeup, select.POLLIN)
             running()
             while True:
-                ready = {descriptor for descriptor, _ in poll.poll()}
+                ready = {descriptor for descriptor, _ in poll.poll(self._patience_left())}
                 for source in ready & relays.keys():
                     if not relays[source].pump():
                         poll.unregister(source)
@@ -106,24 +111,32 @@ class Watch:
                     poll.unregister(daemon)
                     lazy.require()
                     resident()
-                if self._signals:
-                    self._stop()
+                if wakeup in ready:
+                    os.read(wakeup, _PIECE)
+                self._stop(container)
             for relay in relays.values():
                 relay.drain()
         return _exit_code(self._pid)
 
-    def _stop(self) -> None:
-        """The container's own signal, then SIGKILL: after a while, or at once when a second signal comes."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._pid, self._stop_signal)
-            asked = len(self._signals)
-            with _pidfd(self._pid) as container:
-                waited = 0.0
-                while waited < self._patience and len(self._signals) == asked:
-                    if select.select([container], [], [], 0.1)[0]:
-                        return
-                    waited += 0.1
-            os.kill(self._pid, signal.SIGKILL)
+    def _stop(self, container: int) -> None:
+        """What signals ask for: the container's own signal, SIGKILL after a while, or at once when a second one comes.
+
+        Never waits: a container that has more to say while it ends must find somebody who listens.
+        """
+        if not self._signals:
+            return
+        if not self._asked:
+            self._asked = True
+            self._kill_at = time.monotonic() + self._patience
+            _send(container, self._stop_signal)
+        if len(self._signals) > 1 or time.monotonic() >= self._kill_at:
+            self._kill_at = math.inf
+            _send(container, signal.SIGKILL)
+
+    def _patience_left(self) -> float | None:
+        """Milliseconds until SIGKILL is due; None: it is not."""
+        left = self._kill_at - time.monotonic()
+        return None if left == math.inf else max(left, 0.0) * 1000
 
 
 def wait_resident(pid: int, lazy: LazyPages) -> bool:
@@ -200,6 +213,12 @@ def _pidfd(pid: int) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _send(container: int, number: int) -> None:
+    """To a process by its descriptor: its number may be another's by now."""
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(container, number)
 
 
 def _exit_code(pid: int) -> int | None:

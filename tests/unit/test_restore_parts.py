@@ -1,10 +1,15 @@
-"""What a restore decides before anything runs: the bundle, the machine's conditions, criu's words."""
+"""The parts of a restore, without a container: bundle, directory, the machine's conditions, criu's words, the watch."""
 
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,7 @@ from ckptfs.errors import RestoreError, UsageError
 from ckptfs.restore import checking
 from ckptfs.restore.bundle import Bundle
 from ckptfs.restore.runtimes import criu_complaint, write_criu_config
+from ckptfs.restore.supervise import Relay, Watch
 from ckptfs.restore.workplace import Workplace, check_name
 from ckptfs.settings import Settings
 from tests.support.tools import ROOT
@@ -152,3 +158,57 @@ def test_the_first_error_that_explains(tmp_path: Path) -> None:
 def test_criu_configuration(tmp_path: Path) -> None:
     path = write_criu_config(tmp_path / "criu.conf", lazy=True, images_dir=Path("/a"), work_dir=Path("/b"))
     assert path.read_text() == "images-dir /a\nwork-dir /b\nlazy-pages\n"
+
+
+# -- staying with it ---------------------------------------------------------------------------------------------------
+
+TALKER = """
+import os, signal, sys, time
+def bye(*_):
+    os.write(2, b"x" * int(sys.argv[1]))
+    os._exit(7)
+signal.signal(signal.SIGTERM, bye if int(sys.argv[1]) else signal.SIG_IGN)
+os.write(2, b"up")
+time.sleep(60)
+"""
+
+
+@contextmanager
+def talker(size: int) -> Iterator[tuple["subprocess.Popen[bytes]", int]]:
+    """A process that says `size` bytes when it is asked to end, 0: that does not end; and where it says them."""
+    reader, writer = os.pipe()
+    process = subprocess.Popen([sys.executable, "-c", TALKER, str(size)], stderr=writer)
+    os.close(writer)
+    assert os.read(reader, 2) == b"up"
+    try:
+        yield process, reader
+    finally:
+        process.kill()
+        process.wait()
+        os.close(reader)
+
+
+def after(seconds: float, action: Callable[[], object]) -> Callable[[], None]:
+    return threading.Timer(seconds, action).start
+
+
+def stop(number: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
+
+
+def test_a_container_that_talks_while_it_stops_is_heard(tmp_path: Path) -> None:
+    """More than a pipe holds."""
+    with talker(300_000) as (process, reader), open(tmp_path / "heard", "wb") as heard:
+        code = Watch(process.pid, signal.SIGTERM, 5.0, [Relay(reader, heard.fileno())]).run(None, stop, stop)
+    assert code == 7
+    assert (tmp_path / "heard").read_bytes() == b"x" * 300_000
+
+
+def test_a_container_that_does_not_stop_is_killed() -> None:
+    """After a while, or at once when it is asked again."""
+    for patience, running in ((0.3, stop), (30.0, lambda: (stop(), after(0.3, stop)()))):
+        with talker(0) as (process, reader):
+            began = time.monotonic()
+            code = Watch(process.pid, signal.SIGTERM, patience, [Relay(reader, None)]).run(None, running, stop)
+            assert code == 128 + signal.SIGKILL
+            assert 0.3 <= time.monotonic() - began < 5
