@@ -204,6 +204,51 @@ def test_a_container_that_talks_while_it_stops_is_heard(tmp_path: Path) -> None:
     assert (tmp_path / "heard").read_bytes() == b"x" * 300_000
 
 
+def test_a_full_disk_costs_the_output_and_not_the_container(caplog: pytest.LogCaptureFixture) -> None:
+    with talker(300_000) as (process, reader), open("/dev/full", "wb") as full:
+        code = Watch(process.pid, signal.SIGTERM, 5.0, [Relay(reader, full.fileno())]).run(None, stop, stop)
+    assert code == 7
+    assert [record.getMessage() for record in caplog.records] == [
+        "what the container says is no longer passed on: No space left on device"
+    ]
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_slow_reader_gets_everything(blocking: bool) -> None:
+    """Whether its pipe blocks or not."""
+    theirs, ours = os.pipe()
+    os.set_blocking(ours, blocking)
+    heard = bytearray()
+
+    def read() -> None:
+        while data := os.read(theirs, 30_000):
+            heard.extend(data)
+            time.sleep(0.01)
+
+    late = threading.Thread(target=read)
+    with talker(300_000) as (process, reader):
+        running = after(0.3, late.start)
+        code = Watch(process.pid, signal.SIGTERM, 5.0, [Relay(reader, ours)]).run(
+            None, lambda: (stop(), running()), stop
+        )
+    os.close(ours)
+    late.join()
+    os.close(theirs)
+    assert code == 7
+    assert heard == b"x" * 300_000
+
+
+def test_a_reader_that_takes_nothing_does_not_keep_a_container() -> None:
+    theirs, ours = os.pipe()
+    with talker(300_000) as (process, reader):
+        began = time.monotonic()
+        code = Watch(process.pid, signal.SIGTERM, 0.5, [Relay(reader, ours)]).run(None, stop, stop)
+        assert time.monotonic() - began < 5
+    os.close(ours)
+    os.close(theirs)
+    assert code == 128 + signal.SIGKILL
+
+
 def test_a_container_that_does_not_stop_is_killed() -> None:
     """After a while, or at once when it is asked again."""
     for patience, running in ((0.3, stop), (30.0, lambda: (stop(), after(0.3, stop)()))):
