@@ -50,8 +50,7 @@ class Workplace:
             self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             for dead in _dead(self.path.parent):
                 _bury(dead)
-            # Others may pass: with user namespaces the container's root is not ours.
-            self.path.mkdir(mode=0o711)
+            self.path.mkdir(mode=0o700)  # below it everybody may read what they find: criu's images are of mode 0644
             self._lock = os.open(self.path / _STATE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for name in ("image", "base", "merged", "upper", "overlay", "bundle", "work"):
@@ -80,6 +79,11 @@ class Workplace:
         data = json.dumps(facts).encode()
         os.pwrite(self._lock, data, 0)
         os.ftruncate(self._lock, len(data))
+
+    def admit(self, group: int) -> None:
+        """Let `group` pass: of a container with a user namespace the root is nobody special here."""
+        os.chown(self.path, -1, group)
+        self.path.chmod(0o710)
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
