@@ -98,6 +98,26 @@ def test_a_directory_in_use_is_refused(place: Workplace) -> None:
     assert place.path.exists()
 
 
+def test_restores_that_begin_together_after_a_crash(tmp_path: Path) -> None:
+    """Each finds what all have left, its own directory too: it is removed once, and none is in another's way."""
+    names = [f"place-{number}" for number in range(4)]
+    for name in (*names, *(f"gone-{number}" for number in range(20))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").write_text('{"pid": 999999999}')
+        for number in range(20):
+            (tmp_path / name / f"file-{number}").touch()
+    code = "import sys, pathlib; from ckptfs.restore.workplace import Workplace\n"
+    code += "input()\nwith Workplace(pathlib.Path(sys.argv[1])) as place: assert (place / 'work').is_dir()"
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    begun = [subprocess.Popen([sys.executable, "-c", code, tmp_path / name], **pipes) for name in names]  # type: ignore[call-overload]
+    time.sleep(1)  # imports
+    for process in begun:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    assert [process.communicate(timeout=30)[1] for process in begun] == [""] * 4
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["", ".hidden", "a/b", "a b", "x" * 64])
 def test_names_that_no_runtime_takes(name: str) -> None:
     with pytest.raises(RestoreError, match="--name"):
