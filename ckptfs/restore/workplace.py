@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -31,7 +32,7 @@ from ckptfs.restore.runtimes import delete, remove_cgroups
 
 log = logging.getLogger(__name__)
 
-_STATE = "state.json"
+_STATE = "ckptfs-restore.json"  # a directory that has it may be removed, so it is a name that nobody else gives
 _KEPT = "kept"
 _BEGINNING = "restore.lock"  # in the runtime directory
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}")  # runc takes more, paths and cgroups do not get longer
@@ -141,6 +142,9 @@ def _bury_dead(path: Path) -> None:
     """Remove `path` if it is of a restore that was killed and whose container has ended: nobody else will."""
     with contextlib.ExitStack() as stack:
         try:
+            found = path.lstat()
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+                return  # another user would tell us which program to run
             file = stack.enter_context(open(path / _STATE, "r+b"))  # keeps its lock until the directory is gone
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             state = json.loads(file.read() or b"{}")

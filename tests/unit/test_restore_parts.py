@@ -24,6 +24,7 @@ from ckptfs.restore.workplace import Workplace, check_name
 from ckptfs.settings import Settings
 from tests.support.tools import ROOT
 
+STATE = "ckptfs-restore.json"
 SPEC: dict[str, Any] = {
     "ociVersion": "1.0.2",
     "hostname": "web-1",
@@ -103,7 +104,7 @@ def test_restores_that_begin_together_after_a_crash(tmp_path: Path) -> None:
     names = [f"place-{number}" for number in range(4)]
     for name in (*names, *(f"gone-{number}" for number in range(20))):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "state.json").write_text('{"pid": 999999999}')
+        (tmp_path / name / STATE).write_text('{"pid": 999999999}')
         for number in range(20):
             (tmp_path / name / f"file-{number}").touch()
     code = "import sys, pathlib; from ckptfs.restore.workplace import Workplace\n"
@@ -122,6 +123,22 @@ def test_restores_that_begin_together_after_a_crash(tmp_path: Path) -> None:
 def test_names_that_no_runtime_takes(name: str) -> None:
     with pytest.raises(RestoreError, match="--name"):
         check_name(name)
+
+
+def test_what_is_beside_a_restore_and_not_one_is_left_alone(tmp_path: Path) -> None:
+    """Another program's directory, and one that says it is a restore and is another user's."""
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "state.json").write_text('{"serial": 3}')
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    program.chmod(0o755)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / STATE).write_text(json.dumps({"runtime": str(program), "name": "x"}))
+    os.chown(tmp_path / "theirs", 65534, 65534)
+    (tmp_path / "link").symlink_to("theirs")
+    with Workplace(tmp_path / "place"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"app", "theirs", "link", "program"}
 
 
 def fake_criu(folder: Path, version: str, *, check: str = "Looks good.", feature: str = "supported") -> None:
