@@ -30,7 +30,7 @@ def finish(flow: Flow) -> None:
     image = flow.open_image()
     lazy = flow.start_lazy_pages()
     wanted, settings = flow.request.runtime, flow.settings
-    flow.require(check_runtime(flow.files, wanted, settings))
+    flow.require(check_runtime(flow.files, wanted, settings, lazy=flow.lazy))
     if flow.files.size("spec.dump") is None:
         flow.check_machine()
         _run(flow, "criu", lazy, None, None)
