@@ -131,8 +131,9 @@ class Bundle:
             source = self._image / "volumes" / name
             if name and _mapping(volume).get("dest") == destination and source.is_dir():
                 target = self._place / "bundle" / f"volume_{name}"
-                target.mkdir()
-                copy_tree(source, target)
+                if not target.is_dir():  # else it is mounted twice: what is written there is seen here
+                    target.mkdir()
+                    copy_tree(source, target)
                 return target
         return None
 

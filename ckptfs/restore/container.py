@@ -57,7 +57,7 @@ def make_bundle(flow: Flow, image: Path) -> tuple[Bundle, str]:
 def _run(flow: Flow, runtime: str, lazy: LazyPages | None, bundle: Bundle | None, rootfs: str | None) -> None:
     become_subreaper()
     work, output = flow.place / "work", flow.request.output
-    console = Console(work / "console") if bundle is not None and bundle.terminal else None
+    console = Console(work) if bundle is not None and bundle.terminal else None
     if console is not None:
         flow.stack.callback(console.close)
     if flow.request.name:

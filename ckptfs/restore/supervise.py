@@ -178,12 +178,16 @@ def wait_resident(pid: int, lazy: LazyPages) -> bool:
 
 
 class Console:
-    """Where a runtime sends the terminal of a container that has one: a socket at `path`."""
+    """Where a runtime sends the terminal of a container that has one: a socket in `directory`.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    `path` is for the runtime: addresses of sockets have 107 bytes (unix(7)), however deep the directory lies.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = os.open(directory, os.O_PATH | os.O_CLOEXEC)
+        self.path = Path(f"/proc/{os.getpid()}/fd/{self._directory}/console")
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(str(path))
+        self._listener.bind(str(self.path))
         self._listener.listen(1)
         self._master = -1
 
@@ -197,6 +201,7 @@ class Console:
 
     def close(self) -> None:
         self._listener.close()
+        os.close(self._directory)
         if self._master != -1:
             os.close(self._master)
 

@@ -1,5 +1,6 @@
 """`ckptfs restore` of containers that runc ran without an engine, with what engines seldom ask for."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,3 +51,15 @@ def test_a_container_with_a_user_namespace(folder: Path) -> None:
         done = ckptfs(command, *words, *common)
         assert done.code == 8
         assert "no lazy pages for containers with a user namespace; restore with --no-lazy-pages" in done.out + done.err
+
+
+def test_a_terminal_where_paths_are_long(folder: Path) -> None:
+    """Longer than an address of a socket may be."""
+    push_to_layout(runc.checkpoint(folder, "terminal", terminal=True), folder / "layout")
+    last = runc.ticks(folder / "rootfs")[-1].number
+    deep = folder / ("deep" * 30)
+    deep.mkdir()
+    with restored(deep, f"oci:{folder}/layout:latest", "--rootfs", folder / "rootfs") as container:
+        container.assert_continues(last)
+        assert os.readlink(container.root / "proc/1/fd/1").startswith("/dev/pts/")
+    assert (container.code, container.err) == (0, "")

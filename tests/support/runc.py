@@ -80,6 +80,7 @@ def _spec(root: Path, *, user_namespace: bool, terminal: bool) -> Mapping[str, A
         "mounts": [
             {"destination": "/proc", "type": "proc", "source": "proc"},
             {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]},
+            {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": ["newinstance"]},
         ],
         "linux": linux,
     }

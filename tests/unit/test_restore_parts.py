@@ -75,6 +75,19 @@ def test_a_bundle_for_this_machine(place: Workplace, tmp_path: Path) -> None:
     assert Path(sources["/etc/hosts"]).read_text().startswith("127.0.0.1 localhost web-1\n")
 
 
+def test_a_volume_that_is_mounted_twice_is_one(place: Workplace) -> None:
+    volume = place / "image/volumes/data"
+    volume.mkdir(parents=True)
+    (volume / "file").write_text("kept\n")
+    both = [{"destination": where, "type": "bind", "source": "/gone", "options": ["rbind"]} for where in ("/a", "/b")]
+    config = {"namedVolumes": [{"volumeName": "data", "dest": where} for where in ("/a", "/b")]}
+    bundle = Bundle(place, place / "image", {"mounts": both, "linux": {}}, config, {}, "")
+    bundle.write(Path("/the/root"), "web")
+    first, second = (mount["source"] for mount in bundle.spec["mounts"])
+    assert first == second != str(volume)
+    assert (Path(first) / "file").read_text() == "kept\n"
+
+
 def test_mounts_that_this_machine_lacks_are_named_together(place: Workplace, tmp_path: Path) -> None:
     with pytest.raises(RestoreError, match=r"/data \(was /run/gone/data\), /srv \(was /run/gone/srv\).*--bind"):
         written(place, {})
