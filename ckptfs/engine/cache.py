@@ -126,7 +126,9 @@ class ChunkCache:
         parent: Path | None = None,
         *,
         size: int = _SIZES.disk_cache,
+        segment: int = _SIZES.segment,
         ops: DiskOps | None = None,
+        clock: Clock = time.monotonic,
     ) -> "ChunkCache":
         """A cache that nobody else sees and that is gone with the process, even when that is killed.
 
@@ -143,10 +145,10 @@ class ChunkCache:
             MemoryDocuments(size // _DOCUMENTS),
             Claims(None, ops),
             size=size,
-            segment=_SIZES.segment,
+            segment=segment,
             limits=Limits(),
             ops=ops,
-            clock=time.monotonic,
+            clock=clock,
         )
 
     def require_key(self) -> "ChunkCache":
