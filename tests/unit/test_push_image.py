@@ -228,6 +228,22 @@ def test_a_plain_directory_of_images_becomes_checkpoint(tmp_path: Path) -> None:
     assert notes(tmp_path / "layout")["org.criu.checkpoint.container.name"] == "checkpoint"
 
 
+@pytest.mark.parametrize(("first", "second"), [("d/x", "z/y"), ("a/y", "z/x")])
+def test_a_hard_link_comes_after_its_file(first: str, second: str, tmp_path: Path) -> None:
+    """z/ becomes checkpoint/, so the order of the paths is another one than in the source."""
+    require("tar")
+    (tmp_path / "images").mkdir()
+    tree_images(tmp_path / "images" / "z")
+    for path in (tmp_path / "images" / first, tmp_path / "images" / second):
+        path.parent.mkdir(exist_ok=True)
+    (tmp_path / "images" / first).write_text("hello")
+    os.link(tmp_path / "images" / first, tmp_path / "images" / second)
+    push_to_layout(tmp_path / "images", tmp_path / "layout")
+    extracted(tmp_path / "layout", "latest", tmp_path / "out")
+    paths = [tmp_path / "out" / first, tmp_path / "out" / second.replace("z/", "checkpoint/")]
+    assert [path.read_text() for path in paths] == ["hello", "hello"] and os.path.samefile(*paths)
+
+
 def test_the_index_says_what_the_layers_say(tmp_path: Path) -> None:
     """The same entries and extents as each layer's own table of contents, and the content of all metadata."""
     layout = tmp_path / "layout"
