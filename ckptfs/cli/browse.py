@@ -4,7 +4,6 @@ import json
 import os
 import stat
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import click
 from ckptfs.cli.opening import image_options, with_image
 from ckptfs.cli.options import F, RegistryReference, reference_argument
 from ckptfs.model.oci import Reference
+from ckptfs.model.times import as_datetime
 from ckptfs.terminal import printable
 
 _base = click.option("--base", type=RegistryReference(), help="The base image of the rootfs view.")
@@ -62,7 +62,7 @@ def ls(reference: Reference, path: str, long: bool, recursive: bool, as_json: bo
     for entry in entries:
         tail = f" -> {entry['link']}" if "link" in entry else ""
         if long:
-            when = datetime.fromtimestamp(entry["mtime"], UTC).strftime("%Y-%m-%d %H:%M")
+            when = as_datetime(entry["mtime"]).isoformat(" ")[: len("2000-01-01 00:00")]
             head = f"{entry['mode']} {entry['uid']:>5} {entry['gid']:>5} {entry['size']:>12} {when}"
             _show(f"{head} {entry['name']}{tail}")
         else:
