@@ -13,6 +13,7 @@ from typing import Literal
 
 from ckptfs.errors import FormatError
 from ckptfs.model.hidden import Hidden
+from ckptfs.model.node import CHILDLESS, Node
 from ckptfs.model.paths import show
 from ckptfs.model.toc import Entry, Inode
 
@@ -22,42 +23,7 @@ WHITEOUT = b".wh."
 OPAQUE = b".wh..wh..opq"
 # overlayfs reads the first only with CAP_SYS_ADMIN, and the second when mounted with userxattr
 OPAQUE_XATTR = b"trusted.overlay.opaque" if os.geteuid() == 0 else b"user.overlay.opaque"
-_CHILDLESS: "dict[bytes, Node]" = {}  # what is no directory has this one, never changed: 64 bytes for each file else
 _AUFS = b".wh..wh."  # aufs' own files (.wh..wh.plnk, .wh..wh.aufs): metadata of a graph driver, never content
-
-
-class Node:
-    """A name in a directory.
-
-    inode     what the name shows; None while it only remembers that lower ranks are hidden.
-    rank      the layer that `inode` is from; 0 for a directory that is only implied by a path below it.
-    claim     the highest rank that said anything about this name.
-    hide      ranks below it are hidden here and everywhere beneath.
-    children  by name; only a directory's are visible.
-    """
-
-    __slots__ = ("children", "claim", "hide", "inode", "name", "parent", "rank")
-
-    def __init__(self, name: bytes, parent: "Node | None") -> None:
-        self.name = name
-        self.parent = parent
-        self.inode: Inode | None = None
-        self.rank = 0
-        self.claim = 0
-        self.hide = 0
-        self.children = _CHILDLESS
-
-    @property
-    def path(self) -> bytes:
-        parts: list[bytes] = []
-        node: Node | None = self
-        while node is not None and node.parent is not None:
-            parts.append(node.name)
-            node = node.parent
-        return b"/".join(reversed(parts))
-
-    def visible_children(self) -> Iterator["Node"]:
-        return (child for child in self.children.values() if child.inode is not None)
 
 
 class Tree:
@@ -399,7 +365,7 @@ class Tree:
         if inode.is_dir:
             inode.ino, inode.nlink = self._number(), 2
             self.directories[inode.ino] = node
-            if node.children is _CHILDLESS:
+            if node.children is CHILDLESS:
                 node.children = {}
             if node.parent is not None and node.parent.inode is not None:
                 node.parent.inode.nlink += 1
