@@ -32,10 +32,11 @@ from ckptfs.layers.protocols import SideDocument
 from ckptfs.model.annotations import PARENT
 from ckptfs.model.blob import Blob
 from ckptfs.model.index import ImageIndex, IndexedLayer
+from ckptfs.model.node import Node
 from ckptfs.model.oci import Descriptor, Manifest, Reference
 from ckptfs.model.parents import parent_link
 from ckptfs.model.toc import Entry, Inode
-from ckptfs.model.tree import Node, Tree
+from ckptfs.model.tree import Tree
 
 log = logging.getLogger(__name__)
 

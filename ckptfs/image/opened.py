@@ -32,10 +32,11 @@ from ckptfs.layers.protocols import SideDocument
 from ckptfs.model.blob import Blob
 from ckptfs.model.chunk_digest import ChunkDigest
 from ckptfs.model.index import IndexedLayer
+from ckptfs.model.node import Node
 from ckptfs.model.oci import Descriptor, Digest, Manifest, Reference
 from ckptfs.model.profile import Profile
 from ckptfs.model.toc import Chunk, Entry, Inode, prefixed
-from ckptfs.model.tree import Node, Tree, Whiteouts
+from ckptfs.model.tree import Tree, Whiteouts
 from ckptfs.settings import Settings
 from ckptfs.sources import Source
 from ckptfs.telemetry import NetworkCounters

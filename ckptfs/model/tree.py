@@ -13,7 +13,9 @@ from typing import Literal
 
 from ckptfs.errors import FormatError
 from ckptfs.model.hidden import Hidden
+from ckptfs.model.node import CHILDLESS, Node
 from ckptfs.model.paths import show
+from ckptfs.model.symlinks import Symlinks
 from ckptfs.model.toc import Entry, Inode
 
 ROOT_INO = 1
@@ -22,42 +24,7 @@ WHITEOUT = b".wh."
 OPAQUE = b".wh..wh..opq"
 # overlayfs reads the first only with CAP_SYS_ADMIN, and the second when mounted with userxattr
 OPAQUE_XATTR = b"trusted.overlay.opaque" if os.geteuid() == 0 else b"user.overlay.opaque"
-_CHILDLESS: "dict[bytes, Node]" = {}  # what is no directory has this one, never changed: 64 bytes for each file else
 _AUFS = b".wh..wh."  # aufs' own files (.wh..wh.plnk, .wh..wh.aufs): metadata of a graph driver, never content
-
-
-class Node:
-    """A name in a directory.
-
-    inode     what the name shows; None while it only remembers that lower ranks are hidden.
-    rank      the layer that `inode` is from; 0 for a directory that is only implied by a path below it.
-    claim     the highest rank that said anything about this name.
-    hide      ranks below it are hidden here and everywhere beneath.
-    children  by name; only a directory's are visible.
-    """
-
-    __slots__ = ("children", "claim", "hide", "inode", "name", "parent", "rank")
-
-    def __init__(self, name: bytes, parent: "Node | None") -> None:
-        self.name = name
-        self.parent = parent
-        self.inode: Inode | None = None
-        self.rank = 0
-        self.claim = 0
-        self.hide = 0
-        self.children = _CHILDLESS
-
-    @property
-    def path(self) -> bytes:
-        parts: list[bytes] = []
-        node: Node | None = self
-        while node is not None and node.parent is not None:
-            parts.append(node.name)
-            node = node.parent
-        return b"/".join(reversed(parts))
-
-    def visible_children(self) -> Iterator["Node"]:
-        return (child for child in self.children.values() if child.inode is not None)
 
 
 class Tree:
@@ -71,6 +38,7 @@ class Tree:
         self._open: dict[int, bytes] = {}  # rank -> prefix, of layers that are still arriving
         self._undescribed: dict[int, bytes] = {}  # the same, of those whose first entry may describe that directory
         self._hidden = Hidden()
+        self._symlinks: dict[int, Symlinks] = {}  # rank -> the layer's own, while it is arriving
         self._opaque: dict[int, list[bytes]] = {}  # rank -> opaque directories of a layer shown as overlayfs has it
         self._awaited: dict[int, dict[bytes, list[bytes]]] = {}  # rank -> target path -> link paths
         self._parent_path: bytes | None = None  # the last parent looked up: tars list a directory's files together
@@ -83,6 +51,7 @@ class Tree:
     def begin(self, rank: int, prefix: bytes = b"") -> None:
         """A layer starts to arrive; all its paths lie under `prefix`. Ranks are 1 and up, and unique."""
         self._open[rank] = prefix
+        self._symlinks[rank] = Symlinks(prefix)
         if prefix:
             self._undescribed[rank] = prefix
 
@@ -92,7 +61,9 @@ class Tree:
         whiteouts: "merge" applies them to lower ranks; "overlay" shows them as overlayfs has them in a lower directory
         (a character device 0:0; an xattr on an opaque directory); "plain" takes them for files like others.
         """
-        for entry in entries:
+        symlinks = self._symlinks.get(rank)
+        for listed in entries:
+            entry = symlinks.follow(listed) if symlinks is not None else listed
             path, inode = entry.path, entry.inode
             if WHITEOUT in path and whiteouts != "plain":
                 parent, _, name = path.rpartition(b"/")
@@ -111,6 +82,7 @@ class Tree:
     def finish(self, rank: int) -> None:
         """The layer is complete. FormatError when it has hard links to files that do not exist."""
         self._open.pop(rank, None)
+        self._symlinks.pop(rank, None)
         self._undescribed.pop(rank, None)
         self._parent_path = None
         for path in self._opaque.pop(rank, ()):
@@ -399,7 +371,7 @@ class Tree:
         if inode.is_dir:
             inode.ino, inode.nlink = self._number(), 2
             self.directories[inode.ino] = node
-            if node.children is _CHILDLESS:
+            if node.children is CHILDLESS:
                 node.children = {}
             if node.parent is not None and node.parent.inode is not None:
                 node.parent.inode.nlink += 1
