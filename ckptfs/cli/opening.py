@@ -154,7 +154,11 @@ def console() -> "Console":
     """Where results for people go. A pipe has no width: lines are not broken there."""
     from rich.console import Console
 
-    return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+    class Ours(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # what rich is handling: it would exit with the code of a bug
+
+    return Ours(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 
 
 def say_traffic(traffic: Traffic, quiet: bool) -> None:
