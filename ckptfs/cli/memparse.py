@@ -106,7 +106,7 @@ def memparse(
 
     # Matches and dumps are printed while they are found.
     quiet = not as_json and output is None and sys.stdout.isatty()
-    found, traffic = with_images([reference], run, progress=not quiet, **options)
+    found, traffic = with_images([reference], run, progress=not quiet, only_checkpoints=True, **options)
     if as_json:
         click.echo(json.dumps({"reference": str(reference), **found, **traffic.to_json()}, indent=2))
     else:

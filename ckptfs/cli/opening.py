@@ -73,12 +73,14 @@ def with_images(
     registry: RegistryOptions,
     progress: bool = True,
     increments: bool = False,
+    only_checkpoints: bool = False,
     **options: Any,
 ) -> tuple[T, Traffic]:
     """Open the images, nothing fetched ahead, run `work(images)`.
 
     progress    nothing else writes to the terminal meanwhile.
     increments  use what the node has of earlier images; saves nothing where few pages are read.
+    only_checkpoints  FormatError where one of them is none.
     """
     configure_logging(options["verbose"], options["quiet"])
     import trio
@@ -104,6 +106,7 @@ def with_images(
         prefetch=False,
         background=False,
         increments=increments,
+        only_checkpoints=only_checkpoints,
         settings=registry.settings(),
     )
     cache = registry.open_cache()
