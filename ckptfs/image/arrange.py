@@ -11,7 +11,7 @@ from typing import TypedDict
 
 import trio
 
-from ckptfs.errors import LimitExceeded, UsageError
+from ckptfs.errors import FormatError, LimitExceeded, UsageError
 from ckptfs.image.delta import DerivedTars, Unpacked
 from ckptfs.image.earlier import EarlierImages
 from ckptfs.image.indexed import inline_index
@@ -72,7 +72,7 @@ async def arrange(image: OpenImage, open_source: OpenSource | None, base: Refere
     elif layout is Layout.IMAGES:
         _gather(image.tree, images_directory(image.tree) or b"")
     elif layout is Layout.NONE:
-        log.warning("%s is not a checkpoint; its files are shown as they are", image.resolved.reference)
+        _is_none(image, f"{image.resolved.reference} is not a checkpoint")
     if image.options.view == "rootfs":
         if layout is Layout.POD:
             raise UsageError(
@@ -89,6 +89,12 @@ async def arrange(image: OpenImage, open_source: OpenSource | None, base: Refere
     derived = DerivedTars(image, partial(base_directories, image, open_source, base))
     image.arrived = derived.look
     derived.look()
+
+
+def _is_none(image: OpenImage, message: str) -> None:
+    if image.options.only_checkpoints:
+        raise FormatError(message, hint="`ckptfs ls REF` shows what is in it")
+    log.warning("%s; its files are shown as they are", message)
 
 
 async def known_layers(image: OpenImage) -> list[tuple[Blob, Known]]:
@@ -151,7 +157,7 @@ async def _unnest(image: OpenImage) -> None:
         index = _blob_node(raw, entries[0]) if entries else None
     if not blobs:
         image.layout = Layout.NONE
-        log.warning("the OCI layout inside %s holds no checkpoint", image.resolved.reference)
+        _is_none(image, f"the OCI layout inside {image.resolved.reference} holds no checkpoint")
         return
     tree = image.show_new_tree()
     for descriptor in blobs:

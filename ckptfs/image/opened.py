@@ -58,6 +58,7 @@ class ImageOptions(NamedTuple):
     prefetch: bool = True
     background: bool = True
     base: Reference | None = None
+    only_checkpoints: bool = False  # FormatError for any other image, which would be shown as it is
     increments: bool = True  # fetch of a pages file only what an earlier image of the repository has not
     remember: bool = True  # keep what scans learn of layers for the next mount
     settings: Settings = Settings()
