@@ -3,9 +3,10 @@
 Python raises it wherever the main thread is. Inside importlib that does harm: a weak reference's callback swallows what
 is raised, or a lock stays taken, and a thread that imports the same module waits for ever. And one that arrives right
 before a blocking system call is noticed after it. Of 480 restores that got Ctrl-C while they began, on two busy cores,
-16 went on as if nothing had been said. Called by __main__.py, mounting.py and restore/.
+16 went on as if nothing had been said. Called by __main__.py, mounting.py, bench/ and restore/.
 """
 
+import contextlib
 import os
 import select
 import signal
@@ -38,6 +39,17 @@ def interrupt_by(*numbers: int, once: bool = False) -> Mapping[int, Any]:
         raise KeyboardInterrupt
 
     return {number: signal.signal(number, handler) for number in (*numbers, signal.SIGALRM)}
+
+
+@contextlib.contextmanager
+def interruptible(*numbers: int) -> Iterator[None]:
+    """The first of these signals is a KeyboardInterrupt; those that follow do not disturb what cleans up."""
+    before = interrupt_by(*numbers, once=True)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def lines(pipe: int) -> Iterator[bytes]:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,8 @@ from ckptfs.bench.results import Figure, ResultFile, Sample, Series, figure
 from ckptfs.bench.watch import Watcher
 from ckptfs.control.client import MountFiles, ask
 from ckptfs.errors import CkptfsError, UnavailableError, UsageError
+from ckptfs.fuse.mountpoint import canonical, mount_at
+from ckptfs.interrupts import interruptible
 from ckptfs.model.oci import Reference
 
 _PULL, _SKOPEO = "ckptfs pull", "skopeo, tar"
@@ -59,6 +62,11 @@ class Outcome:
 
 def compare(wanted: Comparison, say: Callable[[str], None]) -> Outcome:
     """Run everything and write results and report to `wanted.out`; `say` is told of each run."""
+    with interruptible(signal.SIGINT, signal.SIGTERM):
+        return _compare(wanted, say)
+
+
+def _compare(wanted: Comparison, say: Callable[[str], None]) -> Outcome:
     require_plots()
     if wanted.reference.kind == "archive":
         raise UsageError("an archive cannot be pulled", hint="push it to a registry or an oci: layout first")
@@ -164,11 +172,13 @@ class _Runner:
         target = room / "mnt"
         target.mkdir()
         reference = f"{host}/{self.relay.repository}:{self.relay.tag}"
-        _ckptfs("mount", reference, target, "--cache-dir", room / "cache", "--json")
         try:
+            _ckptfs("mount", reference, target, "--cache-dir", room / "cache", "--json")
             yield target
         finally:
-            _ckptfs("umount", target)
+            # An interrupt can come when it is mounted and the command not at its end.
+            if mount_at(canonical(str(target))) is not None:
+                _ckptfs("umount", target, finish=True)
 
     def _pulled(self, reference: str, room: Path) -> Path:
         _ckptfs("pull", reference, room / "eager", "--quiet")
@@ -242,11 +252,11 @@ def _conditions(rtt: float, rate: float) -> dict[str, str | float]:
     return {"rtt_ms": rtt * 1000, "mbit": rate / 1e6}
 
 
-def _ckptfs(*words: str | Path) -> None:
+def _ckptfs(*words: str | Path, finish: bool = False) -> None:
     """Another command of this program; its error is ours."""
-    done = _start(sys.executable, "-m", "ckptfs", *words)
+    done = _start(sys.executable, "-m", "ckptfs", *words, finish=finish)
     if done.returncode:
-        message = done.stderr.strip().removeprefix("ckptfs: ")
+        message = _last_line(done).removeprefix("ckptfs: ")
         error = CkptfsError(message or f"ckptfs {words[0]} ended with {done.returncode}")
         error.exit_code = done.returncode
         raise error
@@ -255,10 +265,28 @@ def _ckptfs(*words: str | Path) -> None:
 def _run(*words: str | Path) -> None:
     done = _start(*words)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise UnavailableError(f"{words[0]} failed: {last}")
+        raise UnavailableError(f"{words[0]} failed: {_last_line(done) or 'it said nothing'}")
 
 
-def _start(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [os.fspath(word) for word in words]
-    return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+def _last_line(done: subprocess.CompletedProcess[str]) -> str:
+    """Why it failed; what stands above are log lines."""
+    return (done.stderr.strip().splitlines() or [""])[-1]
+
+
+def _start(*words: str | Path, finish: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end. An interrupt is for us; we pass it on and wait, or only wait if it has to `finish`.
+
+    subprocess.run would kill it, and a `ckptfs mount` that is killed leaves its daemon behind.
+    """
+    command, pipe = [os.fspath(word) for word in words], subprocess.PIPE
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, process_group=0
+    ) as process:
+        try:
+            out, err = process.communicate()
+        except BaseException:
+            if not finish:
+                process.send_signal(signal.SIGINT)
+            process.communicate()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)

@@ -53,8 +53,14 @@ class ShapedLink:
         self.address = ""
 
     def __enter__(self) -> Self:
-        self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.address = self._line()
+        pipe = subprocess.PIPE
+        # Ctrl-C in a terminal is for the command: who reads behind a link that is gone waits until the deadline.
+        self._process = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, text=True, process_group=0)
+        try:
+            self.address = self._line()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

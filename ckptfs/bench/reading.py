@@ -10,7 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import NamedTuple
 
 from ckptfs.criu.restore_plan import PageRun, RestorePlan, Stage, plan_restore
@@ -95,21 +97,27 @@ def whole_files(directory: Path) -> Stream:
 
 def replay(directory: Path, steps: Sequence[Step]) -> int:
     """Reads the steps; returns the number of bytes that came. OSError where a file is not there or cannot be read."""
-    count = 0
+    count, over = 0, Event()
     for step in steps:
         if len(step) == 1:
             count += _replay_stream(directory, step[0])
             continue
         with ThreadPoolExecutor(max_workers=len(step) or 1) as pool:
-            count += sum(pool.map(lambda stream: _replay_stream(directory, stream), step))
+            try:
+                count += sum(pool.map(partial(_replay_stream, directory, over=over), step))
+            except BaseException:
+                over.set()  # else the pool waits until all of them have read everything
+                raise
     return count
 
 
-def _replay_stream(directory: Path, stream: Stream) -> int:
+def _replay_stream(directory: Path, stream: Stream, over: Event | None = None) -> int:
     count, buffer = 0, memoryview(bytearray(_PIECE))
     with ExitStack() as stack:
         opened: dict[str, int] = {}
         for path, offset, length in _pieces(stream):
+            if over is not None and over.is_set():
+                break
             if path not in opened:
                 if len(opened) == 64:  # as many files as criu has open; a tree may have thousands
                     stack.close()

@@ -24,6 +24,7 @@ from ckptfs.cli.options import (
     reference_argument,
     registry_options,
     verbosity_options,
+    verify_option,
 )
 from ckptfs.errors import CacheError, IntegrityError, NotFoundError
 from ckptfs.model.oci import Reference
@@ -140,6 +141,7 @@ def clear(force: bool, as_json: bool, cache_dir: Path | None, verbose: int, quie
 @click.option("--view", type=click.Choice(["checkpoint", "raw", "rootfs"]), default="checkpoint", show_default=True)
 @click.option("--base", type=RegistryReference(), help="The base image of the rootfs view.")
 @click.option("--json", "as_json", is_flag=True, help="One object.")
+@verify_option
 @registry_options
 def warm(reference: Reference, metadata: bool, as_json: bool, **options: Any) -> None:
     """Fetch an image into the cache, so that mounting and restoring it needs no network.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ckptfs.cli.options import F, RegistryOptions, configure_logging, registry_options
+from ckptfs.cli.options import F, RegistryOptions, configure_logging, registry_options, verify_option
 from ckptfs.errors import only_error
 from ckptfs.model.oci import Reference
 from ckptfs.telemetry import NetworkCounters
@@ -54,7 +54,7 @@ class Traffic:
 def image_options(function: F) -> F:
     """What commands that open an image take."""
     offline = click.option("--offline", is_flag=True, help="Send nothing; use only what the node's cache has.")
-    return offline(registry_options(function))
+    return offline(verify_option(registry_options(function)))
 
 
 def with_image(reference: Reference, work: Callable[["OpenImage"], Awaitable[T]], **options: Any) -> T:
@@ -103,6 +103,7 @@ def with_images(
         view=options.get("view", "checkpoint"),
         base=options.get("base"),
         offline=options["offline"],
+        strict=options["verify"] == "strict",
         prefetch=False,
         background=False,
         increments=increments,

@@ -136,6 +136,17 @@ def transfer_options(function: F) -> F:
     return verbosity_options(config_option(plain_http_option(ignored(function))))
 
 
+def verify_option(function: F) -> F:
+    """--verify: what is done with images whose bytes can be handed out before anything has vouched for them."""
+    return click.option(
+        "--verify",
+        type=click.Choice(["auto", "strict"]),
+        default="auto",
+        show_default=True,
+        help="strict refuses layers that cannot be verified chunk by chunk.",
+    )(function)
+
+
 def metrics_option(function: F) -> F:
     return click.option(
         "--metrics",

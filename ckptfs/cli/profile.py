@@ -20,6 +20,7 @@ from ckptfs.cli.options import (
     registry_options,
     transfer_options,
     verbosity_options,
+    verify_option,
 )
 from ckptfs.errors import NotFoundError, RestoreError, UsageError
 from ckptfs.model.oci import Reference
@@ -61,12 +62,14 @@ def profile() -> None:
     help="Mount nothing: take FILE, which `mount --record` has written. Repeatable: recordings are merged.",
 )
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="[default: NAME-TAG.profile.json]")
+@verify_option
 @registry_options
 def record(
     reference: Reference | None,
     command: tuple[str, ...],
     recordings: tuple[Path, ...],
     out: Path | None,
+    verify: str,
     registry: RegistryOptions,
     verbose: int,
     quiet: bool,
@@ -102,6 +105,7 @@ def record(
                 command_start(),
                 cache_dir=registry.cache_path(),
                 cache_key=registry.cache_key(),
+                strict=verify == "strict",
                 plain_http=registry.plain_http,
                 record=(reads := Path(folder) / "reads.jsonl"),
                 transfer_rate=_TRANSFER_RATE,

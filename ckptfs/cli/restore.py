@@ -15,6 +15,7 @@ from ckptfs.cli.options import (
     deadline,
     reference_argument,
     registry_options,
+    verify_option,
 )
 from ckptfs.errors import NotFoundError, UsageError
 from ckptfs.model.oci import Reference
@@ -68,6 +69,7 @@ def base_options(function: F) -> F:
 @click.option("--keep", is_flag=True, help="Leave mounts, bundle and logs when it has ended.")
 @click.option("--offline", is_flag=True, help="Send nothing; use only what the node's cache has.")
 @click.option("--read-deadline", default="60", show_default=True, help="Seconds until a read gets EIO, or `hard`.")
+@verify_option
 @click.option("--json", "as_json", is_flag=True, help="One object per event: running, resident, ended.")
 @registry_options
 def restore(
@@ -87,6 +89,7 @@ def restore(
     keep: bool,
     offline: bool,
     read_deadline: str,
+    verify: str,
     as_json: bool,
     registry: RegistryOptions,
     verbose: int,
@@ -119,6 +122,7 @@ def restore(
             cache_dir=registry.cache_path(),
             cache_key=registry.cache_key(),
             offline=offline,
+            strict=verify == "strict",
             background=not offline,
             plain_http=registry.plain_http,
             settings=registry.settings(deadline(read_deadline)),

@@ -163,7 +163,7 @@ class OpenImage:
         if self.options.strict and layer.verification != "chunk":
             raise IntegrityError(
                 f"layer {descriptor.digest} ({layer.format}) cannot be verified chunk by chunk",
-                hint="mount with --verify auto, or push the image with `ckptfs push`",
+                hint="give --verify auto, or push the image with `ckptfs push`",
             )
         self.memory.prepare(layer)
         tree = self.tree if tree is None else tree

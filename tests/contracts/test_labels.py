@@ -111,3 +111,25 @@ def test_what_a_user_sees_of_it(tmp_path: Path) -> None:
         target = tmp_path / "mnt"
         refused = ckptfs("mount", registry.reference("repo:latest"), target, "--verify", "strict")
         assert refused.code == 6 and "--verify auto" in refused.line
+
+
+READERS = ["ls REF", "cat REF file", "cp REF file TMP/copy", "inspect REF", "show REF", "diff REF REF", "memparse REF"]
+READERS += ["cache warm REF", "check REF", "stub REF --mount mnt --out TMP/stub.tar --criu-dir TMP/criu"]
+READERS += ["restore REF --dir TMP/place", "restore REF --dir TMP/place --eager", "profile record REF -- cat {}/small"]
+
+
+@pytest.mark.fuse
+@pytest.mark.row("M11")
+@pytest.mark.parametrize("words", READERS)
+def test_strict_is_heeded_by_all_that_hand_out_bytes(words: str, tmp_path: Path) -> None:
+    """As an option and as a setting; by a command that executes the memory most of all."""
+    require("fusermount3", *["criu"] * words.startswith("restore"), root=True)
+    with FakeRegistry() as registry:
+        add(registry, "gzip")
+        command, _, rest = words.replace("TMP", str(tmp_path)).partition("REF")
+        cache, reference = {"CKPTFS_CACHE_DIR": str(tmp_path / "cache")}, registry.reference("repo:latest")
+        for options, setting in ((["--verify", "strict"], {}), ([], {"CKPTFS_VERIFY": "strict"})):
+            line = [*command.split(), *options, reference, *rest.replace("REF", reference).split()]
+            refused = ckptfs(*line, env=cache | setting)
+            assert refused.code == 6 and "cannot be verified chunk by chunk" in refused.line, refused
+            assert {path.name for path in tmp_path.iterdir()} <= {"cache", "criu"}

@@ -1,13 +1,18 @@
 """`ckptfs bench` on a real image: lazily through FUSE, eagerly with skopeo, over a link that is slow for real."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from ckptfs.bench.results import Sample, Series, Stamp, read_results
 from tests.support.command import ckptfs
-from tests.support.tools import require
+from tests.support.tools import require, wait_for
 
 pytestmark = [pytest.mark.fuse, pytest.mark.registry]
 
@@ -59,3 +64,28 @@ def test_what_cannot_be_measured_is_said_in_one_line(
     done = ckptfs("bench", *(word.format(tmp=tmp_path) for word in words), "--out", tmp_path / "out")
     assert done.code == code
     assert said in done.err
+
+
+@pytest.mark.parametrize("moment", ["mounting", "reading"])
+def test_an_interrupt_ends_all_of_it_at_once(moment: str, tmp_path: Path) -> None:
+    """Ctrl-C is heard by all of a terminal's processes: the mount is read to its end only if link and relay stay."""
+    out = tmp_path / "out"
+    words = ["bench", f"oci:{LAYOUT}", "--out", out, "--rtt", "200ms", "--rate", "500kbit"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ckptfs", *map(str, words)], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+    def there() -> bool:
+        on_the_link = list(out.glob(".bench-*/2/mnt"))
+        return bool(on_the_link) and (moment == "mounting" or os.path.ismount(on_the_link[0]))
+
+    wait_for("the mount", there, patience=30)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)
+    began = time.monotonic()
+    _, err = process.communicate(timeout=90)
+    assert (process.returncode, err) == (130, "ckptfs: interrupted\n")
+    assert time.monotonic() - began < 15
+    assert str(tmp_path) not in Path("/proc/mounts").read_text()
+    assert list(out.glob(".bench-*")) == []
+    assert subprocess.run(["pgrep", "-f", str(tmp_path)], check=False, capture_output=True).stdout == b""

@@ -294,6 +294,21 @@ def test_refusals(reference: str, base: str, single_checkpoint: Checkpoint, tmp_
             assert checked.code == code and checked.json["ok"] is False, (arguments, checked.out, checked.err)
 
 
+def test_strict_means_the_base_image_too(reference: str, base: str, tmp_path: Path) -> None:
+    """Its files are run as well. One that this node has streamed once can be checked chunk by chunk."""
+    common = ["--base", base, "--cache-dir", tmp_path / "cache"]
+    for options, setting in ((["--verify", "strict"], {}), ([], {"CKPTFS_VERIFY": "strict"})):
+        done = ckptfs("restore", reference, *common, "--dir", tmp_path / "place", *options, env=setting)
+        assert (done.code, done.out) == (6, "") and "cannot be verified chunk by chunk" in done.line, done.err
+        assert_nothing_left(tmp_path)
+        checked = ckptfs("check", reference, *common, "--json", *options, env=setting)
+        assert (checked.code, checked.json["ok"]) == (6, False)
+    warmed = ckptfs("cache", "warm", base, "--view", "raw", "--cache-dir", tmp_path / "cache")
+    assert warmed.code == 0, warmed.err
+    with restored(tmp_path, reference, "--base", base, "--verify", "strict") as container:
+        container.assert_delta()
+
+
 def test_check_says_yes(reference: str, base: str, tmp_path: Path) -> None:
     done = ckptfs("check", reference, "--base", base, "--json", "--cache-dir", tmp_path / "cache")
     assert done.code == 0, done.out
