@@ -4,12 +4,13 @@ import json
 import os
 import stat
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ckptfs.cli.opening import image_options, with_image
+from ckptfs.cli.opening import Progress, image_options, with_image
 from ckptfs.cli.options import F, RegistryReference, reference_argument
 from ckptfs.model.oci import Reference
 from ckptfs.model.times import as_datetime
@@ -88,13 +89,15 @@ def cat(reference: Reference, paths: tuple[str, ...], **options: Any) -> None:
     ckptfs cat localhost:5000/counter:1 config.dump | jq .name
     """
 
+    progress = Progress()
+
     async def work(image: Any) -> None:
         for path in paths:
             node = await _find(image, path)
-            await _copy(image, node, path, sys.stdout.buffer)
+            await _copy(image, node, path, sys.stdout.buffer, progress.printing)
         sys.stdout.buffer.flush()
 
-    with_image(reference, work, progress=not sys.stdout.isatty(), **options)
+    with_image(reference, work, progress=progress, **options)
 
 
 @click.command()
@@ -138,7 +141,7 @@ async def _find(image: Any, path: str) -> Any:
     return node
 
 
-async def _copy(image: Any, node: Any, path: str, out: Any) -> None:
+async def _copy(image: Any, node: Any, path: str, out: Any, before: Callable[[], None] = lambda: None) -> None:
     from ckptfs.errors import UsageError
     from ckptfs.settings import MiB
 
@@ -149,6 +152,7 @@ async def _copy(image: Any, node: Any, path: str, out: Any) -> None:
     offset = 0
     while offset < node.inode.size:
         data = await image.reader.serve(handle, offset, MiB)
+        before()
         out.write(data)
         offset += len(data)
 

@@ -1,7 +1,6 @@
 """ckptfs memparse: the memory of checkpointed processes, read and searched where it lies."""
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptfs.cli.opening import console, image_options, say_traffic, with_images
+from ckptfs.cli.opening import Progress, console, image_options, say_traffic, with_images
 from ckptfs.cli.options import reference_argument
 from ckptfs.cli.output import appearing, create
 from ckptfs.errors import UsageError
@@ -85,28 +84,29 @@ def memparse(
         )
     from ckptfs.inspection.memory import hex_pattern, regex_pattern, text_pattern
 
+    progress = Progress()  # matches and dumps are printed while they are found
     work: Callable[[ImageFiles], dict[str, Any]]
     if any(given):
         if search is not None:
             pattern = text_pattern(search)
         else:
             pattern = hex_pattern(search_hex) if search_hex is not None else regex_pattern(search_regex or "")
-        work = partial(_search, pid=pid, pattern=pattern, context=context, limit=limit, as_json=as_json)
+        work = partial(
+            _search, pid=pid, pattern=pattern, context=context, limit=limit, as_json=as_json, progress=progress
+        )
     elif output is not None and pid is not None:
         work = partial(_write, pid=pid, output=output, as_json=as_json)
     elif pid is not None and not as_json:
-        work = partial(_dump, pid=pid)
+        work = partial(_dump, pid=pid, progress=progress)
     else:
-        work = partial(_table, pid=pid, as_json=as_json)
+        work = partial(_table, pid=pid, as_json=as_json, progress=progress)
 
     async def run(images: "Sequence[OpenImage]") -> dict[str, Any]:
         from ckptfs.inspection.image_files import in_thread
 
         return await in_thread(images[0], work)
 
-    # Matches and dumps are printed while they are found.
-    quiet = not as_json and output is None and sys.stdout.isatty()
-    found, traffic = with_images([reference], run, progress=not quiet, only_checkpoints=True, **options)
+    found, traffic = with_images([reference], run, progress=progress, only_checkpoints=True, **options)
     if as_json:
         click.echo(json.dumps({"reference": str(reference), **found, **traffic.to_json()}, indent=2))
     else:
@@ -130,11 +130,12 @@ def _processes(files: "ImageFiles", pid: int | None) -> "Iterator[tuple[str, Ima
         raise NotFoundError(f"the checkpoint has no {who}", hint="`ckptfs inspect REF --ps-tree` lists them")
 
 
-def _table(files: "ImageFiles", pid: int | None, as_json: bool) -> dict[str, Any]:
+def _table(files: "ImageFiles", pid: int | None, as_json: bool, progress: Progress) -> dict[str, Any]:
     from ckptfs.inspection.render import print_memory_sizes
 
     found = list(_processes(files, pid))
     if not as_json:
+        progress.printing()
         print_memory_sizes(console(), [process for _, _, process in found])
         return {}
     return {
@@ -152,7 +153,13 @@ def _table(files: "ImageFiles", pid: int | None, as_json: bool) -> dict[str, Any
 
 
 def _search(
-    files: "ImageFiles", pid: int | None, pattern: "re.Pattern[bytes]", context: int, limit: int, as_json: bool
+    files: "ImageFiles",
+    pid: int | None,
+    pattern: "re.Pattern[bytes]",
+    context: int,
+    limit: int,
+    as_json: bool,
+    progress: Progress,
 ) -> dict[str, Any]:
     from ckptfs.inspection.memory import ProcessMemory, search
     from ckptfs.inspection.render import print_matches
@@ -160,7 +167,11 @@ def _search(
     def matches() -> "Iterator[Match]":
         for _, images, process in _processes(files, pid):
             if process.memory or pid is not None:
-                yield from search(ProcessMemory(images, process.pid), pattern, context)
+                for match in search(ProcessMemory(images, process.pid), pattern, context):
+                    if not as_json:
+                        progress.printing()
+                    yield match
+        progress.printing()
 
     first = islice(matches(), limit)
     found = [match.to_json() for match in first] if as_json else []
@@ -170,12 +181,13 @@ def _search(
     return {"matches": found, "complete": count < limit}
 
 
-def _dump(files: "ImageFiles", pid: int) -> dict[str, Any]:
+def _dump(files: "ImageFiles", pid: int, progress: Progress) -> dict[str, Any]:
     from ckptfs.inspection.memory import ProcessMemory
     from ckptfs.inspection.render import hex_lines
 
     for _, images, _ in _processes(files, pid):
         for vaddr, data, _ in ProcessMemory(images, pid).windows():
+            progress.printing()
             for line in hex_lines(vaddr, data):
                 click.echo(line)
     return {}

@@ -6,6 +6,7 @@ runs.
 
 import math
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from ckptfs.terminal import size_text
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.status import Status
 
     from ckptfs.image import OpenImage
 
@@ -51,6 +53,48 @@ class Traffic:
         return f"fetched {of} in {self.requests} request{'' if self.requests == 1 else 's'}"
 
 
+class Progress:
+    """One line on stderr that changes and goes away, once a command has taken a second."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._status: Status | None = None
+        self._over = False
+
+    async def show(self, counters: NetworkCounters, images: "Sequence[OpenImage]") -> None:
+        """Until cancelled."""
+        import trio
+        from rich.console import Console
+
+        await trio.sleep(_PATIENCE)
+        try:
+            with self._lock:
+                if not self._over:
+                    self._status = Console(stderr=True).status("")
+                    self._status.start()
+            while not self._over:
+                total = sum(image.image_bytes for image in images)
+                of = size_text(total) if total else "the image"
+                with self._lock:
+                    if self._status is not None:
+                        self._status.update(f"fetched {size_text(counters.bytes)} of {of}")
+                await trio.sleep(0.2)
+        finally:
+            self._end()
+
+    def printing(self) -> None:
+        """Something is about to be printed; on the same terminal it would get into the line. From any thread."""
+        if not self._over and sys.stdout.isatty():
+            self._end()
+
+    def _end(self) -> None:
+        with self._lock:
+            self._over = True
+            if self._status is not None:
+                self._status.stop()
+                self._status = None
+
+
 def image_options(function: F) -> F:
     """What commands that open an image take."""
     offline = click.option("--offline", is_flag=True, help="Send nothing; use only what the node's cache has.")
@@ -71,14 +115,14 @@ def with_images(
     work: "Callable[[Sequence[OpenImage]], Awaitable[T]]",
     *,
     registry: RegistryOptions,
-    progress: bool = True,
+    progress: Progress | None = None,
     increments: bool = False,
     only_checkpoints: bool = False,
     **options: Any,
 ) -> tuple[T, Traffic]:
     """Open the images, nothing fetched ahead, run `work(images)`.
 
-    progress    nothing else writes to the terminal meanwhile.
+    progress    for `work` that prints: it calls `printing` before.
     increments  use what the node has of earlier images; saves nothing where few pages are read.
     only_checkpoints  FormatError where one of them is none.
     """
@@ -91,7 +135,7 @@ def with_images(
     from ckptfs.sources.early import EarlySource
 
     keep_memory_private()
-    counters = NetworkCounters()
+    counters, shown = NetworkCounters(), progress or Progress()
     reach = registry.reach(counters)
 
     def sources() -> list[Source]:
@@ -115,8 +159,8 @@ def with_images(
     async def run() -> tuple[T, Traffic]:
         images: list[OpenImage] = []
         async with trio.open_nursery() as nursery:
-            if progress and not options["quiet"] and sys.stderr.isatty():
-                nursery.start_soon(_show_progress, counters, images)
+            if not options["quiet"] and sys.stderr.isatty():
+                nursery.start_soon(shown.show, counters, images)
             async with AsyncExitStack() as stack:
                 for source in sources():
                     image = await stack.enter_async_context(open_image(source, cache, wanted, counters, reach))
@@ -139,19 +183,6 @@ def _traffic(images: "Sequence[OpenImage]", counters: NetworkCounters) -> Traffi
     resolved = [image.resolved for image in images]
     size = sum(blob.size for image in resolved for blob in (*image.manifest.layers, *image.loose_blobs))
     return Traffic(counters.bytes, size, counters.requests, counters.round_trips(math.inf))
-
-
-async def _show_progress(counters: NetworkCounters, images: "Sequence[OpenImage]") -> None:
-    """One line on stderr that changes and goes away, once the command has taken a second."""
-    import trio
-    from rich.console import Console
-
-    await trio.sleep(_PATIENCE)
-    with Console(stderr=True).status("") as status:
-        while True:
-            total = sum(image.image_bytes for image in images)
-            status.update(f"fetched {size_text(counters.bytes)} of {size_text(total) if total else 'the image'}")
-            await trio.sleep(0.2)
 
 
 def console() -> "Console":

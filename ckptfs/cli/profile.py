@@ -91,9 +91,12 @@ def record(
         raise UsageError("both --from and a COMMAND", hint="give one of them")
     if not recordings and not (reference and command):
         raise UsageError("nothing to record", hint="give REF -- COMMAND..., or --from FILE")
+    from ckptfs.cli.output import require_writable
     from ckptfs.model.profile import encode_profile, merged
     from ckptfs.mounting import MountRequest, command_start
 
+    path = out or Path(_default_name(reference))
+    require_writable(path)  # before a restore that may take minutes
     if recordings:
         found = [_read_recording(file, limits) for file in recordings]
     else:
@@ -116,8 +119,10 @@ def record(
             found = [_read_recording(reads, limits)]
     result = merged(found, limits)
     if not result.runs:
-        raise NotFoundError("nothing was read", hint="COMMAND has to restore from {}, where REF is mounted")
-    path = out or Path(_default_name(reference))
+        raise NotFoundError(
+            "nothing was read out of sequence",
+            hint="COMMAND has to restore from {}, where REF is mounted; pages read from front to back need no profile",
+        )
     try:
         path.write_bytes(encode_profile(result) + b"\n")
     except OSError as error:

@@ -116,5 +116,5 @@ async def _base_of(image: OpenImage) -> Reference:
             continue  # an image ID, or a short name that only the engine can resolve
         if reference.kind == "registry" and reference.host != "localhost":  # podman's name for "made here"
             return reference.pinned(Digest.parse(digest)) if digest and reference.digest is None else reference
-    told = ", ".join(name for name in names if name) or "none"
+    told = ", ".join(dict.fromkeys(filter(None, names))) or "none"
     raise NotFoundError(f"no registry is known for the base image ({told})", hint="name it with --base REF")

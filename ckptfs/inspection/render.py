@@ -21,17 +21,27 @@ from ckptfs.inspection.processes import Process, by_parent
 from ckptfs.terminal import printable, size_text
 
 _ROW = 16  # bytes in a line of a hex dump
+_WIDE = 100  # columns of a terminal from which on a table of eight can be read
 
 
 def print_summaries(console: Console, rows: Iterable[tuple[str, Container, Sizes]]) -> None:
-    """`show`: a line per checkpoint, (its name, container, sizes)."""
-    table = _table("Container", "Image", "!ID", "Engine", "Created", "!Size", "!Delta", "Checkpoint")
-    for name, container, sizes in rows:
+    """`show`: a line per checkpoint, (its name, container, sizes); a paragraph where a line is too short for that."""
+    titles = ("Container", "Image", "!ID", "Engine", "Created", "!Size", "!Delta", "Checkpoint")
+    table = _table(*titles)
+    for number, (name, container, sizes) in enumerate(rows):
         engine = "/".join(filter(None, (container.engine, container.runtime)))
         created = (container.created or "")[:16].replace("T", " ")
-        words = (container.name, container.image, container.id[:12], engine, created)
-        table.add_row(*map(_text, words), size_text(sizes.total), size_text(sizes.rootfs_diff), _text(name))
-    console.print(table)
+        size, delta = size_text(sizes.total), size_text(sizes.rootfs_diff)
+        words = (container.name, container.image, container.id[:12], engine, created, size, delta, name)
+        if console.width >= _WIDE:
+            table.add_row(*map(_text, words))
+            continue
+        if number:
+            console.print()
+        for title, word in zip(titles, words, strict=True):
+            console.print(_labelled(title.lstrip("!"), word), soft_wrap=True)
+    if table.row_count:
+        console.print(table)
 
 
 def print_overview(console: Console, overview: Overview, before: str = "") -> None:

@@ -89,7 +89,9 @@ def _translated(error: OSError, path: Path) -> CkptfsError:
     if isinstance(error, FileNotFoundError):
         return NotFoundError(f"there is no {path}", hint="check the path; is the image complete?")
     if isinstance(error, PermissionError):
-        return AuthError(f"{path} may not be read by this user")
+        return AuthError(
+            f"{path} may not be read by this user", hint="ask its owner for the right, or run as a user who has it"
+        )
     return FormatError(f"{path} cannot be read: {error.strerror}")
 
 

@@ -263,6 +263,19 @@ def test_what_cannot_be_done_is_said_in_one_line(arguments: list[str], code: int
     assert done.code == code and done.line
 
 
+def test_what_cannot_be_written_is_told_before_the_restore(case: Case, tmp_path: Path) -> None:
+    command = ["sh", "-c", f"touch {tmp_path}/has-run"]
+    done = ckptfs("profile", "record", case.reference, "--out", "/nowhere/p.json", "--", *command)
+    assert done.code == 2 and "/nowhere/p.json cannot be written" in done.line and not list(tmp_path.iterdir())
+
+
+def test_reads_from_front_to_back_are_no_working_set(tmp_path: Path) -> None:
+    facts = [{"t_ms": 10, "path": PAGES.decode(), "offset": at * MiB, "length": MiB, "hit": False} for at in range(9)]
+    (tmp_path / "reads").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
+    done = ckptfs("profile", "record", "--from", tmp_path / "reads", "--out", tmp_path / "p.json")
+    assert done.code == 3 and "nothing was read out of sequence" in done.line and not (tmp_path / "p.json").exists()
+
+
 @pytest.mark.fuse
 @pytest.mark.parametrize(("command", "code"), [(["sh", "-c", "exit 3"], 8), (["/no/such/program"], 2), (["true"], 3)])
 def test_a_command_that_fails_leaves_nothing(

@@ -19,10 +19,11 @@ import zstandard
 from ckptfs.errors import UsageError, only_error
 from tests.support import golden
 from tests.support.blobs import TAR, blob_of
+from tests.support.command import ckptfs
 from tests.support.producers import PRODUCER, PRODUCERS, deltas, nested_blobs, unpack
 from tests.support.push import push_to_layout
 from tests.support.stargz import estargz_of
-from tests.support.tools import require, run
+from tests.support.tools import ROOT, require, run
 from tests.support.trees import layout_with
 from tests.support.views import Entries, show, under, without
 
@@ -302,3 +303,10 @@ def test_the_root_file_system_of_what_is_no_checkpoint(made: Callable[[str], Mad
     other = made("none")
     reference = FORMATS["tar"](other.tar, tmp_path)
     assert differences(show(reference, tmp_path / "cache", "rootfs").entries, other.raw) == {}
+
+
+def test_a_base_image_that_is_named_twice_is_told_once(tmp_path: Path) -> None:
+    push_to_layout(f"oci:{ROOT}/tests/data/corpus/counter/k8s-zstdchunked.oci", tmp_path / "pushed")
+    options = ("--view", "rootfs", "--cache-dir", tmp_path / "cache")
+    done = ckptfs("ls", f"oci:{tmp_path}/pushed", *options)
+    assert done.code == 3 and done.line.count("localhost/base:latest") == 1

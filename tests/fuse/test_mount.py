@@ -271,6 +271,7 @@ def test_unmounting_what_is_not_ours_is_refused(tmp_path: Path) -> None:
         (["mount", "oci:{layout}", "{mnt}", "--read-deadline", "soon"], 2, "seconds"),
         (["cat", "oci:{layout}", "no/such/file"], 3, "no/such/file"),
         (["ls", "oci:{layout}", "no/such/dir"], 3, "no/such/dir"),
+        (["cat", "oci:{layout}", "checkpoint"], 2, "checkpoint is a directory; `ckptfs ls REF checkpoint` lists it"),
         (["status", "{mnt}"], 8, "nothing is mounted"),
         (["status", "/proc"], 8, "is a proc mount, not one of ckptfs"),
         (["nonsense"], 2, "nonsense"),

@@ -20,6 +20,7 @@ from tests.support.command import ckptfs
 from tests.support.counted import with_layouts
 from tests.support.criu_images import CORPUS, DUMPS, image, mm, pagemap, task, vma
 from tests.support.push import push_to_layout
+from tests.support.terminal import on_terminal
 from tests.support.trees import layout_of
 
 COUNTER, TREE = CORPUS / "counter", CORPUS / "tree"
@@ -258,3 +259,16 @@ def test_a_gigabyte_that_we_pushed(tmp_path: Path) -> None:
     (process,) = overview.processes
     assert (process.memory, process.arguments, process.environment) == (size, ("/bin/big",), ("A=1",))
     assert counters.bytes <= 256 * 1024 and counters.round_trips(math.inf) <= 3
+
+
+@pytest.mark.parametrize("columns", [40, 60, 99])
+def test_show_on_a_narrow_terminal_is_a_paragraph_each(columns: int, tmp_path: Path) -> None:
+    layouts = [f"oci:{CORPUS}/counter/k8s-zstdchunked.oci", f"oci:{TREE}/k8s-gzip.oci"]
+    with on_terminal("show", *layouts, "--cache-dir", tmp_path, columns=columns) as terminal:
+        assert terminal.end(60) == 0
+    assert terminal.raw.count("Container: ") == 2
+    for layout in layouts:
+        assert layout in terminal.raw  # in one piece, which the terminal may wrap
+    with on_terminal("show", *layouts, "--cache-dir", tmp_path, columns=160) as terminal:
+        assert terminal.end(60) == 0
+    assert terminal.raw.count("Container") == 1 and "Container: " not in terminal.raw

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ckptfs.cli.memparse import _search, _table
+from ckptfs.cli.opening import Progress
 from ckptfs.inspection.image_files import in_thread
 from ckptfs.inspection.memory import ProcessMemory, text_pattern
 from ckptfs.inspection.overview import open_images
@@ -15,7 +16,9 @@ from ckptfs.inspection.source import LocalFiles
 from tests.support.command import ckptfs
 from tests.support.counted import with_layouts
 from tests.support.criu_images import CORPUS, unpack_counter
+from tests.support.fake_registry import FakeRegistry, Trickle
 from tests.support.push import push_to_layout
+from tests.support.terminal import on_terminal
 
 COUNTER, TREE = f"oci:{CORPUS}/counter/k8s-zstdchunked.oci", f"oci:{CORPUS}/tree/k8s-zstdchunked.oci"
 NEEDLE = 0x7FFC95B58FC1  # as `checkpointctl memparse --search container=podman` prints it
@@ -106,12 +109,14 @@ def test_sizes_fetch_no_page_and_a_search_each_page_once(tmp_path: Path) -> None
     push_to_layout(COUNTER, tmp_path / "image")
     manifest = json.loads((tmp_path / "image" / "index.json").read_bytes())["manifests"][0]["size"]
     _, counters = with_layouts(
-        [tmp_path / "image"], tmp_path / "a", lambda images: in_thread(images[0], lambda f: _table(f, None, True))
+        [tmp_path / "image"],
+        tmp_path / "a",
+        lambda images: in_thread(images[0], lambda f: _table(f, None, True, Progress())),
     )
     assert (counters.requests, counters.bytes) == (1, manifest)
 
     def work(files: object) -> object:
-        return _search(files, None, text_pattern("container=podman"), 0, 10, True)  # type: ignore[arg-type]
+        return _search(files, None, text_pattern("container=podman"), 0, 10, True, Progress())  # type: ignore[arg-type]
 
     found, counters = with_layouts(
         [tmp_path / "image"],
@@ -121,3 +126,14 @@ def test_sizes_fetch_no_page_and_a_search_each_page_once(tmp_path: Path) -> None
     assert isinstance(found, dict) and len(found["matches"]) == 1
     layers = sum(file.stat().st_size for file in (tmp_path / "image" / "blobs" / "sha256").iterdir())
     assert counters.bytes < layers and counters.round_trips(math.inf) <= 3
+
+
+def test_a_search_that_takes_its_time_shows_progress_until_it_finds_something(tmp_path: Path) -> None:
+    with FakeRegistry({("blobs/", None): Trickle(0.2, 4096)}) as registry:
+        registry.add_layout(CORPUS / "counter" / "k8s-zstdchunked.oci", "repo")
+        words = ("memparse", registry.reference("repo:latest"), "-s", "container=podman", "--cache-dir", tmp_path)
+        with on_terminal(*words) as terminal:
+            assert terminal.end(60) == 0 and terminal.in_order
+    before, match, after = terminal.raw.partition("container=podman")
+    assert match and "fetched" in before
+    assert after.count("fetched") == 1 and "requests" in after  # the last line
