@@ -19,6 +19,7 @@ def main() -> None:
 
 
 def _run(*program: str) -> NoReturn:
+    _open_closed_streams()
     begins_daemon = sys.argv[1:2] in (["mount"], ["restore"]) and _NO_DAEMON.isdisjoint(sys.argv)
     try:
         if begins_daemon:
@@ -38,6 +39,21 @@ def _run(*program: str) -> NoReturn:
             sys.stdout.flush()
         os._exit(code)  # who waits for the mount need not wait until this process has been taken apart (2.5 ms)
     sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """`ckptfs ... >&-`: no file that is opened may get the number of a stream, for what is printed would go there.
+
+    Python has None for closed streams. Writing to our standard output fails then, as it would have; stderr is silent.
+    """
+    for number, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, flags)  # the lowest number that is free: this one
+    sys.stdin = sys.stdin or os.fdopen(0, encoding="utf-8", closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8", closefd=False)
 
 
 def checkpointctl_plugin() -> None:

@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -15,6 +15,7 @@ from ckptfs.control.client import MountFiles
 from ckptfs.engine.activity import reads_now
 from ckptfs.engine.cache import ChunkCache
 from ckptfs.engine.recording import ReadRecorder
+from ckptfs.errors import MountError
 from ckptfs.fuse.mount import MountSession, mount_options
 from ckptfs.fuse.operations import Operations
 from ckptfs.image import ImageOptions, OpenImage, open_image
@@ -108,9 +109,16 @@ async def _serve(
                 await session.run(mount_options(str(request.reference), allow_other=request.allow_other), ready)
             finally:
                 if request.stats is not None:
-                    with suppress(OSError):
-                        request.stats.write_text(json.dumps(status({"exact": True}), indent=2) + "\n")
+                    _write_stats(request.stats, status({"exact": True}))
                 nursery.cancel_scope.cancel()
+
+
+def _write_stats(file: Path, status: dict[str, Any]) -> None:
+    """MountError: the daemon's log, which tells of it, stays. The command has tried the path before."""
+    try:
+        file.write_text(json.dumps(status, indent=2) + "\n")
+    except OSError as error:
+        raise MountError(f"the last status could not be written to {file}: {error.strerror}") from None
 
 
 async def _publish_index(image: OpenImage, request: MountRequest) -> None:

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _ENDED_BY = (signal.SIGINT, signal.SIGTERM)
 _ENDS = Timeouts().daemon_end
+_ALL = "`ckptfs status` without a directory shows all mounts"
 
 
 class MountRequest(NamedTuple):
@@ -152,8 +153,11 @@ def umount(directory: str, *, force: bool = False) -> None:
             files.remove()
             raise MountError(f"nothing is mounted on {path}", hint="`ckptfs status` shows the mounts") from None
         detach(path)
-        with _Lock(path) as lock:
-            lock.remove()
+        try:
+            with _Lock(path) as lock:
+                lock.remove()
+        except MountError:  # it lives and was stopped; its files are its own to remove, or of whoever finds it dead
+            log.warning("%s is unmounted; its daemon does not answer, and ends once it runs again", path)
         return
     # The daemon holds the lock until it has ended.
     deadline = time.monotonic() + _ENDS
@@ -184,10 +188,11 @@ def statuses(directory: str | None, *, detail: bool = False) -> list[dict[str, A
     if directory is not None:
         path = canonical(directory)
         files = MountFiles.of(path)
-        if mount_at(path) is None and not files.state.exists():
-            raise MountError(
-                f"nothing is mounted on {path}", hint="`ckptfs status` without a directory shows all mounts"
-            )
+        mounted = mount_at(path)
+        if mounted is None and not files.state.exists():
+            raise MountError(f"nothing is mounted on {path}", hint=_ALL)
+        if mounted is not None and not mounted.ours:
+            raise MountError(f"{path} is a {mounted.fstype} mount, not one of ckptfs", hint=_ALL)
         wanted = [(files, {"mountpoint": path})]
     else:
         wanted = list(known_mounts())
@@ -197,11 +202,16 @@ def statuses(directory: str | None, *, detail: bool = False) -> list[dict[str, A
             found.append({**_UNKNOWN, **ask(files, "status", detail=detail)})
         except UnavailableError:
             hint = f"dead; run: ckptfs umount {state['mountpoint']}"
-            if mount_at(state["mountpoint"]) is None:
+            left = mount_at(state["mountpoint"])
+            if left is None:
                 files.remove()
                 hint = "gone"
+            elif directory is not None and left.user not in (None, os.geteuid()):  # its daemon answers nobody else
+                raise MountError(
+                    f"{left.path} is mounted by another user (uid {left.user})", hint="only that user can ask it"
+                ) from None
             if directory is not None:
-                raise UnavailableError(f"the daemon of {state['mountpoint']} is {hint}") from None
+                raise MountError(f"the daemon of {state['mountpoint']} is {hint}") from None
             if hint != "gone":
                 found.append({**state, "state": hint})
     return found
@@ -301,10 +311,6 @@ def _serve(request: Request, claim: _Lock, writer: int) -> NoReturn:
         code = message["code"]
         with contextlib.suppress(OSError):
             os.write(writer, json.dumps(message).encode() + b"\n")
-        if isinstance(error, CkptfsError):
-            log.error("%s", error)
-        else:
-            log.exception("the daemon ends")
     finally:
         logging.shutdown()
         os._exit(code)
@@ -378,6 +384,10 @@ def _run(request: Request, claim: _Lock, writer: int | None) -> None:
         else:
             _serve_image(request, claim, writer)
         ended_well = True
+    except BaseException as error:
+        if writer is not None:  # nobody else tells; and a log that says nothing is removed
+            log.error("%s", error, exc_info=None if isinstance(error, CkptfsError) else error)
+        raise
     finally:
         claim.remove(keep_log=not ended_well)
 

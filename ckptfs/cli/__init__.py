@@ -3,16 +3,19 @@
 Exit codes: 0 ok, 1 bug, 2 usage, 3 not found, 4 not authorised, 5 unavailable, 6 integrity, 7 format, 8 mount or cache.
 """
 
+import contextlib
+import errno
 import importlib
 import logging
 import os
 import sys
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TextIO
 
 import click
 
 from ckptfs import __version__
-from ckptfs.errors import CkptfsError, UsageError
+from ckptfs.errors import CkptfsError, MountError, UsageError
 from ckptfs.redaction import redact
 
 PROGRAM = "ckptfs"
@@ -44,12 +47,33 @@ COMMANDS = {
 }
 
 
+# What writing to a file, a pipe or a terminal fails with: standard output is what nobody else translates.
+_UNWRITABLE = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF))
+
+
+class _ReaderGone(Exception):
+    """Whoever reads our output has had enough (`ckptfs ls | head`)."""
+
+
+@contextlib.contextmanager
+def _not_for_click() -> Iterator[None]:
+    """What click would answer in its own way."""
+    try:
+        yield
+    except KeyboardInterrupt:  # an empty line
+        raise click.Abort from None
+    except BrokenPipeError:  # an exit code that means a bug
+        raise _ReaderGone from None
+
+
 class _Lazy(click.Group):
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        with _not_for_click():  # it prints --help
+            return super().make_context(*arguments, **options)
+
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with _not_for_click():
             return super().invoke(ctx)
-        except KeyboardInterrupt:  # click would print an empty line first
-            raise click.Abort from None
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -78,6 +102,23 @@ def main() -> None:
 def run(arguments: list[str], program: str = PROGRAM) -> int:
     """Run one command; returns the exit code. Every failure is one line on stderr. `program`: how it was called."""
     try:
+        return _run(arguments, program)
+    except (_ReaderGone, BrokenPipeError):
+        _silence(sys.stdout)
+        return 0
+    except CkptfsError as error:
+        return fail(str(error), error.exit_code)
+    except OSError as error:
+        if error.errno in _UNWRITABLE and error.filename is None:
+            _silence(sys.stdout)
+            return fail(f"cannot write the output: {error.strerror}", MountError.exit_code)
+        return _bug(error)
+    except Exception as error:
+        return _bug(error)
+
+
+def _run(arguments: list[str], program: str) -> int:
+    try:
         result = main.main(args=arguments, prog_name=program, standalone_mode=False)
         return result if isinstance(result, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
@@ -85,21 +126,27 @@ def run(arguments: list[str], program: str = PROGRAM) -> int:
         return UsageError.exit_code
     except click.ClickException as error:
         where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx is not None else program
-        return fail(f"{error.format_message()} See `{where} --help`.", UsageError.exit_code)
-    except CkptfsError as error:
-        return fail(str(error), error.exit_code)
+        sentence = error.format_message()
+        stop = "" if sentence.endswith((".", "?")) else "."
+        return fail(f"{sentence}{stop} See `{where} --help`.", UsageError.exit_code)
     except (click.Abort, KeyboardInterrupt):
         return fail("interrupted", 130)
-    except BrokenPipeError:
-        # The reader of our output has had enough (`ckptfs ls | head`); nothing more may be written, at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception as error:
-        logging.getLogger("ckptfs").debug("bug", exc_info=error)
-        return fail(f"internal error: {type(error).__name__}: {error}; run with -v for the traceback", 1)
 
 
 def fail(message: str, code: int) -> int:
     """One line, whatever is in the message."""
-    click.echo(f"ckptfs: {redact(' '.join(message.split()))}", err=True)
+    try:
+        click.echo(f"ckptfs: {redact(' '.join(message.split()))}", err=True)
+    except OSError:  # the exit code is all that is left to tell
+        _silence(sys.stderr)
     return code
+
+
+def _bug(error: Exception) -> int:
+    logging.getLogger("ckptfs").info("bug", exc_info=error)
+    return fail(f"internal error: {type(error).__name__}: {error}; run with -v for the traceback", 1)
+
+
+def _silence(stream: TextIO) -> None:
+    """Nothing more can be written there, and what is still buffered must not fail when Python exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

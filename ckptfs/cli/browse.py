@@ -4,7 +4,6 @@ import json
 import os
 import stat
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import click
 from ckptfs.cli.opening import image_options, with_image
 from ckptfs.cli.options import F, RegistryReference, reference_argument
 from ckptfs.model.oci import Reference
+from ckptfs.model.times import as_datetime
 from ckptfs.terminal import printable
 
 _base = click.option("--base", type=RegistryReference(), help="The base image of the rootfs view.")
@@ -62,7 +62,7 @@ def ls(reference: Reference, path: str, long: bool, recursive: bool, as_json: bo
     for entry in entries:
         tail = f" -> {entry['link']}" if "link" in entry else ""
         if long:
-            when = datetime.fromtimestamp(entry["mtime"], UTC).strftime("%Y-%m-%d %H:%M")
+            when = as_datetime(entry["mtime"]).isoformat(" ")[: len("2000-01-01 00:00")]
             head = f"{entry['mode']} {entry['uid']:>5} {entry['gid']:>5} {entry['size']:>12} {when}"
             _show(f"{head} {entry['name']}{tail}")
         else:
@@ -113,15 +113,17 @@ def cp(reference: Reference, path: str, target: Path, **options: Any) -> None:
     """
 
     async def work(image: Any) -> None:
+        from ckptfs.cli.output import appearing
         from ckptfs.errors import UsageError
 
         node = await _find(image, path)
-        into = target
-        if target.is_dir() and node.name:
-            into = target / os.fsdecode(node.name)
-        if os.path.lexists(into):
-            raise UsageError(f"{into} exists", hint="name a path that does not")
-        await _export(image, node, into, path)
+        if not (node.inode.is_dir or node.inode.is_file or stat.S_ISLNK(node.inode.mode)):
+            raise UsageError(f"{path} is a device or a pipe", hint="name a file, a link or a directory")
+        with appearing(target / os.fsdecode(node.name) if os.path.isdir(target) else target) as new:
+            directories: list[tuple[Path, Any]] = []
+            await _export(image, node, new, path, directories)
+            for directory, inode in reversed(directories):
+                _dress(directory, inode)
 
     with_image(reference, work, **options)
 
@@ -141,7 +143,8 @@ async def _copy(image: Any, node: Any, path: str, out: Any) -> None:
     from ckptfs.settings import MiB
 
     if not node.inode.is_file:
-        raise UsageError(f"{path} is not a regular file")
+        hint = f"`ckptfs ls REF {path}` lists it" if node.inode.is_dir else "`ckptfs ls -l` shows what it is"
+        raise UsageError(f"{path} is {'a directory' if node.inode.is_dir else 'not a regular file'}", hint=hint)
     handle = await image.open(node.inode)
     offset = 0
     while offset < node.inode.size:
@@ -150,21 +153,28 @@ async def _copy(image: Any, node: Any, path: str, out: Any) -> None:
         offset += len(data)
 
 
-async def _export(image: Any, node: Any, target: Path, path: str) -> None:
+async def _export(image: Any, node: Any, target: Path, path: str, directories: list[tuple[Path, Any]]) -> None:
+    """`directories` collects those that were made: their modes, which may forbid to write, come last."""
     inode = node.inode
     if inode.is_dir:
         target.mkdir(mode=0o700)
+        directories.append((target, inode))
         for child in await image.listing(node):
-            await _export(image, child, target / os.fsdecode(child.name), f"{path}/{os.fsdecode(child.name)}")
+            name = os.fsdecode(child.name)
+            await _export(image, child, target / name, f"{path}/{name}", directories)
     elif stat.S_ISLNK(inode.mode):
         os.symlink(inode.target, target)
-        return
     elif inode.is_file:
-        with open(target, "xb") as out:
+        from ckptfs.cli.output import create
+
+        with open(create(target), "wb") as out:
             await _copy(image, node, path, out)
+        _dress(target, inode)
     else:
         click.echo(f"left out: {path} (a device or a pipe)", err=True)
-        return
+
+
+def _dress(target: Path, inode: Any) -> None:
     if os.geteuid() == 0:
         os.chown(target, inode.uid, inode.gid)
     os.chmod(target, stat.S_IMODE(inode.mode) & 0o1777)

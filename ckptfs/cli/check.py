@@ -56,7 +56,7 @@ def check(
     async def look(image: "OpenImage") -> "list[Finding]":
         from ckptfs.inspection.image_files import in_thread
 
-        return await in_thread(image, lambda files: list(_of_image(files, runtime, engine)))
+        return await in_thread(image, lambda files: list(_of_image(files, runtime, engine, lazy_pages)))
 
     found += with_image(reference, look, **options)
     if any(one.subject == "network lock" for one in found) and engine != "podman":
@@ -75,13 +75,16 @@ def check(
     return bad[0].error.exit_code if bad else 0
 
 
-def _of_image(files: "ImageFiles", runtime: str, engine: str | None) -> "Iterator[Finding]":
+def _of_image(files: "ImageFiles", runtime: str, engine: str | None, lazy: bool) -> "Iterator[Finding]":
     from ckptfs.restore.facts import check_checkpoint, check_engine, check_runtime
 
     settings = make_settings()
     yield from check_checkpoint(files, settings)
     if files.size("checkpoint/inventory.img") is not None:
-        yield from check_runtime(files, runtime, settings) if engine is None else check_engine(files, settings)
+        if engine is None:
+            yield from check_runtime(files, runtime, settings, lazy=lazy)
+        else:
+            yield from check_engine(files, settings, lazy=lazy)
 
 
 def _base(

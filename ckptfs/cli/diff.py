@@ -40,7 +40,7 @@ def diff(before: Reference, after: Reference, pages: bool, as_json: bool, **opti
 
         return await diff_images(*images, memory=pages)
 
-    difference, traffic = with_images([before, after], work, **options)
+    difference, traffic = with_images([before, after], work, only_checkpoints=True, **options)
     if as_json:
         document = {"before": str(before), "after": str(after), **difference.to_json(), **traffic.to_json()}
         click.echo(json.dumps(document, indent=2))

@@ -75,7 +75,7 @@ def inspect(reference: Reference, pid: int | None, form: str, as_json: bool, **o
 
         return images[0].resolved, await in_thread(images[0], partial(_overviews, parts=parts, pid=pid))
 
-    (resolved, overviews), traffic = with_images([reference], work, **options)
+    (resolved, overviews), traffic = with_images([reference], work, only_checkpoints=True, **options)
     parent = resolved.manifest.annotations.get(PARENT)
     if as_json:
         document = {"reference": str(reference), "resolved": str(resolved.reference), "parent": parent}
@@ -116,7 +116,7 @@ def show(references: tuple[Reference, ...], as_json: bool, **options: Any) -> No
             found += [(str(reference), *row) for row in await in_thread(image, _summaries)]
         return found
 
-    rows, traffic = with_images(references, work, **options)
+    rows, traffic = with_images(references, work, only_checkpoints=True, **options)
     if as_json:
         click.echo(json.dumps([_summary_facts(*row) for row in rows], indent=2))
         return

@@ -1,19 +1,18 @@
 """ckptfs memparse: the memory of checkpointed processes, read and searched where it lies."""
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ckptfs.cli.opening import console, image_options, say_traffic, with_images
 from ckptfs.cli.options import reference_argument
+from ckptfs.cli.output import appearing, create
 from ckptfs.errors import UsageError
 from ckptfs.model.oci import Reference
 from ckptfs.terminal import size_text
@@ -84,8 +83,6 @@ def memparse(
         raise UsageError(
             "--output needs a process", hint="name it with --pid; without options the processes are listed"
         )
-    if output is not None and os.path.lexists(output):
-        raise UsageError(f"{output} exists", hint="name a path that does not")
     from ckptfs.inspection.memory import hex_pattern, regex_pattern, text_pattern
 
     work: Callable[[ImageFiles], dict[str, Any]]
@@ -109,7 +106,7 @@ def memparse(
 
     # Matches and dumps are printed while they are found.
     quiet = not as_json and output is None and sys.stdout.isatty()
-    found, traffic = with_images([reference], run, progress=not quiet, **options)
+    found, traffic = with_images([reference], run, progress=not quiet, only_checkpoints=True, **options)
     if as_json:
         click.echo(json.dumps({"reference": str(reference), **found, **traffic.to_json()}, indent=2))
     else:
@@ -190,7 +187,7 @@ def _write(files: "ImageFiles", pid: int, output: Path, as_json: bool) -> dict[s
 
     _, images, _ = next(_processes(files, pid))
     memory = ProcessMemory(images, pid)
-    with _new_file(output) as out:
+    with appearing(output) as new, open(create(new), "wb") as out:  # only its owner may read what was in a memory
         for _, data, _ in memory.windows():
             out.write(data)
     areas, offset = [], 0
@@ -200,18 +197,3 @@ def _write(files: "ImageFiles", pid: int, output: Path, as_json: bool) -> dict[s
     if not as_json:
         click.echo(f"wrote {size_text(offset)} of process {pid} to {output}", err=True)
     return {"output": str(output), "areas": areas}
-
-
-@contextmanager
-def _new_file(path: Path) -> "Iterator[BinaryIO]":
-    """Only its owner may read what was in a process's memory; a file that is not complete goes away."""
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}") from None
-    with open(fd, "wb") as out:
-        try:
-            yield out
-        except BaseException:
-            os.unlink(path)
-            raise

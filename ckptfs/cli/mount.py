@@ -103,6 +103,10 @@ def mount(
     configure_logging(verbose, quiet)
     from ckptfs import mounting
 
+    if stats is not None:
+        from ckptfs.cli.output import require_writable
+
+        require_writable(stats)
     request = mounting.MountRequest(
         reference=reference,
         mountpoint=directory,
@@ -131,7 +135,10 @@ def mount(
 def start(request: "Request", done: str, *, foreground: bool, as_json: bool, quiet: bool) -> None:
     """Stay, or leave a daemon behind and say so: `done`, where, and how long it took."""
     from ckptfs import mounting
+    from ckptfs.control.ready import require_inherited
 
+    if request.ready_fd is not None:
+        require_inherited(request.ready_fd)
     if foreground:
         mounting.mount_foreground(request)
         return

@@ -73,12 +73,14 @@ def with_images(
     registry: RegistryOptions,
     progress: bool = True,
     increments: bool = False,
+    only_checkpoints: bool = False,
     **options: Any,
 ) -> tuple[T, Traffic]:
     """Open the images, nothing fetched ahead, run `work(images)`.
 
     progress    nothing else writes to the terminal meanwhile.
     increments  use what the node has of earlier images; saves nothing where few pages are read.
+    only_checkpoints  FormatError where one of them is none.
     """
     configure_logging(options["verbose"], options["quiet"])
     import trio
@@ -105,6 +107,7 @@ def with_images(
         prefetch=False,
         background=False,
         increments=increments,
+        only_checkpoints=only_checkpoints,
         settings=registry.settings(),
     )
     cache = registry.open_cache()
@@ -155,7 +158,11 @@ def console() -> "Console":
     """Where results for people go. A pipe has no width: lines are not broken there."""
     from rich.console import Console
 
-    return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+    class Ours(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # what rich is handling: it would exit with the code of a bug
+
+    return Ours(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 
 
 def say_traffic(traffic: Traffic, quiet: bool) -> None:

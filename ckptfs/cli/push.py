@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     "--work-dir",
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     default=tempfile.gettempdir,
-    help="Where compressed layers wait until they are sent; a compressed source is unpacked here, too. [default: "
-    "the directory for temporary files]",
+    help="Where compressed layers wait until they are sent; a compressed source and plain layers of an image are kept "
+    "here, too. [default: the directory for temporary files]",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @transfer_options

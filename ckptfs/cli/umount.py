@@ -2,7 +2,9 @@
 
 import click
 
+from ckptfs.cli import fail
 from ckptfs.cli.options import complete_mounts, configure_logging, verbosity_options
+from ckptfs.errors import CkptfsError
 
 
 @click.command()
@@ -11,8 +13,10 @@ from ckptfs.cli.options import complete_mounts, configure_logging, verbosity_opt
 )
 @click.option("--force", is_flag=True, help="A layer store too that containers stand on; they get I/O errors.")
 @verbosity_options
-def umount(directories: tuple[str, ...], force: bool, verbose: int, quiet: bool) -> None:
+def umount(directories: tuple[str, ...], force: bool, verbose: int, quiet: bool) -> int:
     """Stop the daemon of a mount and unmount; mends a mount whose daemon is dead.
+
+    Goes on with the others when one cannot be unmounted.
 
     \b
     ckptfs umount /mnt/ckpt
@@ -20,5 +24,10 @@ def umount(directories: tuple[str, ...], force: bool, verbose: int, quiet: bool)
     configure_logging(verbose, quiet)
     from ckptfs import mounting
 
+    codes = []
     for directory in directories:
-        mounting.umount(directory, force=force)
+        try:
+            mounting.umount(directory, force=force)
+        except CkptfsError as error:
+            codes.append(fail(str(error), error.exit_code))
+    return max(codes, default=0)

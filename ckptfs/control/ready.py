@@ -1,8 +1,11 @@
 """Telling a service manager or a parent that the mount works: sd_notify(3) and an inherited descriptor (--ready-fd)."""
 
+import fcntl
 import logging
 import os
 import socket
+
+from ckptfs.errors import UsageError
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +20,17 @@ def notify(message: str) -> None:
             sender.sendto(message.encode(), "\0" + address[1:] if address[0] == "@" else address)
     except OSError as error:
         log.warning("systemd cannot be told that %s: %s", message, error.strerror)
+
+
+def require_inherited(fd: int) -> None:
+    """UsageError unless whoever started us has left `fd` open for writing. Files that Python opens end at an exec."""
+    try:
+        given = not fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
+        given &= fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+    except OSError:
+        given = False
+    if not given:
+        raise UsageError(f"descriptor {fd} is not open for writing", hint="--ready-fd names one that you have opened")
 
 
 def tell(fd: int) -> None:

@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from ckptfs.criu.pagemap import LAZY, PARENT, PRESENT, Pagemap
+from ckptfs.criu.pagemap import DEFAULT_PAGE_SIZE, LAZY, PARENT, PRESENT, Pagemap
 from ckptfs.errors import FormatError
 
 
@@ -32,12 +32,13 @@ class Memory:
     """The memory of one task, or one shared object.
 
     pagemaps: its own, then its parents', nearest first. sizes: of the pages files, by name.
-    FormatError when a pages file cannot be told into pages (Pagemap.page_size), or it or a parent is not there.
+    FormatError when a pages file cannot be told into pages (Pagemap.page_size), the levels do not agree on the size of
+    a page, or a file or a parent is not there.
     """
 
     def __init__(self, pagemaps: Sequence[Pagemap], sizes: Mapping[str, int]) -> None:
-        self._levels = [_Level(pagemap, sizes) for pagemap in pagemaps]
-        self.page_size = self._levels[0].page_size
+        self.page_size = _page_size(pagemaps, sizes)
+        self._levels = [_Level(pagemap, self.page_size) for pagemap in pagemaps]
         if any(run.flags & PARENT and not run.flags & PRESENT for run in pagemaps[-1].runs):
             raise FormatError(f"{pagemaps[-1].name} needs a parent checkpoint, which is not there")
 
@@ -53,7 +54,7 @@ class Memory:
             start, pages, flags = level.runs[index]
             if start >= end:
                 return
-            low, high = max(start, vaddr), min(start + pages * level.page_size, end)
+            low, high = max(start, vaddr), min(start + pages * self.page_size, end)
             if low >= high:
                 continue
             if flags & PRESENT:
@@ -66,20 +67,31 @@ class Memory:
 class _Level:
     """One pagemap with the offset of each of its runs."""
 
-    def __init__(self, pagemap: Pagemap, sizes: Mapping[str, int]) -> None:
+    def __init__(self, pagemap: Pagemap, page_size: int) -> None:
         self.file = pagemap.file
         self.runs = pagemap.runs
-        if pagemap.present_pages and self.file not in sizes:
-            raise FormatError(f"{pagemap.name} needs {self.file}, which is not there")
-        self.page_size = pagemap.page_size(sizes.get(self.file, 0))
         self.offsets: list[int] = []
         self._starts = [run.vaddr for run in pagemap.runs]
         offset = 0
         for run in pagemap.runs:
             self.offsets.append(offset)
             if run.flags & PRESENT:
-                offset += run.pages * self.page_size
+                offset += run.pages * page_size
 
     def first(self, vaddr: int) -> int:
         """The index of the first run that may hold `vaddr`."""
         return max(bisect_right(self._starts, vaddr) - 1, 0)
+
+
+def _page_size(pagemaps: Sequence[Pagemap], sizes: Mapping[str, int]) -> int:
+    """Of all levels: one that leaves every page to its parents has no file of which it could be told."""
+    told: set[int] = set()
+    for pagemap in pagemaps:
+        if pagemap.file not in sizes and pagemap.present_pages:
+            raise FormatError(f"{pagemap.name} needs {pagemap.file}, which is not there")
+        size = pagemap.page_size(sizes.get(pagemap.file, 0))
+        if size is not None:
+            told.add(size)
+    if len(told) > 1:
+        raise FormatError(f"{pagemaps[0].name} and its parents have pages of different sizes: {sorted(told)}")
+    return told.pop() if told else DEFAULT_PAGE_SIZE

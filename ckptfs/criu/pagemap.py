@@ -15,6 +15,7 @@ from ckptfs.settings import Limits
 PARENT = 1  # the pages are in the parent checkpoint
 LAZY = 2  # `criu lazy-pages` may bring them later
 PRESENT = 4  # the pages are in the pages file
+DEFAULT_PAGE_SIZE = 4096  # for what has no pages
 _KNOWN_FLAGS = PARENT | LAZY | PRESENT
 _ADDRESS_END = 1 << 64
 
@@ -58,13 +59,16 @@ class Pagemap(NamedTuple):
         directory, slash, _ = self.name.rpartition("/")
         return f"{directory}{slash}pages-{self.pages_id}.img"
 
-    def page_size(self, file_size: int) -> int:
-        """Bytes per page, from the size of the pages file (no image says it); FormatError where none fits."""
+    def page_size(self, file_size: int) -> int | None:
+        """Bytes per page, from the size of the pages file (no image says it); FormatError where none fits.
+
+        None where no page is present: then nothing tells, and a parent's pages may be of any size.
+        """
         pages = self.present_pages
         if self.opaque:
             raise FormatError(f"{self.name} has flags of a newer CRIU", hint="its pages may be compressed")
         if pages == 0:
-            return 4096
+            return None
         size, rest = divmod(file_size, pages)
         if rest or size not in (4096, 16384, 65536):  # the page sizes of the machines that CRIU runs on
             raise FormatError(
@@ -102,7 +106,7 @@ def parse_pagemap(data: bytes, name: str, limits: Limits = DEFAULT_LIMITS) -> Pa
             run = _run(data, start, position)
             if run.vaddr < floor:
                 raise FormatError(f"{name}: the run at {run.vaddr:#x} overlaps the one before it")
-            floor = run.vaddr + run.pages * 4096
+            floor = run.vaddr + run.pages * DEFAULT_PAGE_SIZE
             if floor > _ADDRESS_END:
                 raise FormatError(f"{name}: the run at {run.vaddr:#x} ends past the address space")
             if run.pages:

@@ -23,7 +23,7 @@ from ckptfs.criu.images import DEFAULT_LIMITS, parse_name
 from ckptfs.criu.memory import Memory
 from ckptfs.criu.metadata_order import metadata_order
 from ckptfs.criu.mm import Mm, parse_mm
-from ckptfs.criu.pagemap import LAZY, Pagemap, Run, parse_pagemap
+from ckptfs.criu.pagemap import DEFAULT_PAGE_SIZE, LAZY, Pagemap, Run, parse_pagemap
 from ckptfs.criu.pstree import Task, parse_ids, parse_pstree, restore_order
 from ckptfs.errors import FormatError
 from ckptfs.settings import Limits
@@ -163,7 +163,7 @@ class _Planner:
             for run in found.pagemap.runs:
                 places.add("transfer" if self._lazy and run.flags & LAZY else "fork", run)
         else:
-            for run, early in _pieces(found, places.memory.page_size if places.memory else 4096):
+            for run, early in _pieces(found, places.memory.page_size if places.memory else DEFAULT_PAGE_SIZE):
                 places.add("fork" if early else "restore", run)
         return places.runs("fork"), places.runs("restore"), places.runs("transfer")
 

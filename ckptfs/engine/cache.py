@@ -126,7 +126,9 @@ class ChunkCache:
         parent: Path | None = None,
         *,
         size: int = _SIZES.disk_cache,
+        segment: int = _SIZES.segment,
         ops: DiskOps | None = None,
+        clock: Clock = time.monotonic,
     ) -> "ChunkCache":
         """A cache that nobody else sees and that is gone with the process, even when that is killed.
 
@@ -143,10 +145,10 @@ class ChunkCache:
             MemoryDocuments(size // _DOCUMENTS),
             Claims(None, ops),
             size=size,
-            segment=_SIZES.segment,
+            segment=segment,
             limits=Limits(),
             ops=ops,
-            clock=time.monotonic,
+            clock=clock,
         )
 
     def require_key(self) -> "ChunkCache":
@@ -155,11 +157,14 @@ class ChunkCache:
         An empty one becomes ours. For all who read and write contents; keeping house needs no key.
         """
         if self._directory is not None:
+            mine = self._seal.fingerprint if self._seal else key_mark.PLAIN
             with _as_cache_error(self.name):
-                empty = not len(self._index) and not self._documents.sizes()
-                mine = self._seal.fingerprint if self._seal else key_mark.PLAIN
-                key_mark.require(self._directory.key_mark, mine, empty=empty, ops=self._ops)
+                key_mark.require(self._directory, mine, empty=self._is_empty, ops=self._ops)
         return self
+
+    def _is_empty(self) -> bool:
+        """Whether no byte is kept, records or not: damaged ones and those of before a crash are still on disk."""
+        return not self._log.bytes() and not self._documents.sizes()
 
     def __enter__(self) -> "ChunkCache":
         return self
@@ -261,7 +266,7 @@ class ChunkCache:
             encrypted = self._seal is not None
             in_use = False
             if self._directory is not None:
-                encrypted |= key_mark.present(self._directory.key_mark, self._ops)
+                encrypted |= key_mark.is_encrypted(self._directory.key_mark, self._ops)
                 with suppress(OSError), self._directory.alone() as alone:  # a read-only disk has no locks to tell
                     in_use = not alone
         return CacheStats(

@@ -9,9 +9,10 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 from ckptfs.engine.chunk_index import ChunkIndex
-from ckptfs.engine.disk import FULL, Buffer, DiskOps
+from ckptfs.engine.disk import FULL, Buffer, DiskOps, Handle
 from ckptfs.engine.segment_files import SegmentFiles, Usage
 from ckptfs.engine.segments import MAX_RECORDS, NO_KEY, Segment, SegmentWriter, checksum
 from ckptfs.settings import MiB
@@ -21,6 +22,18 @@ _MOVE = 4  # hot chunks that are moved with one write
 
 _Chunk = tuple[bytes, Buffer, int]  # key, data, checksum
 _Record = tuple[bytes, int, int, int]  # key, offset, length, checksum
+
+
+class _Evicted(NamedTuple):
+    """A segment whose files have no names any more.
+
+    source  its data, which only this holds open: the index closes what was not used lately, and opens nothing gone.
+    hot     what is worth a second chance.
+    """
+
+    segment: Segment
+    source: Handle | None
+    hot: list[_Record]
 
 
 class ChunkLog:
@@ -92,7 +105,7 @@ class ChunkLog:
             if error.errno not in FULL:
                 raise
             count = 1
-            self._append(self._rotate(len(chunks[0][1]), full=error), chunks[:count])
+            self._append(self._rotate(len(chunks[0][1]), full=error.errno), chunks[:count])
         return count
 
     def _append(self, writer: SegmentWriter, chunks: Sequence[_Chunk]) -> None:
@@ -119,36 +132,41 @@ class ChunkLog:
 
     # -- the next segment ----------------------------------------------------------------------------------------------
 
-    def _rotate(self, length: int, full: OSError | None = None) -> SegmentWriter:
+    def _rotate(self, length: int, full: int | None = None) -> SegmentWriter:
         """Go on in a segment that has room for `length` bytes, evicting what must go for it.
 
-        `full` is the error of a disk that has less room than planned.
+        `full` is the errno of a disk that has less room than planned. (Not the error, for one that is raised out of a
+        frame that holds it keeps itself alive, and with it every segment of the frames that it has passed.)
         """
         self._close_writer(seal=True)
-        with self._files.room():
-            self._index.refresh()
-            usage = self._files.usage()
-            total = sum(u.bytes for u in usage) + self._other_bytes()
-            limit = self._plan(total, full)
-            if length > self._cap:
-                raise full or OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            idle, reserved = self._idle(usage)
-            if full and not idle:
-                raise full
-            writer = None if full else self._resume(idle, length)
-            growth = self._cap - writer.size if writer else self._cap
-            keep = 0 if full else min(self._cap // 2, growth - length)
-            evicted = self._evict(idle, total - (limit - reserved - growth), keep)
-            if writer is None:
-                segment, data, index = self._index.begin()
-                writer = SegmentWriter(self._ops, segment, data, index, 0)
-        self._writer = writer
-        for segment, hot in evicted:
-            self._move(segment, hot, writer)
-            self._index.forget(segment)
+        evicted: list[_Evicted] = []
+        try:
+            with self._files.room():
+                self._index.refresh()
+                usage = self._files.usage()
+                total = sum(u.bytes for u in usage) + self._other_bytes()
+                limit = self._plan(total, full)
+                if length > self._cap:
+                    raise _refusal(full or errno.ENOSPC)
+                idle, reserved = self._idle(usage)
+                if full and not idle:
+                    raise _refusal(full)
+                writer = None if full else self._resume(idle, length)
+                growth = self._cap - writer.size if writer else self._cap
+                keep = 0 if full else min(self._cap // 2, growth - length)
+                evicted = self._evict(idle, total - (limit - reserved - growth), keep)
+                if writer is None:
+                    segment, data, index = self._index.begin()
+                    writer = SegmentWriter(self._ops, segment, data, index, 0)
+            self._writer = writer
+            for gone in evicted:
+                self._move(gone, writer)
+        finally:
+            for gone in evicted:  # whatever was refused meanwhile: the disk gets their bytes back only so
+                self._index.forget(gone.segment)
         return writer
 
-    def _plan(self, total: int, full: OSError | None) -> int:
+    def _plan(self, total: int, full: int | None) -> int:
         """The bytes that the cache may take up now: never more than the disk has. Sets the size of a segment."""
         now = self._clock()
         if full:
@@ -194,7 +212,7 @@ class ChunkLog:
 
     # -- making room ---------------------------------------------------------------------------------------------------
 
-    def _evict(self, idle: Sequence[Usage], excess: int, keep: int) -> list[tuple[Segment, list[_Record]]]:
+    def _evict(self, idle: Sequence[Usage], excess: int, keep: int) -> list[_Evicted]:
         """Unlink from the front until `excess` bytes are free. Returns the segments with up to `keep` bytes of chunks
         that this process used since they were written; the caller moves those, then forgets the segments."""
         known = {segment.name: segment for segment in self._index.segments()}
@@ -203,19 +221,18 @@ class ChunkLog:
             if excess <= 0:
                 break
             segment = known.get(u.name)
-            hot = self._hot(segment, keep) if segment and keep > 0 else []
+            source = self._index.handle(segment) if segment and keep > 0 else None
+            hot = self._hot(segment, keep) if segment and source else []
             self._files.remove(u.name)
             excess -= u.bytes
             keep -= sum(length for _, _, length, _ in hot)
             if segment:
-                evicted.append((segment, hot))
+                evicted.append(_Evicted(segment, source, hot))
         return evicted
 
     def _hot(self, segment: Segment, keep: int) -> list[_Record]:
         """Second chance (CLOCK) chunk by chunk, latest first: within 2 % of LRU, for one byte a chunk (ADR 2)."""
         hot: list[_Record] = []
-        if self._index.handle(segment) is None:
-            return hot
         for i in range(len(segment) - 1, -1, -1):
             if segment.used[i] and self._index.is_current(segment, i):
                 record = segment.record(i)
@@ -224,9 +241,9 @@ class ChunkLog:
                     keep -= record[2]
         return hot
 
-    def _move(self, segment: Segment, hot: Sequence[_Record], writer: SegmentWriter) -> None:
+    def _move(self, evicted: _Evicted, writer: SegmentWriter) -> None:
         """Append chunks of an evicted segment again. Checksums go along unchecked: the next read checks."""
-        source = segment.handle
+        _, source, hot = evicted
         if source is None:
             return
         for at in range(0, len(hot), _MOVE):
@@ -245,8 +262,8 @@ class ChunkLog:
                 usage = self._files.usage()
                 idle = usage if live else self._idle(usage)[0]
                 excess = sum(u.bytes for u in usage) - target if target else 1 << 62  # the empty ones as well
-                for segment, _ in self._evict(idle, excess, 0):
-                    self._index.forget(segment)
+                for gone in self._evict(idle, excess, 0):
+                    self._index.forget(gone.segment)
 
     def sweep(self) -> None:
         """Remove what a process left behind that died between two system calls."""
@@ -274,6 +291,10 @@ class ChunkLog:
         with self._lock:
             self._closed = True
             self._close_writer(seal=False)
+
+
+def _refusal(code: int) -> OSError:
+    return OSError(code, os.strerror(code))
 
 
 def _capacity(limit: int, segment: int) -> int:

@@ -5,7 +5,7 @@
                    locks/      users: held shared by every process that has the cache open
                                room: held by the one that evicts or begins a segment
                                claims: byte ranges (claims.py)
-                   key         which key it is encrypted with, if it is (key_mark.py)
+                   key         which key it is encrypted with, or that it is not (key_mark.py)
 
 The cache holds process memory, passwords among it: every directory is 0700, every file 0600 and ours. What is not named
 like a file of ours is left alone, and so are other versions beside v1. Raises CacheError with the command that mends
@@ -19,7 +19,7 @@ import pwd
 import shlex
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -30,7 +30,9 @@ from ckptfs.errors import CacheError
 VERSION = "v1"
 FILE_SUFFIXES = (".seg", ".idx", ".doc", ".tmp")
 _LOCKS = ("users", "room", "claims")
-_LOCK_PATIENCE = 2.0  # seconds; the holder of `room` is done in milliseconds unless it was stopped
+# Seconds for the holder of a lock, which may have been stopped
+_ROOM_PATIENCE = 2.0  # it is done in milliseconds
+_USERS_PATIENCE = 10.0  # it is alone to remove everything: 40 GB are a thousand files
 
 
 class CacheDirectory:
@@ -55,8 +57,7 @@ class CacheDirectory:
             _check(self.key_mark, ops, "file")
             self._users = self._open_lock("users")
             self._room = self._open_lock("room")
-            if self._users:
-                ops.flock(self._users.fd, fcntl.LOCK_SH)
+            self._share()
         except OSError as error:
             raise CacheError(
                 f"cache directory {path}: {error.strerror or error}",
@@ -76,34 +77,50 @@ class CacheDirectory:
                 return None
             raise
 
+    def _share(self) -> None:
+        """Be one of those who have the cache open. CacheError while somebody has it for himself."""
+        if self._users is not None and not self._wait(self._users, fcntl.LOCK_SH, _USERS_PATIENCE):
+            raise CacheError(
+                f"the cache {self.root} is being cleared, and that does not end",
+                hint=f"lslocks shows who has {self.locks / 'users'}: continue or kill it if it was stopped",
+            )
+
     @contextmanager
     def room(self) -> Iterator[None]:
         """The right to evict and to begin segments; one holder on the node.
 
-        OSError after _LOCK_PATIENCE: a holder that was stopped must not stop us. Not for two threads at once.
+        OSError where it is not to be had: a holder that was stopped must not stop us. Not for two threads at once.
         """
         if self._room is None:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        give_up = time.monotonic() + _LOCK_PATIENCE
-        while not self._try_lock(self._room, fcntl.LOCK_EX):
-            if time.monotonic() > give_up:
-                raise OSError(errno.EBUSY, "another process holds the lock on evicting")
-            time.sleep(0.002)
+        if not self._wait(self._room, fcntl.LOCK_EX, _ROOM_PATIENCE):
+            raise OSError(errno.EBUSY, "another process holds the lock on evicting")
         try:
             yield
         finally:
             self._ops.flock(self._room.fd, fcntl.LOCK_UN)
 
     @contextmanager
-    def alone(self) -> Iterator[bool]:
-        """Whether no other process has this cache open; while True holds, no other can open it. OSError: EROFS."""
+    def alone(self, patience: float = 0.0, unless: Callable[[], bool] = lambda: False) -> Iterator[bool]:
+        """Whether no other process has this cache open; while True holds, no other can open it. OSError: EROFS.
+
+        Others are waited for as long as `patience` seconds, `unless` what it is about has happened. Of several who
+        wait, the first gets in: they have all lost their share. CacheError as when it is opened.
+        """
         if self._users is None:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        got = self._try_lock(self._users, fcntl.LOCK_EX)
         try:
-            yield got
+            yield self._wait(self._users, fcntl.LOCK_EX, patience, unless)
         finally:
-            self._ops.flock(self._users.fd, fcntl.LOCK_SH)
+            self._share()  # a lock that could not be changed is lost (flock(2))
+
+    def _wait(self, lock: Handle, kind: int, patience: float, unless: Callable[[], bool] = lambda: False) -> bool:
+        give_up = time.monotonic() + patience
+        while not self._try_lock(lock, kind):
+            if time.monotonic() > give_up or unless():
+                return False
+            time.sleep(0.002)
+        return True
 
     def _try_lock(self, lock: Handle, kind: int) -> bool:
         try:

@@ -300,8 +300,9 @@ class Fetcher:
             self._flying.difference_update(chunk.key for chunk in job.chunks)
             self.link.sample(time.monotonic(), full=self.scheduler.full)
         if job.priority != Priority.DEMAND:
-            self.prefetched_bytes += job.size
-            self._unused.update((chunk.key, chunk.size) for chunk in job.chunks)
+            came = {chunk.key: chunk.size for chunk in job.chunks if chunk.key not in failures}
+            self.prefetched_bytes += sum(came.values())
+            self._unused.update(came)
         for failure in {id(failure): failure for failure in failures.values()}.values():
             layer = self._layers[job.layer][0].descriptor.digest
             log.info("%s of bytes %d-%d of %s: %s", job.priority.name.lower(), job.start, job.end - 1, layer, failure)

@@ -6,6 +6,7 @@ the process that appends to it holds an exclusive flock on its data; the kernel 
 by chunk_log.py and chunk_index.py.
 """
 
+import errno
 import fcntl
 import os
 import re
@@ -150,13 +151,23 @@ class SegmentFiles:
         return f"{self._path}/{name}.idx"
 
 
+class _Nameless:
+    """The data of one, and when it was last used."""
+
+    __slots__ = ("data", "used_ns")
+
+    def __init__(self, data: Handle) -> None:
+        self.data = data
+        self.used_ns = time.monotonic_ns()
+
+
 class AnonymousSegments(SegmentFiles):
     """Segments without a name: no other process sees them, and the kernel frees them when this one dies, however."""
 
     def __init__(self, directory: Path, ops: DiskOps) -> None:
         self._ops = ops
         self._path = str(directory)
-        self._open: dict[str, Handle] = {}  # least recently used first
+        self._open: dict[str, _Nameless] = {}  # readers look things up in it while a writer adds and removes
         self._count = 0
 
     def room(self) -> AbstractContextManager[None]:
@@ -166,7 +177,17 @@ class AnonymousSegments(SegmentFiles):
         return None
 
     def open(self, name: str) -> Handle:
-        return self._open[name]
+        try:
+            return self._open[name].data
+        except KeyError:  # evicted since its reader found it
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
+
+    def open_index(self, name: str) -> Handle | None:
+        return None
+
+    def take_over(self, name: str) -> tuple[Handle, Handle | None] | None:
+        """One that a refused write has left unfinished: nobody else appends to it."""
+        return self.open(name), None
 
     def create(self) -> tuple[str, Handle, Handle | None]:
         try:
@@ -177,7 +198,7 @@ class AnonymousSegments(SegmentFiles):
             self._ops.unlink(path)
         self._count += 1
         name = f"{self._count:08d}"
-        self._open[name] = data
+        self._open[name] = _Nameless(data)
         return name, data, None
 
     def let_go(self, data: Handle) -> None:
@@ -190,13 +211,13 @@ class AnonymousSegments(SegmentFiles):
         return False
 
     def touch(self, name: str) -> None:
-        with suppress(KeyError):
-            self._open[name] = self._open.pop(name)
+        with suppress(KeyError):  # the process that has evicted it is this one, and knows
+            self._open[name].used_ns = time.monotonic_ns()
 
     def usage(self) -> list[Usage]:
         return [
-            Usage(name, self._ops.fstat(data.fd).st_blocks * 512, order)
-            for order, (name, data) in enumerate(list(self._open.items()))
+            Usage(name, self._ops.fstat(found.data.fd).st_blocks * 512, found.used_ns)
+            for name, found in list(self._open.items())
         ]
 
     def remove(self, name: str) -> None:

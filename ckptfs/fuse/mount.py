@@ -17,7 +17,7 @@ import trio
 from ckptfs.errors import MountError, UnavailableError
 from ckptfs.fuse.answers import Answering
 from ckptfs.fuse.kernel import set_max_background, set_read_ahead
-from ckptfs.fuse.mountpoint import Mount, detach, mount_at
+from ckptfs.fuse.mountpoint import Mount, admits_others, detach, mount_at
 from ckptfs.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -46,9 +46,10 @@ class MountSession:
         try:
             pyfuse3.init(self._operations, self.mountpoint, options)
         except RuntimeError as error:
-            raise MountError(
-                f"{self.mountpoint} cannot be mounted: {error}", hint="are you root, or is fusermount3 installed?"
-            ) from None
+            hint = "are you root, or is fusermount3 installed?"
+            if "allow_other" in options and os.geteuid() != 0 and not admits_others():
+                hint = "--allow-other needs a line user_allow_other in /etc/fuse.conf, which root can add"
+            raise MountError(f"{self.mountpoint} cannot be mounted: {error}", hint=hint) from None
         mount = mount_at(self.mountpoint)
         try:
             if mount is None:

@@ -13,6 +13,7 @@ from ckptfs.errors import MountError
 from ckptfs.namespace import unmount
 
 FSTYPE = "fuse.ckptfs"
+_CONFIGURATION = "/etc/fuse.conf"
 _LINKS = 4  # containers/storage: l/SHORT -> ../ID/diff -> the layer store
 
 
@@ -29,6 +30,11 @@ class Mount(NamedTuple):
     @property
     def ours(self) -> bool:
         return self.fstype == FSTYPE
+
+    @property
+    def user(self) -> int | None:
+        """Who has mounted it, of a FUSE file system."""
+        return next((int(word[8:]) for word in self.data.split(",") if word.startswith("user_id=")), None)
 
 
 def mounts() -> list[Mount]:
@@ -111,8 +117,9 @@ def prepare(path: str) -> None:
         raise MountError(f"{path} has a {mount.fstype} file system mounted", hint="name an empty directory")
     try:
         if not os.path.isdir(path):
-            kind = "is not a directory" if os.path.lexists(path) else "does not exist"
-            raise MountError(f"the mount point {path} {kind}", hint=f"run: mkdir -p {path}")
+            if os.path.lexists(path):
+                raise MountError(f"the mount point {path} is not a directory", hint="name an empty directory")
+            raise MountError(f"the mount point {path} does not exist", hint=f"run: mkdir -p {path}")
         if os.listdir(path):
             raise MountError(f"the mount point {path} is not empty", hint="name an empty directory")
     except OSError as error:
@@ -125,6 +132,17 @@ def prepare(path: str) -> None:
         raise MountError("fusermount3 is missing", hint="install the package fuse3, or run as root")
     if os.geteuid() != 0 and not os.access("/dev/fuse", os.R_OK | os.W_OK):
         raise MountError("/dev/fuse is not open to you", hint="ask for: chmod 666 /dev/fuse, or run as root")
+
+
+def admits_others() -> bool:
+    """Whether ordinary users may mount for other users too: fuse.conf(5)."""
+    try:
+        with open(_CONFIGURATION, encoding="utf-8", errors="replace") as lines:
+            return any(line.strip() == "user_allow_other" for line in lines)
+    except FileNotFoundError:
+        return False
+    except OSError:  # fusermount3 can read it, and we cannot know
+        return True
 
 
 def detach(path: str) -> None:

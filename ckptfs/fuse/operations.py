@@ -19,8 +19,9 @@ from ckptfs.fuse.answers import Answering, answers
 from ckptfs.fuse.callers import Access, access_of
 from ckptfs.image import OpenImage
 from ckptfs.model.names import InodeNames
+from ckptfs.model.node import Node
 from ckptfs.model.toc import Inode
-from ckptfs.model.tree import OPAQUE_XATTR, Node
+from ckptfs.model.tree import OPAQUE_XATTR
 from ckptfs.settings import Limits, MiB
 
 _FOREVER = 3600.0 * 24 * 365  # seconds; as nydus does: nothing ever changes under a pinned digest

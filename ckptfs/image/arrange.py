@@ -11,7 +11,7 @@ from typing import TypedDict
 
 import trio
 
-from ckptfs.errors import UsageError
+from ckptfs.errors import FormatError, LimitExceeded, UsageError
 from ckptfs.image.delta import DerivedTars, Unpacked
 from ckptfs.image.earlier import EarlierImages
 from ckptfs.image.indexed import inline_index
@@ -32,10 +32,11 @@ from ckptfs.layers.protocols import SideDocument
 from ckptfs.model.annotations import PARENT
 from ckptfs.model.blob import Blob
 from ckptfs.model.index import ImageIndex, IndexedLayer
+from ckptfs.model.node import Node
 from ckptfs.model.oci import Descriptor, Manifest, Reference
 from ckptfs.model.parents import parent_link
 from ckptfs.model.toc import Entry, Inode
-from ckptfs.model.tree import Node, Tree
+from ckptfs.model.tree import Tree
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ async def arrange(image: OpenImage, open_source: OpenSource | None, base: Refere
     elif layout is Layout.IMAGES:
         _gather(image.tree, images_directory(image.tree) or b"")
     elif layout is Layout.NONE:
-        log.warning("%s is not a checkpoint; its files are shown as they are", image.resolved.reference)
+        _is_none(image, f"{image.resolved.reference} is not a checkpoint")
     if image.options.view == "rootfs":
         if layout is Layout.POD:
             raise UsageError(
@@ -88,6 +89,12 @@ async def arrange(image: OpenImage, open_source: OpenSource | None, base: Refere
     derived = DerivedTars(image, partial(base_directories, image, open_source, base))
     image.arrived = derived.look
     derived.look()
+
+
+def _is_none(image: OpenImage, message: str) -> None:
+    if image.options.only_checkpoints:
+        raise FormatError(message, hint="`ckptfs ls REF` shows what is in it")
+    log.warning("%s; its files are shown as they are", message)
 
 
 async def known_layers(image: OpenImage) -> list[tuple[Blob, Known]]:
@@ -150,7 +157,7 @@ async def _unnest(image: OpenImage) -> None:
         index = _blob_node(raw, entries[0]) if entries else None
     if not blobs:
         image.layout = Layout.NONE
-        log.warning("the OCI layout inside %s holds no checkpoint", image.resolved.reference)
+        _is_none(image, f"the OCI layout inside {image.resolved.reference} holds no checkpoint")
         return
     tree = image.show_new_tree()
     for descriptor in blobs:
@@ -160,6 +167,9 @@ async def _unnest(image: OpenImage) -> None:
         if descriptor.media_type == CRIU_TAR:
             Unpacked(image, tree, b"checkpoint", node.inode, "plain").now()
         elif descriptor.media_type == CONTAINERD_CONFIG:
+            most = image.options.settings.limits.dump_bytes
+            if node.inode.size > most:  # real ones have 10 KB; a sparse file of any size costs an image nothing
+                raise LimitExceeded(f"containerd's config blob has {node.inode.size} bytes, more than {most}")
             spec = spec_of(await image.read(node.inode, 0, node.inode.size))
             extent_free = Inode(stat.S_IFREG | 0o600, size=len(spec), mtime_ns=node.inode.mtime_ns)
             tree.add([Entry(b"spec.dump", image.fetcher.keep_file(spec, extent_free))], image.next_rank)

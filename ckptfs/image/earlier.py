@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ckptfs.criu.chunking import placed_cells
-from ckptfs.criu.pagemap import Pagemap, parse_pagemap
+from ckptfs.criu.pagemap import DEFAULT_PAGE_SIZE, Pagemap, parse_pagemap
 from ckptfs.engine.shared_cells import Place, SharedCells
 from ckptfs.errors import CkptfsError, FormatError
 from ckptfs.image.kept import kept_cells, load_kept_table, table_bytes
@@ -169,7 +169,8 @@ class EarlierImages:
     def _placed(self, described: _Pagemap, file: IndexedFile) -> Iterator[tuple[int, int, int]]:
         size = file.entry.inode.size if file.entry.inode is not None else 0
         pagemap = described.parse(self._limits)
-        return placed_cells(((run.vaddr, run.length) for run in pagemap.placed(pagemap.page_size(size))), size)
+        runs = pagemap.placed(pagemap.page_size(size) or DEFAULT_PAGE_SIZE)
+        return placed_cells(((run.vaddr, run.length) for run in runs), size)
 
     def _find_pagemaps(self, index: ImageIndex) -> dict[bytes, _Pagemap]:
         """The pagemaps that an index has whole, by the path of the pages file that each describes.

@@ -1,16 +1,16 @@
 """Files of an image as blobs: so that a tar (or an image) inside an image is read by the code that reads layers."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
 from functools import partial
 
 import trio
 
 from ckptfs.engine.reader import Reader
 from ckptfs.errors import FormatError
+from ckptfs.layers.grid import segments_of, windows
 from ckptfs.model.blob import DescribedBlob
 from ckptfs.model.oci import ANNOTATION_SYNTHETIC, Descriptor, Digest
-from ckptfs.model.toc import Entry, Extent, Inode, slice_extents
+from ckptfs.model.toc import Entry, Inode
 
 
 class InodeBlob(DescribedBlob):
@@ -22,11 +22,7 @@ class InodeBlob(DescribedBlob):
     def __init__(self, reader: Reader, inode: Inode, media_type: str) -> None:
         self._reader = reader
         self._inode = inode
-        identity = hashlib.sha256(f"inode/{inode.size}".encode())
-        for extent in inode.extents:
-            identity.update(extent.chunk.key)
-            identity.update(b"%d/%d/%d;" % (extent.start, extent.length, extent.skip))
-        name = Digest("sha256", identity.hexdigest())
+        name = Digest("sha256", _identity(inode))
         super().__init__(Descriptor(media_type, name, inode.size, {ANNOTATION_SYNTHETIC: "file"}))
 
     def read_at(self, offset: int, length: int, *, attempt: int = 0) -> bytes:
@@ -44,12 +40,25 @@ def within(entry: Entry, outer: Inode, prefix: bytes) -> Entry:
         return Entry(path, None, head + entry.link)
     inode = entry.inode
     if inode is not None and inode.extents:
-        inode.extents = tuple(_translate(inode.extents, outer))
+        inode.extents = windows(outer.extents, segments_of(inode.extents))
     return Entry(path, inode)
 
 
-def _translate(extents: Sequence[Extent], outer: Inode) -> Iterator[Extent]:
+def _identity(inode: Inode) -> str:
+    """The same for two files only if their bytes are the same.
+
+    A chunk without a digest is named after its place in its layer, and so are all others of the file: one of them and
+    the places tell it. A header can claim 2**60 bytes, which are 2**42 chunks. Chunks with digests have come as a list.
+    """
+    identity = hashlib.sha256(f"inode/{inode.size}".encode())
+    extents = inode.extents
+    segments = segments_of(extents)
+    if segments and (first := extents[0].chunk).digest is None:
+        identity.update(first.key)
+        for segment in segments:
+            identity.update(b"%d/%d/%d;" % segment)
+        return identity.hexdigest()
     for extent in extents:
-        position = extent.chunk.offset + extent.skip
-        for piece in slice_extents(outer.extents, position, extent.length):
-            yield Extent(extent.start + piece.start, piece.length, piece.chunk, piece.skip)
+        identity.update(extent.chunk.key)
+        identity.update(b"%d/%d/%d;" % (extent.start, extent.length, extent.skip))
+    return identity.hexdigest()

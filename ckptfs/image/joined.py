@@ -20,8 +20,9 @@ from ckptfs.criu.pagemap import PARENT, Pagemap, parse_pagemap
 from ckptfs.errors import FormatError, LimitExceeded
 from ckptfs.image.opened import OpenImage
 from ckptfs.image.views import containers
+from ckptfs.model.node import Node
 from ckptfs.model.toc import Entry, Inode
-from ckptfs.model.tree import WHITEOUT, Node
+from ckptfs.model.tree import WHITEOUT
 from ckptfs.model.windows import WindowExtents
 from ckptfs.settings import Limits
 

@@ -26,9 +26,10 @@ from ckptfs.layers.media_types import Compression, compression_of
 from ckptfs.layers.toc_layer import ANNOTATION_TOC_DIGEST
 from ckptfs.layers.zstd_chunked import ANNOTATION_CHECKSUM as CHECKSUM
 from ckptfs.model.blob import Blob
+from ckptfs.model.node import Node
 from ckptfs.model.oci import Descriptor, Digest, parse_diff_ids
 from ckptfs.model.toc import Entry, Inode
-from ckptfs.model.tree import Node, Tree
+from ckptfs.model.tree import Tree
 
 DIFF, INFO, BLOB = b"diff", b"info", b"blob"
 

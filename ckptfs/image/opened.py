@@ -32,10 +32,11 @@ from ckptfs.layers.protocols import SideDocument
 from ckptfs.model.blob import Blob
 from ckptfs.model.chunk_digest import ChunkDigest
 from ckptfs.model.index import IndexedLayer
+from ckptfs.model.node import Node
 from ckptfs.model.oci import Descriptor, Digest, Manifest, Reference
 from ckptfs.model.profile import Profile
 from ckptfs.model.toc import Chunk, Entry, Inode, prefixed
-from ckptfs.model.tree import Node, Tree, Whiteouts
+from ckptfs.model.tree import Tree, Whiteouts
 from ckptfs.settings import Settings
 from ckptfs.sources import Source
 from ckptfs.telemetry import NetworkCounters
@@ -57,6 +58,7 @@ class ImageOptions(NamedTuple):
     prefetch: bool = True
     background: bool = True
     base: Reference | None = None
+    only_checkpoints: bool = False  # FormatError for any other image, which would be shown as it is
     increments: bool = True  # fetch of a pages file only what an earlier image of the repository has not
     remember: bool = True  # keep what scans learn of layers for the next mount
     settings: Settings = Settings()

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ckptfs.image.opened import OpenImage
+from ckptfs.model.node import Node
 from ckptfs.model.toc import Chunk, Inode
-from ckptfs.model.tree import Node
 
 _SHARE = 20  # at most one part in so many of the time is spent on answers
 _DUMPS = (b"config.dump", b"spec.dump", b"network.status", b"stats-dump", b"dump.log", b"bind.mounts", b"deleted.files")

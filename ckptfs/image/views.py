@@ -15,10 +15,11 @@ from enum import StrEnum
 
 from ckptfs.criu.wire import Message
 from ckptfs.errors import FormatError
+from ckptfs.model.node import Node
 from ckptfs.model.oci import Descriptor, parse_json
 from ckptfs.model.parents import parent_images
 from ckptfs.model.toc import Inode
-from ckptfs.model.tree import Node, Tree
+from ckptfs.model.tree import Tree
 
 
 class Layout(StrEnum):

@@ -20,8 +20,8 @@ from ckptfs.errors import CkptfsError, FormatError, NotFoundError
 from ckptfs.image import OpenImage
 from ckptfs.image.views import inner_tars
 from ckptfs.inspection.source import Range
+from ckptfs.model.node import Node
 from ckptfs.model.toc import Chunk, Inode
-from ckptfs.model.tree import Node
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from ckptfs.criu.files import Socket
 from ckptfs.criu.images import parse_name
 from ckptfs.criu.inventory import DumpStatistics, Inventory, parse_dump_statistics, parse_inventory
 from ckptfs.criu.namespaces import MountPoint, parse_mountpoints, parse_uts
-from ckptfs.errors import NotFoundError
+from ckptfs.errors import FormatError
 from ckptfs.inspection.container import DUMPS, Container, read_container
 from ckptfs.inspection.parts import Part, image_kinds
 from ckptfs.inspection.processes import Process, by_parent, read_processes
@@ -95,14 +95,14 @@ class Overview:
 def containers(files: CheckpointFiles) -> list[str]:
     """The prefixes of the containers in an image: "" for one at the root, "NAME/" for each of a pod's.
 
-    NotFoundError where there is no checkpoint.
+    FormatError where there is no checkpoint.
     """
     names = files.list("")
     if f"{CHECKPOINT}/" in names or "config.dump" in names or "inventory.img" in names:
         return [""]
     found = [name for name in names if name.endswith("/") and f"{CHECKPOINT}/" in files.list(name[:-1])]
     if not found:
-        raise NotFoundError("there is no checkpoint", hint="expected a directory checkpoint/ or a file config.dump")
+        raise FormatError("there is no checkpoint", hint="expected a directory checkpoint/ or a file config.dump")
     return found
 
 

@@ -4,17 +4,29 @@ A new format is one module and one line in `formats`.
 """
 
 import functools
+from typing import TypeGuard
 
 from ckptfs.errors import FormatError
 from ckptfs.layers.media_types import is_encrypted
-from ckptfs.layers.protocols import Emit, Layer, LayerFormat, Verification
+from ckptfs.layers.protocols import Emit, Layer, LayerFormat, Verification, WholeLayer
 from ckptfs.layers.zstd_chunked import ZstdChunkedFormat
 from ckptfs.model.blob import Blob
 from ckptfs.model.chunk_digest import ChunkDigest
 from ckptfs.model.oci import Descriptor
 from ckptfs.settings import Settings
 
-__all__ = ["Emit", "Layer", "LayerFormat", "Verification", "formats", "may_be_indexed", "open_indexed", "select_format"]
+__all__ = [
+    "Emit",
+    "Layer",
+    "LayerFormat",
+    "Verification",
+    "WholeLayer",
+    "formats",
+    "may_be_indexed",
+    "open_indexed",
+    "right_as_a_whole",
+    "select_format",
+]
 
 
 @functools.cache
@@ -49,6 +61,14 @@ def select_format(descriptor: Descriptor) -> LayerFormat:
 def may_be_indexed(descriptor: Descriptor) -> bool:
     """Whether an image's index can tell the chunks of such a layer: what it says has to be checked chunk by chunk."""
     return ZstdChunkedFormat().matches(descriptor) and not is_encrypted(descriptor.media_type)
+
+
+def right_as_a_whole(layer: Layer, blob: Blob) -> TypeGuard[WholeLayer]:
+    """Whether nothing but the digest of all of the layer says that its chunks are right; a synthetic one says nothing.
+
+    Who keeps what he reads hashes all of it: no scan does.
+    """
+    return not layer.sequential and layer.verification != "chunk" and not blob.descriptor.synthetic
 
 
 def open_indexed(blob: Blob, layer: int, settings: Settings, chunk_digest: ChunkDigest) -> Layer:

@@ -6,10 +6,10 @@ streams that somebody else has cut, at any places. Not for layers with a TOC, wh
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-from ckptfs.model.toc import Chunk, Extent, MadeExtents, derived_key
+from ckptfs.model.toc import Chunk, Extent, MadeExtents, derived_key, slice_extents
 from ckptfs.settings import Sizes
 
 KIND = "grid"
@@ -110,20 +110,49 @@ def placed(partition: Partition, segments: Sequence[tuple[int, int, int]]) -> "S
     return runs[0] if len(runs) == 1 else _Runs(runs)
 
 
+def windows(extents: Sequence[Extent], segments: Iterable[tuple[int, int, int]]) -> "Sequence[Extent]":
+    """The extents of a file whose bytes [start, start + length) are those at `position` of another, that of `extents`.
+
+    In a file of a partition they are not made either: a tar inside may claim as much as the one around it.
+    """
+    runs = _runs_of(extents)
+    if not runs:
+        return tuple(
+            Extent(start + piece.start, piece.length, piece.chunk, piece.skip)
+            for start, length, position in segments
+            for piece in slice_extents(extents, position, length)
+        )
+    found = []
+    for start, length, position in segments:
+        end = position + length
+        for number in range(max(bisect_right(runs, position, key=_start) - 1, 0), len(runs)):
+            at, size, there = runs[number].segment
+            if at >= end:
+                break
+            low, high = max(at, position), min(at + size, end)
+            if low < high:
+                found.append((start + low - position, high - low, there + low - at))
+    return placed(runs[0].partition, found)
+
+
 def segments_of(extents: Sequence[Extent]) -> Sequence[tuple[int, int, int]]:
     """What `placed` made the extents from."""
+    return [run.segment for run in _runs_of(extents)]
+
+
+def _runs_of(extents: Sequence[Extent]) -> "Sequence[_Run]":
     if isinstance(extents, _Run):
-        return (extents.segment,)
-    return [run.segment for run in extents.runs] if isinstance(extents, _Runs) else ()
+        return (extents,)
+    return extents.runs if isinstance(extents, _Runs) else ()
 
 
 class _Run(MadeExtents):
     """File bytes [start, start + length) lie at `position` of the stream; length > 0."""
 
-    __slots__ = ("_cuts", "_length", "_position", "_start")
+    __slots__ = ("_length", "_position", "_start", "partition")
 
-    def __init__(self, cuts: Partition, start: int, length: int, position: int) -> None:
-        self._cuts = cuts
+    def __init__(self, partition: Partition, start: int, length: int, position: int) -> None:
+        self.partition = partition
         self._start = start
         self._length = length
         self._position = position
@@ -134,16 +163,16 @@ class _Run(MadeExtents):
 
     def __len__(self) -> int:
         # Python's len() has to fit ssize_t; a file of 2**62 bytes is 2**44 chunks.
-        return self._cuts.index(self._position + self._length - 1) - self._cuts.index(self._position) + 1
+        return self.partition.index(self._position + self._length - 1) - self.partition.index(self._position) + 1
 
     def index_at(self, offset: int) -> int:
         if offset < self._start:
             return -1
-        first = self._cuts.index(self._position)
-        return min(self._cuts.index(self._position + offset - self._start) - first, len(self) - 1)
+        first = self.partition.index(self._position)
+        return min(self.partition.index(self._position + offset - self._start) - first, len(self) - 1)
 
     def at(self, index: int) -> Extent:
-        cuts, position = self._cuts, self._position
+        cuts, position = self.partition, self._position
         number = cuts.index(position) + index
         chunk, start = cuts.chunk(number), cuts.start(number)
         low = max(position, start)

@@ -21,11 +21,11 @@ from ckptfs.model.blob import Blob
 from ckptfs.model.layer_index import LayerIndex, decode_layer_index, segments, unpack_window
 from ckptfs.model.oci import Descriptor
 from ckptfs.model.paths import plain, show, symlink_target
+from ckptfs.model.times import MOST
 from ckptfs.model.toc import Chunk, Entry, Inode
 from ckptfs.settings import Limits, Settings
 
 _TYPES = frozenset((stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO))
-_MAX_TIME = (1 << 40) * 1_000_000_000  # as in tar_header.py
 
 
 class Indexed:
@@ -182,7 +182,7 @@ def _judge_inode(inode: Inode, path: bytes, limits: Limits) -> None:
         raise FormatError(f"the index has the size {inode.size} for {show(path)}")
     if inode.extents and kind != stat.S_IFREG:
         raise FormatError(f"the index has bytes for {show(path)}, which is no file")
-    if abs(inode.mtime_ns) > _MAX_TIME:
+    if abs(inode.mtime_ns) > MOST:
         raise FormatError(f"the index has a time for {show(path)} that no clock shows")
     if os.major(inode.rdev) >> 32 or os.minor(inode.rdev) >> 32:
         raise FormatError(f"the index has no device numbers for {show(path)}")

@@ -41,6 +41,13 @@ class Layer(Protocol):
         """
 
 
+class WholeLayer(Layer, Protocol):
+    """Chunks that can be fetched one by one and have no digest: the layer is right, or wrong, as a whole."""
+
+    def chunks(self) -> Iterator[Chunk]:
+        """All that hold bytes of the tar, in order."""
+
+
 class LayerFormat(Protocol):
     @property
     def name(self) -> str: ...

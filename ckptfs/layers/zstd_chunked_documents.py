@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import Any
 
@@ -19,6 +18,7 @@ import zstandard
 
 from ckptfs.layers.tar_encode import tar_type
 from ckptfs.model.index_columns import Row
+from ckptfs.model.times import rfc3339
 from ckptfs.model.toc import Inode
 
 ANNOTATION = "io.github.containers.zstd-chunked."
@@ -103,7 +103,7 @@ class TableOfContents(Document):
         entry["mode"] = inode.mode & 0o7777
         if digest:
             entry["size"] = inode.size
-        entry |= {"uid": inode.uid, "gid": inode.gid, "modtime": _rfc3339(inode.mtime_ns)}
+        entry |= {"uid": inode.uid, "gid": inode.gid, "modtime": rfc3339(inode.mtime_ns)}
         if kind in (b"3", b"4"):
             entry |= {"devMajor": os.major(inode.rdev), "devMinor": os.minor(inode.rdev)}
         if inode.xattrs and link is None:
@@ -175,10 +175,3 @@ def _base64(data: bytes) -> str:
 def _text(name: bytes) -> str:
     """Bytes that are no UTF-8 become lone surrogates, which only Python reads back."""
     return name.decode("utf-8", "surrogateescape")
-
-
-def _rfc3339(nanoseconds: int) -> str:
-    seconds, rest = divmod(nanoseconds, 1_000_000_000)
-    when = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds)
-    fraction = f".{rest:09}".rstrip("0") if rest else ""
-    return f"{when:%Y-%m-%dT%H:%M:%S}{fraction}Z".rjust(20 + len(fraction), "0")

@@ -155,6 +155,10 @@ class ZstdSeekableLayer:
             raise IntegrityError(f"the frame at byte {chunk.offset} of {self._blob.descriptor.digest} is damaged")
         return decoded
 
+    def chunks(self) -> Iterator[Chunk]:
+        """All frames that hold something, in order."""
+        return map(self._cuts.chunk, range(len(self._table.offsets)))
+
     def _run(self, number: int, window: int) -> list[Chunk]:
         """At most `window` frames from `number` on that are worth one request."""
         chunks = [self._cuts.chunk(number)]

@@ -28,6 +28,7 @@ from ckptfs.model.index_table import decompress
 from ckptfs.model.index_table import encode_table as encode_table
 from ckptfs.model.oci import Digest, Manifest, parse_json
 from ckptfs.model.paths import plain, symlink_target
+from ckptfs.model.times import MOST
 from ckptfs.model.toc import Entry, Extent, Inode
 from ckptfs.settings import Limits, MiB
 
@@ -253,7 +254,7 @@ class _Reader:
             uid=_integer(value, "uid", 0, (1 << 32) - 1),
             gid=_integer(value, "gid", 0, (1 << 32) - 1),
             size=_integer(value, "size", 0, limits.file_bytes),
-            mtime_ns=_integer(value, "mtime", -(1 << 63), (1 << 63) - 1),
+            mtime_ns=_integer(value, "mtime", -MOST, MOST),
             rdev=_integer(value, "rdev", 0, (1 << 64) - 1),
             target=_target(value.get("target", ""), path, limits),
             xattrs=_xattrs(value.get("xattrs"), limits),

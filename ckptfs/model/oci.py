@@ -156,11 +156,13 @@ class Descriptor(NamedTuple):
             raise FormatError(f"{what} has no mediaType or digest")
         if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 1 << 62:
             raise FormatError(f"{what} has size {str(size)[:40]}")
+        annotations = string_map(value.get("annotations"), f"{what}: annotations")
+        annotations.pop(ANNOTATION_SYNTHETIC, None)  # no document may say that what it names need not be checked
         return cls(
             media_type,
             Digest.parse(digest),
             size,
-            string_map(value.get("annotations"), f"{what}: annotations"),
+            annotations,
             str(value.get("artifactType") or ""),
             {k: v for k, v in (value.get("platform") or {}).items() if isinstance(v, str)}
             if isinstance(value.get("platform"), dict)

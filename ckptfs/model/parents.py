@@ -5,7 +5,7 @@ Looks at names and targets of links only, not at what is in an image.
 
 import posixpath
 
-from ckptfs.model.tree import Node
+from ckptfs.model.node import Node
 
 
 def parent_link(directory: Node) -> bytes | None:

@@ -4,6 +4,8 @@ Every format passes every path through `normalise` or, where it was written by u
 looks for `..` again.
 """
 
+from collections.abc import Iterator
+
 from ckptfs.errors import FormatError, LimitExceeded
 from ckptfs.model.oci import parse_json
 from ckptfs.settings import Limits
@@ -42,7 +44,8 @@ def normalise(name: bytes, limits: Limits) -> bytes:
 def deleted_paths(data: bytes, limits: Limits) -> list[bytes]:
     """deleted.files of a checkpoint, which podman and CRI-O write: a JSON list of absolute paths; sorted, each once.
 
-    FormatError for anything else, and for the root: engines remove what it names with all that is below.
+    What lies below another of them is left out: engines remove what is listed with all that is below, and a whiteout
+    there would bring the directories above it back. FormatError for anything but such a list, and for the root.
     """
     if not data:
         return []
@@ -52,7 +55,13 @@ def deleted_paths(data: bytes, limits: Limits) -> list[bytes]:
     paths = {normalise(path.encode("utf-8", "surrogateescape"), limits) for path in listed}
     if b"" in paths:
         raise FormatError("deleted.files names the root")
-    return sorted(paths)
+    return sorted(path for path in paths if paths.isdisjoint(parents(path)))
+
+
+def parents(path: bytes) -> Iterator[bytes]:
+    """The directories that `path` lies in, from the inside out, without the root."""
+    while path := path.rpartition(b"/")[0]:
+        yield path
 
 
 def plain(path: bytes, limits: Limits) -> bytes:
@@ -63,7 +72,7 @@ def plain(path: bytes, limits: Limits) -> bytes:
 
 
 def symlink_target(target: bytes, path: bytes, limits: Limits) -> bytes:
-    """A symbolic link's text, which is data and never followed here; only readlink(2)'s limits hold."""
+    """A symbolic link's text, which is data; only readlink(2)'s limits hold. Who follows it is symlinks.py."""
     if b"\0" in target or not target:
         raise FormatError(f"the symbolic link {show(path)} has an empty target or one with a NUL")
     if len(target) >= limits.path_bytes:

@@ -12,6 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
 from ckptfs.errors import FormatError
+from ckptfs.model.hidden import Hidden
+from ckptfs.model.node import CHILDLESS, Node
+from ckptfs.model.paths import show
+from ckptfs.model.symlinks import Symlinks
 from ckptfs.model.toc import Entry, Inode
 
 ROOT_INO = 1
@@ -20,42 +24,7 @@ WHITEOUT = b".wh."
 OPAQUE = b".wh..wh..opq"
 # overlayfs reads the first only with CAP_SYS_ADMIN, and the second when mounted with userxattr
 OPAQUE_XATTR = b"trusted.overlay.opaque" if os.geteuid() == 0 else b"user.overlay.opaque"
-_CHILDLESS: "dict[bytes, Node]" = {}  # what is no directory has this one, never changed: 64 bytes for each file else
 _AUFS = b".wh..wh."  # aufs' own files (.wh..wh.plnk, .wh..wh.aufs): metadata of a graph driver, never content
-
-
-class Node:
-    """A name in a directory.
-
-    inode     what the name shows; None while it only remembers that lower ranks are hidden.
-    rank      the layer that `inode` is from; 0 for a directory that is only implied by a path below it.
-    claim     the highest rank that said anything about this name.
-    hide      ranks below it are hidden here and everywhere beneath.
-    children  by name; only a directory's are visible.
-    """
-
-    __slots__ = ("children", "claim", "hide", "inode", "name", "parent", "rank")
-
-    def __init__(self, name: bytes, parent: "Node | None") -> None:
-        self.name = name
-        self.parent = parent
-        self.inode: Inode | None = None
-        self.rank = 0
-        self.claim = 0
-        self.hide = 0
-        self.children = _CHILDLESS
-
-    @property
-    def path(self) -> bytes:
-        parts: list[bytes] = []
-        node: Node | None = self
-        while node is not None and node.parent is not None:
-            parts.append(node.name)
-            node = node.parent
-        return b"/".join(reversed(parts))
-
-    def visible_children(self) -> Iterator["Node"]:
-        return (child for child in self.children.values() if child.inode is not None)
 
 
 class Tree:
@@ -68,7 +37,8 @@ class Tree:
         self._changed = changed
         self._open: dict[int, bytes] = {}  # rank -> prefix, of layers that are still arriving
         self._undescribed: dict[int, bytes] = {}  # the same, of those whose first entry may describe that directory
-        self._losers: dict[tuple[int, bytes], Inode] = {}  # (rank, path): hidden inodes, for hard links to them
+        self._hidden = Hidden()
+        self._symlinks: dict[int, Symlinks] = {}  # rank -> the layer's own, while it is arriving
         self._opaque: dict[int, list[bytes]] = {}  # rank -> opaque directories of a layer shown as overlayfs has it
         self._awaited: dict[int, dict[bytes, list[bytes]]] = {}  # rank -> target path -> link paths
         self._parent_path: bytes | None = None  # the last parent looked up: tars list a directory's files together
@@ -81,6 +51,7 @@ class Tree:
     def begin(self, rank: int, prefix: bytes = b"") -> None:
         """A layer starts to arrive; all its paths lie under `prefix`. Ranks are 1 and up, and unique."""
         self._open[rank] = prefix
+        self._symlinks[rank] = Symlinks(prefix)
         if prefix:
             self._undescribed[rank] = prefix
 
@@ -90,7 +61,9 @@ class Tree:
         whiteouts: "merge" applies them to lower ranks; "overlay" shows them as overlayfs has them in a lower directory
         (a character device 0:0; an xattr on an opaque directory); "plain" takes them for files like others.
         """
-        for entry in entries:
+        symlinks = self._symlinks.get(rank)
+        for listed in entries:
+            entry = symlinks.follow(listed) if symlinks is not None else listed
             path, inode = entry.path, entry.inode
             if WHITEOUT in path and whiteouts != "plain":
                 parent, _, name = path.rpartition(b"/")
@@ -109,25 +82,27 @@ class Tree:
     def finish(self, rank: int) -> None:
         """The layer is complete. FormatError when it has hard links to files that do not exist."""
         self._open.pop(rank, None)
+        self._symlinks.pop(rank, None)
         self._undescribed.pop(rank, None)
         self._parent_path = None
         for path in self._opaque.pop(rank, ()):
             node = self.find(path)
             if node is not None and node.inode is not None and node.inode.is_dir:
                 node.inode.xattrs = {**node.inode.xattrs, OPAQUE_XATTR: b"y"}
-        for waiting in sorted(self._awaited):  # links of higher ranks may have waited for this one
+        # What a link across layers leads to is known when all of them are here, its own too; each is asked for once.
+        for waiting in sorted(rank for rank in self._awaited if not any(r <= rank for r in self._open)):
             for target in list(self._awaited[waiting]):
                 inode = self._find_below(target, waiting)
                 if inode is not None:
                     self._place(target, inode, waiting, alias=True)
-            if self._awaited[waiting] and not any(r <= waiting for r in self._open):
+            if self._awaited[waiting]:
                 target, names = next(iter(self._awaited.pop(waiting).items()))
                 raise FormatError(
-                    f"hard link {_show(names[0])} points to {_show(target)}, which the image does not have",
+                    f"hard link {show(names[0])} points to {show(target)}, which the image does not have",
                     hint="the layer is damaged: push the image again",
                 )
         if not self._open:
-            self._losers.clear()
+            self._hidden.clear()
 
     # -- asking --------------------------------------------------------------------------------------------------------
 
@@ -202,7 +177,7 @@ class Tree:
         """
         node = self.find(source)
         if node is None or node.inode is None or target in self.root.children:
-            raise FormatError(f"the image has a file {_show(target)} where a directory is expected")
+            raise FormatError(f"the image has a file {show(target)} where a directory is expected")
         if node is self.root:
             moved = Node(target, self.root)
             self._imply(moved)
@@ -271,25 +246,25 @@ class Tree:
         parent_path, _, name = path.rpartition(b"/")
         parent = self._directory(parent_path, rank)
         if parent is None:
-            self._losers[rank, path] = inode
+            self._hidden.add(path, rank, inode)
             return
         node = parent.children.get(name)
         if node is None:
             node = parent.children[name] = Node(name, parent)
         if rank < node.hide:
-            self._losers[rank, path] = inode
+            self._hidden.add(path, rank, inode)
             return
         if inode.is_dir:
             if node.inode is None or not node.inode.is_dir or rank >= node.rank:
                 self._show(node, inode, rank)
         elif rank >= node.claim:
             if self._open and node.inode is not None and node.rank != rank:
-                self._losers[node.rank, path] = node.inode
+                self._hidden.add(path, node.rank, node.inode)
             if node.inode is not None or node.children:  # else it is new: nothing is below, and the parent stays known
                 self._hide_below(node, rank, own=True)
             self._show(node, inode, rank)
         else:  # a higher rank has a directory here; it keeps only what is not below this file
-            self._losers[rank, path] = inode
+            self._hidden.add(path, rank, inode)
             self._hide_below(node, rank, own=True)
         node.claim = max(node.claim, rank)
 
@@ -304,7 +279,7 @@ class Tree:
             return
         target = name[len(WHITEOUT) :]
         if not target or target in (b".", b".."):
-            raise FormatError(f"whiteout {_show(name)} names nothing")
+            raise FormatError(f"whiteout {show(name)} names nothing")
         node = parent.children.get(target)
         if node is None:
             node = parent.children[target] = Node(target, parent)
@@ -372,7 +347,7 @@ class Tree:
             if node.parent is not None and node.parent.inode is not None:
                 node.parent.inode.nlink -= 1
         elif self._open:
-            self._losers[node.rank, node.path] = inode
+            self._hidden.add(node.path, node.rank, inode)
         inode.nlink -= 1
         if inode.is_dir or inode.nlink == 0:
             self.inodes.pop(inode.ino, None)
@@ -396,7 +371,7 @@ class Tree:
         if inode.is_dir:
             inode.ino, inode.nlink = self._number(), 2
             self.directories[inode.ino] = node
-            if node.children is _CHILDLESS:
+            if node.children is CHILDLESS:
                 node.children = {}
             if node.parent is not None and node.parent.inode is not None:
                 node.parent.inode.nlink += 1
@@ -420,12 +395,12 @@ class Tree:
 
     def _link(self, path: bytes, target: bytes, rank: int) -> None:
         if path == target:
-            raise FormatError(f"hard link {_show(path)} points to itself", hint="the layer is damaged")
+            raise FormatError(f"hard link {show(path)} points to itself", hint="the layer is damaged")
         inode = self._find_at(target, rank)
         if inode is None:
             self._awaited.setdefault(rank, {}).setdefault(target, []).append(path)
         elif inode.is_dir:
-            raise FormatError(f"hard link {_show(path)} points to the directory {_show(target)}")
+            raise FormatError(f"hard link {show(path)} points to the directory {show(target)}")
         else:
             self._place(path, inode, rank)
 
@@ -434,16 +409,11 @@ class Tree:
         node = self.find(path)
         if node is not None and node.rank == rank:
             return node.inode
-        return self._losers.get((rank, path))
+        return self._hidden.at(path, rank)
 
     def _find_below(self, path: bytes, rank: int) -> Inode | None:
         """The inode that the layers below `rank` show at `path`: a link across layers copies up when extracted."""
         node = self.find(path)
         if node is not None and node.rank < rank and node.inode is not None and not node.inode.is_dir:
             return node.inode
-        candidates = [(r, inode) for (r, p), inode in self._losers.items() if p == path and r < rank]
-        return max(candidates, key=lambda c: c[0])[1] if candidates else None
-
-
-def _show(path: bytes) -> str:
-    return repr(path.decode("utf-8", "replace"))[:200]
+        return self._hidden.below(path, rank)

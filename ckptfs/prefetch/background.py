@@ -3,8 +3,9 @@
 import re
 from collections.abc import Iterator
 
+from ckptfs.model.node import Node
 from ckptfs.model.toc import Chunk
-from ckptfs.model.tree import Node, Tree
+from ckptfs.model.tree import Tree
 from ckptfs.settings import Sizes
 
 _PAGES = re.compile(rb"pages-(\d+)\.img\Z")

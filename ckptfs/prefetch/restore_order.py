@@ -12,9 +12,10 @@ from itertools import takewhile
 
 from ckptfs.criu.restore_plan import PageRun, RestorePlan, plan_restore
 from ckptfs.errors import FormatError
+from ckptfs.model.node import Node
 from ckptfs.model.parents import parent_images
 from ckptfs.model.toc import Chunk, Inode, overlapping
-from ckptfs.model.tree import Node, Tree
+from ckptfs.model.tree import Tree
 from ckptfs.settings import KiB, Limits
 
 _SHORT = 128 * KiB  # a run of lazy pages that can be a stack or the data of a program

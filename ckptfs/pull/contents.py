@@ -1,8 +1,9 @@
 """The bytes of the files of a pull: fetched in parallel, each chunk once, written to all files that it belongs to.
 
 Chunks that can be fetched one by one go from the network to the files without a stop between, checked against their
-digests. A plain tar has one digest, of everything: it comes as one stream that is hashed. What came while layers were
-scanned (gzip and zstd, which are streams) lies in the pull's own cache. Owns no names: destination.py makes the files.
+digests. A plain tar has one digest, of everything: it comes as one stream that is hashed, whatever its scan has read
+before. What came while layers were scanned (gzip and zstd, which are streams) lies in the pull's own cache. Owns no
+names: destination.py makes the files.
 """
 
 import hashlib
@@ -14,13 +15,14 @@ from dataclasses import dataclass
 from ckptfs.engine.disk import Buffer
 from ckptfs.engine.fetch import Fetcher
 from ckptfs.errors import IntegrityError
-from ckptfs.layers import Layer
+from ckptfs.layers import Layer, right_as_a_whole
 from ckptfs.model.blob import Blob
 from ckptfs.model.toc import Chunk, Inode, piece_of
 from ckptfs.pull.destination import Destination, Directories, translated
 from ckptfs.settings import MiB, Sizes
 
 _EXTENT = 8 * MiB  # of a blob: what one request fetches
+_NO_LAYER = -1  # of chunks that were made up here (Fetcher.keep_file)
 _OPEN = 128  # files that are open although nobody is writing to them at the moment
 
 
@@ -82,21 +84,24 @@ class Contents:
     def prepare(self) -> None:
         """All files have been added."""
         jobs: list[Callable[[_Writer], None]] = []
-        here: list[Wanted] = []
-        for number, chunks in sorted(self._wanted.items()):
+        here: list[Wanted] = list(self._wanted.pop(_NO_LAYER, {}).items())
+        for number in range(self._fetcher.next_layer):
+            blob, layer = self._fetcher.layer(number)
+            chunks = self._wanted.get(number, {})
+            if right_as_a_whole(layer, blob):
+                # Also where no file has bytes in it: names, modes and links came out of it.
+                items: dict[Chunk, list[Piece]] = {chunk: [] for chunk in layer.chunks() if self._fetcher.has(chunk)}
+                items |= chunks
+                jobs.append(_HashedStream(self, blob, layer, sorted(items.items(), key=_place)))
+                continue
             local = [item for item in chunks.items() if self._fetcher.has(item[0])]
             known = {chunk for chunk, _ in local}
             away = sorted((item for item in chunks.items() if item[0] not in known), key=_place)
             here += sorted(local, key=_place)
-            if not away:
-                continue
-            blob, layer = self._fetcher.layer(number)
             if layer.sequential:
                 here += away
-            elif layer.verification == "chunk" or blob.descriptor.synthetic:
-                jobs += [_Fetch(self, blob, layer, extent) for extent in _extents(away, self._sizes.coalesce_gap)]
             else:
-                jobs.append(_HashedStream(self, blob, layer, away))
+                jobs += [_Fetch(self, blob, layer, extent) for extent in _extents(away, self._sizes.coalesce_gap)]
         jobs += [_Copy(self, batch) for batch in _batches(here)]
         self._jobs = iter(jobs)
         self._wanted.clear()
@@ -128,8 +133,12 @@ class Contents:
             os.close(file.fd)
         self._open.clear()
 
+    def here(self, chunk: Chunk) -> Buffer | None:
+        """What a scan, or who reads an inner tar, has been given for the chunk."""
+        return self._fetcher.lookup(chunk)
+
     def lookup(self, chunk: Chunk) -> Buffer:
-        data = self._fetcher.lookup(chunk)
+        data = self.here(chunk)
         return data if data is not None else self._late(chunk)
 
     def opened(self, file: File) -> None:
@@ -238,7 +247,10 @@ class _Fetch:
 
 @dataclass(frozen=True, slots=True)
 class _HashedStream:
-    """A layer whose chunks have no digests, from end to end; IntegrityError when it is not what its digest says."""
+    """A layer whose chunks have no digests, from end to end; IntegrityError when it is not what its digest says.
+
+    So it is when the bytes are right now, and were not when names were read out of them.
+    """
 
     contents: Contents
     blob: Blob
@@ -248,7 +260,7 @@ class _HashedStream:
     def __call__(self, writer: _Writer) -> None:
         digest = self.blob.descriptor.digest
         hasher = hashlib.new(digest.algorithm)
-        held = memoryview(b"")
+        held, same = memoryview(b""), True
         at = position = 0  # of the wanted chunks; of the first byte that is held
         for piece in self.blob.stream(0, self.blob.size):
             if self.contents.stopped:
@@ -260,13 +272,18 @@ class _HashedStream:
                 low = chunk.offset - position
                 if low + chunk.size > len(held):
                     break
-                writer.write(pieces, self.layer.decode(chunk, held[low : low + chunk.size]))
+                data = self.layer.decode(chunk, held[low : low + chunk.size])
+                earlier = self.contents.here(chunk)
+                same = same and (earlier is None or earlier == data)
+                writer.write(pieces, data)
                 at += 1
             following = self.wanted[at][0].offset - position if at < len(self.wanted) else len(held)
             done = max(0, min(following, len(held)))
             held, position = memoryview(bytes(held[done:])), position + done
         if hasher.hexdigest() != digest.hex:
             raise IntegrityError(f"layer {digest} arrived with digest {digest.algorithm}:{hasher.hexdigest()}")
+        if not same:
+            raise IntegrityError(f"names were read from layer {digest} while it arrived with another digest")
 
 
 @dataclass(frozen=True, slots=True)

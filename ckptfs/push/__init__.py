@@ -2,8 +2,8 @@
 
     source (directory, archive, image) -> Checkpoint -> plan of layers -> zstd:chunked layers -> blobs -> manifest
 
-Memory does not grow with the checkpoint. The work directory takes each compressed layer until it is sent, and what an
-archive or image that is one compressed stream unpacks to. Blocks; called by the command line and by tests.
+Memory does not grow with the checkpoint. The work directory takes each compressed layer until it is sent, and what
+layers unpack to that have no digest but that of everything. Blocks; called by the command line and by tests.
 """
 
 import tempfile

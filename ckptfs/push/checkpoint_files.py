@@ -6,7 +6,7 @@ Owns the nouns that the sources (directory.py, image_files.py) share with the pl
 import posixpath
 import stat
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ckptfs.errors import LimitExceeded
 from ckptfs.image.views import gathering
@@ -86,7 +86,7 @@ def under_checkpoint(files: Sequence[CheckpointFile]) -> list[CheckpointFile]:
     moved = [_moved(file, moves) for file in files]
     if not any(file.path == b"checkpoint" for file in moved):
         moved.append(CheckpointFile(b"checkpoint", _like(files)))
-    return sorted(moved, key=lambda file: file.path)
+    return _linked_to_first(sorted(moved, key=lambda file: file.path))
 
 
 def parent_directories(files: Sequence[CheckpointFile]) -> list[bytes]:
@@ -111,6 +111,16 @@ def _moved(file: CheckpointFile, moves: Sequence[tuple[bytes, bytes]]) -> Checkp
         return path
 
     return CheckpointFile(under(file.path), file.inode, None if file.link is None else under(file.link), file.open)
+
+
+def _linked_to_first(files: Sequence[CheckpointFile]) -> list[CheckpointFile]:
+    """Of the paths of one file the first has the bytes, whichever had them before the move: links go behind it."""
+    first: dict[bytes, bytes] = {}
+    out = []
+    for file in files:
+        owner = first.setdefault(file.path if file.link is None else file.link, file.path)
+        out.append(replace(file, link=owner if owner != file.path else None))
+    return out
 
 
 def _like(files: Sequence[CheckpointFile]) -> Inode:

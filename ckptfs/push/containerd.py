@@ -5,12 +5,13 @@ the CRIU tar is checkpoint/, the rw layer rootfs-diff.tar, the config's JSON spe
 container_checkpoint_opts.go and core/images/mediatypes.go of containerd. Called by push/__init__.py.
 """
 
+import hashlib
 import io
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
-from ckptfs.errors import FormatError
+from ckptfs.errors import FormatError, IntegrityError
 from ckptfs.image.views import CONTAINERD_CONFIG, CRIU_TAR, index_entries, is_checkpoint_index, spec_of
 from ckptfs.layers.zstd_chunked_writer import Payload
 from ckptfs.model.annotations import BASE_NAME
@@ -100,7 +101,9 @@ def _flat(
         elif descriptor.media_type == CONTAINERD_CONFIG:
             if descriptor.size > settings.limits.dump_bytes:
                 raise FormatError(f"containerd's config blob has {descriptor.size} bytes")
-            spec = spec_of(blob(descriptor).read_at(0, descriptor.size))
+            raw = blob(descriptor).read_at(0, descriptor.size)
+            descriptor.digest.check(raw, "containerd's config blob")
+            spec = spec_of(raw)
             inode = Inode(stat.S_IFREG | 0o600, size=len(spec), mtime_ns=mtime_ns)
             files[b"spec.dump"] = CheckpointFile(b"spec.dump", inode, open=partial(io.BytesIO, spec))
         elif descriptor.media_type.startswith(_LAYER):
@@ -119,7 +122,19 @@ def _annotations(index: Index | Manifest) -> dict[str, str]:
 
 
 def _content(blob: Blob) -> Payload:
-    return PiecesPayload(blob.stream(0, blob.size))
+    return PiecesPayload(_checked(blob))
+
+
+def _checked(blob: Blob) -> Iterator[bytes | memoryview]:
+    """The blob in pieces, the last one only when all of them have the digest: nobody asks for more behind it."""
+    digest, arrived = blob.descriptor.digest, 0
+    hasher = hashlib.new(digest.algorithm)
+    for piece in blob.stream(0, blob.size):
+        hasher.update(piece)
+        arrived += len(piece)
+        if arrived == blob.size and hasher.hexdigest() != digest.hex:
+            raise IntegrityError(f"blob {digest} arrived with digest {digest.algorithm}:{hasher.hexdigest()}")
+        yield piece
 
 
 def _file(every: dict[bytes, CheckpointFile], digest: Digest) -> CheckpointFile:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ckptfs.errors import FormatError, NotFoundError
 from ckptfs.layers.zstd_chunked_writer import Payload
+from ckptfs.model.times import within_reach
 from ckptfs.model.toc import Inode
 from ckptfs.push.checkpoint_files import Checkpoint, CheckpointFile, under_checkpoint
 
@@ -57,7 +58,7 @@ def _file(full: bytes, path: bytes, first: bytes, status: os.stat_result) -> Che
         status.st_uid,
         status.st_gid,
         status.st_size if stat.S_ISREG(mode) or stat.S_ISLNK(mode) else 0,
-        status.st_mtime_ns,
+        within_reach(status.st_mtime_ns),
         status.st_rdev if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else 0,
         os.readlink(full) if stat.S_ISLNK(mode) else b"",
         _xattrs(full),

@@ -1,8 +1,9 @@
 """A checkpoint that lies in layers: an image of a registry or an OCI layout, or an archive, which is one layer.
 
 Opens the layers with the formats of layers/, merges them, and reads files front to back: a range of the blob at a time
-where chunks can be fetched one by one; otherwise (gzip, one zstd frame) the layer is unpacked once into a nameless file
-of the work directory, without its holes. Blocks; no event loop, no cache.
+where chunks can be fetched one by one and have digests; otherwise (gzip, one zstd frame, plain tar) the layer is
+unpacked once, and hashed, into a nameless file of the work directory, without its holes. Nothing wrong is to get new
+digests here that say it is right. Blocks; no event loop, no cache.
 """
 
 import os
@@ -16,7 +17,8 @@ from typing import BinaryIO, Protocol, Self, cast
 
 from ckptfs.errors import CacheError, FormatError, IntegrityError
 from ckptfs.image.resolve import find_image
-from ckptfs.layers import Layer, select_format
+from ckptfs.layers import Layer, right_as_a_whole, select_format
+from ckptfs.layers.stream import StreamLayer
 from ckptfs.layers.zstd_chunked_writer import Payload
 from ckptfs.model.annotations import OURS
 from ckptfs.model.blob import Blob
@@ -24,7 +26,7 @@ from ckptfs.model.oci import Manifest, parse_json
 from ckptfs.model.toc import Chunk, Extent, Inode, piece_of
 from ckptfs.model.tree import Tree
 from ckptfs.push.checkpoint_files import Checkpoint, CheckpointFile
-from ckptfs.push.spool import PiecesPayload
+from ckptfs.push.spool import PiecesPayload, Spool
 from ckptfs.settings import MiB, Settings
 from ckptfs.sources import Source
 
@@ -44,7 +46,7 @@ class LayerFiles:
         try:
             for number, blob in enumerate(blobs):
                 rank = number + 1
-                layer = select_format(blob.descriptor).open(blob, number, settings)
+                layer = _opened(blob, number, settings)
                 self.tree.begin(rank)
                 reader: _ChunkReader
                 if layer.sequential and not names_only:
@@ -123,6 +125,15 @@ def kept_annotations(annotations: Mapping[str, str]) -> dict[str, str]:
 
 
 # -- reading chunks ----------------------------------------------------------------------------------------------------
+
+
+def _opened(blob: Blob, number: int, settings: Settings) -> Layer:
+    layer = select_format(blob.descriptor).open(blob, number, settings)
+    if isinstance(blob, Spool) or not right_as_a_whole(layer, blob):  # a spool has been hashed as it was written
+        return layer
+    stream = StreamLayer(layer.format, blob, number, settings)
+    stream.learning = False
+    return stream
 
 
 class _ChunkReader(Protocol):

@@ -134,6 +134,8 @@ def _compared(
         sizes[level.file] = file.entry.inode.size
     try:
         page_size = pagemap.page_size(size)
+        if page_size is None:
+            return None
         comparison = Comparison(parent, directory, levels, sizes, page_size)
         marks = comparison.shared(pagemap, described.file, progress)
     except FormatError:  # of another page size, or compressed by CRIU: stored as it is

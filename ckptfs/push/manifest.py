@@ -8,13 +8,13 @@ import base64
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from itertools import chain
 from typing import Any
 
 from ckptfs.layers.zstd_chunked_writer import CHUNK_DIGEST, WrittenLayer
 from ckptfs.model.index import INLINE_BYTES, IndexedFile, IndexedLayer, encode_index
 from ckptfs.model.oci import OCI_MANIFEST, Descriptor, Digest, machine_architecture
+from ckptfs.model.times import BILLION, rfc3339
 from ckptfs.model.toc import Entry
 from ckptfs.push.checkpoint_files import Checkpoint
 from ckptfs.push.pages import PagesFile
@@ -81,8 +81,7 @@ def created(checkpoint: Checkpoint) -> str:
     """When CRIU wrote the inventory, else the newest file: RFC 3339, whole seconds."""
     dumped = [file.inode.mtime_ns for file in checkpoint.files if file.name == b"inventory.img"]
     newest = max(dumped or [file.inode.mtime_ns for file in checkpoint.files if file.is_regular] or [0])
-    when = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=max(newest, 0) // 1_000_000_000)
-    return f"{when:%Y-%m-%dT%H:%M:%SZ}"
+    return rfc3339(max(newest, 0) // BILLION * BILLION)
 
 
 def to_json(document: dict[str, Any]) -> bytes:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ckptfs.criu.chunking import page_cuts
 from ckptfs.criu.images import parse_name
-from ckptfs.criu.pagemap import Pagemap, PlacedRun, parse_pagemap
+from ckptfs.criu.pagemap import DEFAULT_PAGE_SIZE, Pagemap, PlacedRun, parse_pagemap
 from ckptfs.errors import FormatError
 from ckptfs.push.checkpoint_files import CheckpointFile
 from ckptfs.settings import Limits
@@ -56,7 +56,7 @@ class PagesFile:
     def _placed(self) -> Iterable[PlacedRun] | None:
         try:
             pagemap = _parse(self.pagemap, self.limits)
-            return pagemap.placed(pagemap.page_size(self.file.inode.size))
+            return pagemap.placed(pagemap.page_size(self.file.inode.size) or DEFAULT_PAGE_SIZE)
         except FormatError:  # compressed by CRIU itself, or cut short: stored as it is
             return None
 

@@ -2,7 +2,7 @@
 
 podman and CRI-O write the delta as a plain tar of what was added or changed, and deleted.files, a list of what is gone;
 that becomes a layer with whiteouts. containerd writes a gzip layer with whiteouts, which is taken bit for bit.
-image-spec layer.md. A path that was deleted and has something new below it is opaque: what the base has there is gone.
+image-spec layer.md. A directory that was deleted and made again is opaque: what the base has there is gone.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from ckptfs.layers.zstd_chunked_writer import Member, write_layer
 from ckptfs.model.annotations import BASE_DIGEST, BASE_NAME, DELTA_ROLE, ROLE, VERSION
 from ckptfs.model.blob import MemoryBlob
 from ckptfs.model.oci import Descriptor, Digest, Manifest, parse_json
-from ckptfs.model.paths import deleted_paths
+from ckptfs.model.paths import deleted_paths, parents
 from ckptfs.model.toc import Inode
 from ckptfs.model.tree import OPAQUE, WHITEOUT, Tree
 from ckptfs.push.checkpoint_files import Checkpoint, CheckpointFile
@@ -119,17 +119,16 @@ class RootfsImage:
     def _layer(self, added: list[CheckpointFile], deleted: list[bytes]) -> Iterator[Member]:
         """Added files, whiteouts, and the directories above both as the base has them, in the order of their paths."""
         members = {file.path: Member(file.path, file.inode, file.link, file.open) for file in added}
+        directories = {file.path for file in added if file.inode.is_dir}
+        directories.update(above for file in added for above in parents(file.path))
+        files = members.keys() - directories
         for path in deleted:
-            parent, _, name = path.rpartition(b"/")
-            below = path + b"/"
-            if any(other.startswith(below) for other in members):
-                marker = below + OPAQUE
-            elif path in members:
-                continue  # replaced: the new file hides the old one
-            else:
-                marker = (parent + b"/" if parent else b"") + WHITEOUT + name
+            if path in files or not files.isdisjoint(parents(path)):
+                continue  # the new file hides what was in its place
+            parent, slash, name = path.rpartition(b"/")
+            marker = path + b"/" + OPAQUE if path in directories else parent + slash + WHITEOUT + name
             members[marker] = Member(marker, Inode(stat.S_IFREG | 0o644))
-        missing = {above for path in members for above in _above(path)} - members.keys()
+        missing = {above for path in members for above in parents(path)} - members.keys()
         if missing:
             tree = self._base_tree()
             for path in missing:
@@ -148,12 +147,6 @@ def _directory(tree: Tree, path: bytes) -> Inode:
     if node is None or node.inode is None or not node.inode.is_dir:
         return Inode(stat.S_IFDIR | 0o755)
     return node.inode
-
-
-def _above(path: bytes) -> Iterator[bytes]:
-    """The directories that `path` lies in, without the root."""
-    while path := path.rpartition(b"/")[0]:
-        yield path
 
 
 def _digest(pieces: Iterator[bytes]) -> Digest:

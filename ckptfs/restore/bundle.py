@@ -18,6 +18,7 @@ from ckptfs.restore.workplace import Workplace, mount
 from ckptfs.settings import MiB
 
 CRIU_CONFIG = "org.criu.config"  # annotation that makes runtimes hand a configuration file to criu
+_NO_ID = 2**32 - 1  # chown(2) takes it for "leave as it is"
 _SHM_BYTES = 64 * MiB  # the default of podman, CRI-O and containerd
 
 # Files that engines make for every container: destination -> what a stand-in says.
@@ -64,6 +65,8 @@ class Bundle:
         linux["cgroupsPath"] = cgroup(name)
         self._fix_mounts()
         self._fix_namespaces(linux)
+        if (group := _root_group(linux)) is not None:
+            self._place.admit(group)
         (self._place / "bundle" / "config.json").write_text(json.dumps(spec))
 
     @property
@@ -128,8 +131,9 @@ class Bundle:
             source = self._image / "volumes" / name
             if name and _mapping(volume).get("dest") == destination and source.is_dir():
                 target = self._place / "bundle" / f"volume_{name}"
-                target.mkdir()
-                copy_tree(source, target)
+                if not target.is_dir():  # else it is mounted twice: what is written there is seen here
+                    target.mkdir()
+                    copy_tree(source, target)
                 return target
         return None
 
@@ -164,6 +168,15 @@ def copy_tree(source: Path, target: Path) -> None:
     if done.returncode != 0:
         said = (done.stderr.strip().splitlines() or ["cp failed"])[-1]
         raise RestoreError(f"{source} cannot be copied: {said}", hint=f"is there room in {target}?")
+
+
+def _root_group(linux: Mapping[str, Any]) -> int | None:
+    """Which group of this machine the container's root has; None without a user namespace of its own."""
+    for one in map(_mapping, linux.get("gidMappings") or ()):
+        group = one.get("hostID")
+        if one.get("containerID") == 0 and isinstance(group, int) and 0 <= group < _NO_ID:
+            return group
+    return None
 
 
 def _mapping(value: object) -> dict[str, Any]:

@@ -102,6 +102,14 @@ def kernel_once(settings: Settings, *, lazy: bool) -> list[Finding]:
     return found
 
 
+def unprivileged_userfaultfd() -> bool:
+    """Whether processes without capabilities on this machine get page faults of the kernel's, too: userfaultfd(2)."""
+    try:
+        return Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() != "0"
+    except OSError:
+        return True  # Linux 5.1 and older ask nobody
+
+
 def criu_version(settings: Settings) -> tuple[int, ...]:
     """(major, minor, ...) of the criu in PATH; () when it does not say."""
     _, said = _ask_criu(settings, "--version")

@@ -30,7 +30,7 @@ def finish(flow: Flow) -> None:
     image = flow.open_image()
     lazy = flow.start_lazy_pages()
     wanted, settings = flow.request.runtime, flow.settings
-    flow.require(check_runtime(flow.files, wanted, settings))
+    flow.require(check_runtime(flow.files, wanted, settings, lazy=flow.lazy))
     if flow.files.size("spec.dump") is None:
         flow.check_machine()
         _run(flow, "criu", lazy, None, None)
@@ -57,7 +57,7 @@ def make_bundle(flow: Flow, image: Path) -> tuple[Bundle, str]:
 def _run(flow: Flow, runtime: str, lazy: LazyPages | None, bundle: Bundle | None, rootfs: str | None) -> None:
     become_subreaper()
     work, output = flow.place / "work", flow.request.output
-    console = Console(work / "console") if bundle is not None and bundle.terminal else None
+    console = Console(work) if bundle is not None and bundle.terminal else None
     if console is not None:
         flow.stack.callback(console.close)
     if flow.request.name:

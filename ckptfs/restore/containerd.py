@@ -40,7 +40,7 @@ def finish(flow: Flow) -> None:
     """Restore and stay until the container has ended; then containerd has forgotten it."""
     image = flow.open_image()
     lazy = flow.start_lazy_pages()
-    flow.require(check_engine(flow.files, flow.settings))
+    flow.require(check_engine(flow.files, flow.settings, lazy=flow.lazy))
     bundle, origin = make_bundle(flow, image)
     work = flow.place / "work"
     words = [word.removeprefix("--").replace("=", " ", 1) for word in flow.request.extra]

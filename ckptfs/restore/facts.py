@@ -16,7 +16,7 @@ from ckptfs.criu.pstree import parse_pstree
 from ckptfs.errors import FormatError
 from ckptfs.inspection.source import CheckpointFiles, read_whole
 from ckptfs.model.oci import machine_architecture, parse_json
-from ckptfs.restore.checking import Finding
+from ckptfs.restore.checking import Finding, unprivileged_userfaultfd
 from ckptfs.restore.runtimes import RUNTIMES, why_not
 from ckptfs.settings import Limits, Settings
 
@@ -24,7 +24,7 @@ from ckptfs.settings import Limits, Settings
 _LOCK_TOOLS = {"iptables": "iptables-restore", "nftables": "nft", "": ""}
 
 
-def check_runtime(files: CheckpointFiles, wanted: str, settings: Settings) -> Iterator[Finding]:
+def check_runtime(files: CheckpointFiles, wanted: str, settings: Settings, *, lazy: bool) -> Iterator[Finding]:
     """Whether a runtime here can restore the checkpoint. `wanted` may be auto: what wrote it, if that is known."""
     if files.size("spec.dump") is None:
         ok = wanted in ("auto", "criu")
@@ -50,16 +50,22 @@ def check_runtime(files: CheckpointFiles, wanted: str, settings: Settings) -> It
     ok = not lock or shutil.which(_LOCK_TOOLS[lock]) is not None
     detail = f"{_LOCK_TOOLS[lock]}, which criu needs for containers, is not in PATH" if not ok else lock or "not needed"
     yield Finding("network lock", ok, detail, f"install {lock}")
+    if lazy and _has_user_namespace(document(files, "spec.dump", settings.limits) or {}):
+        # The restored processes themselves call userfaultfd(2), and have no capability outside of their namespace.
+        ok = unprivileged_userfaultfd()
+        detail = "in user namespaces, too" if ok else "no lazy pages for containers with a user namespace"
+        hint = "restore with --no-lazy-pages; or run: sysctl vm.unprivileged_userfaultfd=1"
+        yield Finding("userfaultfd", ok, detail, hint)
 
 
-def check_engine(files: CheckpointFiles, settings: Settings) -> Iterator[Finding]:
+def check_engine(files: CheckpointFiles, settings: Settings, *, lazy: bool) -> Iterator[Finding]:
     """Whether an engine can restore the checkpoint from a stub: its runtime must hand a configuration file to criu."""
     if writer_of(document(files, "config.dump", settings.limits) or {}) == "crun":
         detail = "the checkpoint was made with crun, which engines cannot restore from a mount (crun 1.21)"
         hint = "leave --engine out: `ckptfs restore` uses crun itself, with lazy pages"
         yield Finding("runtime", False, detail, hint)
         return
-    yield from check_runtime(files, "auto", settings)
+    yield from check_runtime(files, "auto", settings, lazy=lazy)
 
 
 def candidates(writer: str, wanted: str) -> tuple[str, ...]:
@@ -71,6 +77,12 @@ def writer_of(config: Mapping[str, Any]) -> str:
     """The runtime that made the checkpoint, by config.dump: runc, crun, or "" where it says something else."""
     name = os.path.basename(str(config.get("runtime", "")))
     return name if name in RUNTIMES else ""
+
+
+def _has_user_namespace(spec: Mapping[str, Any]) -> bool:
+    linux = spec.get("linux")
+    namespaces = linux.get("namespaces") if isinstance(linux, dict) else None
+    return isinstance(namespaces, list) and any(isinstance(n, dict) and n.get("type") == "user" for n in namespaces)
 
 
 def _network_lock(files: CheckpointFiles, limits: Limits) -> str:

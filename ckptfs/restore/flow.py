@@ -89,8 +89,11 @@ class Flow:
         self.name = check_name(request.name or f"{stem[:48]}-{secrets.token_hex(2)}")
         directory = request.directory or state_dir() / "restores" / self.name
         self.place = stack.enter_context(Workplace(directory, keep=request.keep))
-        self._image = self._begin_mount("image", "checkpoint")
-        self.base = self._begin_mount("base", "rootfs", request.base) if base else None
+        # With a user namespace criu opens images when it is no longer root here. The place keeps all others out.
+        image = request.mount._replace(view="checkpoint", allow_other=True)
+        self._image = self._begin_mount(image, "image")
+        root = request.mount._replace(view="rootfs", base=request.base)
+        self.base = self._begin_mount(root, "base") if base else None
         self.check_machine = self._begin_checks()
 
     def open_image(self) -> Path:
@@ -165,8 +168,8 @@ class Flow:
 
     # -- what runs meanwhile -------------------------------------------------------------------------------------------
 
-    def _begin_mount(self, name: str, view: Literal["checkpoint", "rootfs"], base: Reference | None = None) -> Pending:
-        pending = begin(self.request.mount._replace(mountpoint=str(self.place / name), view=view, base=base))
+    def _begin_mount(self, wanted: MountRequest, name: str) -> Pending:
+        pending = begin(wanted._replace(mountpoint=str(self.place / name)))
         self.daemons.add(pending.pid)
         if not self.request.keep:
             self.stack.callback(pending.end)

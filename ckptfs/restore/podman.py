@@ -40,7 +40,7 @@ def finish(flow: Flow) -> None:
     """Restore and stay until all pages are in; then the container is podman's alone."""
     flow.open_image()
     lazy = flow.start_lazy_pages()
-    flow.require(check_engine(flow.files, flow.settings))
+    flow.require(check_engine(flow.files, flow.settings, lazy=flow.lazy))
     config = flow.document("config.dump") or {}
     name = check_name(flow.request.name or str(config.get("name", "")) or flow.name)
     with ThreadPoolExecutor(1) as worker:

@@ -6,17 +6,23 @@ ways to stop it: its stop signal first, SIGKILL after a while.
 
 import contextlib
 import ctypes
+import errno
+import logging
+import math
 import os
 import select
 import signal
 import socket
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ckptfs.interrupts import interrupt_by
 from ckptfs.processes import wait_gone
 from ckptfs.restore.lazy_pages import LazyPages
 from ckptfs.restore.runtimes import children
+
+log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
@@ -40,30 +46,51 @@ def become_subreaper() -> None:
 
 
 class Relay:
-    """What comes in at `source` goes out at `target` (None: nowhere); both are descriptors."""
+    """What comes in at `source` goes out at `target` (None: nowhere); both are descriptors.
+
+    Never waits, though the target may be one that blocks: it is shared with whoever started us, so it stays as it is.
+    """
 
     def __init__(self, source: int, target: int | None) -> None:
-        self.source = source
+        self._source = source
         self._target = target
+        self._rest = memoryview(b"")  # what is yet to be passed on
+
+    @property
+    def wants(self) -> tuple[int, int]:
+        """The descriptor, and what of it poll(2) must see, before `pump` is to be called."""
+        if self._target is not None and self._rest:
+            return self._target, select.POLLOUT
+        return self._source, select.POLLIN
 
     def pump(self) -> bool:
-        """Pass on what is there; False at the end."""
+        """One read or one write; False at the end."""
+        if self._target is not None and self._rest:
+            self._write(self._target)
+            return True
         try:
-            data = os.read(self.source, _PIECE)
+            data = os.read(self._source, _PIECE)
         except OSError:  # EIO: the last holder of a terminal is gone
             return False
-        view = memoryview(data)
-        while view and self._target is not None:
-            try:
-                view = view[os.write(self._target, view) :]
-            except BrokenPipeError:
-                self._target = None  # whoever watched has left; the container goes on
+        if self._target is not None:
+            self._rest = memoryview(data)
         return bool(data)
 
-    def drain(self) -> None:
-        """Pass on what was said until now."""
-        while select.select([self.source], [], [], 0)[0] and self.pump():
+    def drain(self, patience: float) -> None:
+        """Pass on what was said until now, unless nobody takes any of it for `patience` seconds."""
+        while _ready([self.wants], patience * 1000 if self._rest else 0) and self.pump():
             pass
+
+    def _write(self, target: int) -> None:
+        try:
+            # What poll(2) calls writable takes this much without blocking: pipe(7), "PIPE_BUF".
+            self._rest = self._rest[os.write(target, self._rest[: select.PIPE_BUF]) :]
+        except BlockingIOError:
+            pass  # another writer was faster
+        except OSError as error:  # the container goes on, heard or not
+            self._target, self._rest = None, memoryview(b"")
+            if error.errno != errno.EPIPE:  # that one: whoever watched has left
+                log.warning("what the container says is no longer passed on: %s", error.strerror)
 
 
 class Watch:
@@ -75,6 +102,8 @@ class Watch:
         self._patience = patience
         self._relays = relays
         self._signals: list[int] = []
+        self._asked = False  # it has got its stop signal
+        self._kill_at = math.inf  # by the monotonic clock
 
     def run(self, lazy: LazyPages | None, running: Callable[[], None], resident: Callable[[], None]) -> int | None:
         """Until the container has ended; returns its exit code, 128 + N for signal N, None where nobody can know.
@@ -82,48 +111,54 @@ class Watch:
         `running` is called once signals stop the container instead of this process, `resident` when all pages are in.
         UnavailableError when they cannot be had.
         """
+        relays = list(self._relays)
         with contextlib.ExitStack() as stack:
-            poll = select.poll()
             container = stack.enter_context(_pidfd(self._pid))
-            poll.register(container, select.POLLIN)
-            relays = {relay.source: relay for relay in self._relays}
-            for source in relays:
-                poll.register(source, select.POLLIN)
+            wakeup = stack.enter_context(_collected(self._signals))
+            wanted = {container, wakeup}
             daemon = stack.enter_context(_pidfd(lazy.pid)) if lazy is not None else -1
             if lazy is not None:
-                poll.register(daemon, select.POLLIN)
-            poll.register(stack.enter_context(_collected(self._signals)), select.POLLIN)
+                wanted.add(daemon)
             running()
             while True:
-                ready = {descriptor for descriptor, _ in poll.poll()}
-                for source in ready & relays.keys():
-                    if not relays[source].pump():
-                        poll.unregister(source)
-                        del relays[source]
+                turns = {relay.wants[0]: relay for relay in relays}  # at a target that they share, one at a time
+                events = [(one, select.POLLIN) for one in wanted] + [relay.wants for relay in turns.values()]
+                ready = _ready(events, self._patience_left())
+                for descriptor in ready & turns.keys():
+                    if not turns[descriptor].pump():
+                        relays.remove(turns[descriptor])
                 if container in ready:
                     break
                 if daemon in ready and lazy is not None:
-                    poll.unregister(daemon)
+                    wanted.remove(daemon)
                     lazy.require()
                     resident()
-                if self._signals:
-                    self._stop()
-            for relay in relays.values():
-                relay.drain()
+                if wakeup in ready:
+                    os.read(wakeup, _PIECE)
+                self._stop(container)
+            for relay in relays:
+                relay.drain(self._patience)
         return _exit_code(self._pid)
 
-    def _stop(self) -> None:
-        """The container's own signal, then SIGKILL: after a while, or at once when a second signal comes."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._pid, self._stop_signal)
-            asked = len(self._signals)
-            with _pidfd(self._pid) as container:
-                waited = 0.0
-                while waited < self._patience and len(self._signals) == asked:
-                    if select.select([container], [], [], 0.1)[0]:
-                        return
-                    waited += 0.1
-            os.kill(self._pid, signal.SIGKILL)
+    def _stop(self, container: int) -> None:
+        """What signals ask for: the container's own signal, SIGKILL after a while, or at once when a second one comes.
+
+        Never waits: a container that has more to say while it ends must find somebody who listens.
+        """
+        if not self._signals:
+            return
+        if not self._asked:
+            self._asked = True
+            self._kill_at = time.monotonic() + self._patience
+            _send(container, self._stop_signal)
+        if len(self._signals) > 1 or time.monotonic() >= self._kill_at:
+            self._kill_at = math.inf
+            _send(container, signal.SIGKILL)
+
+    def _patience_left(self) -> float | None:
+        """Milliseconds until SIGKILL is due; None: it is not."""
+        left = self._kill_at - time.monotonic()
+        return None if left == math.inf else max(left, 0.0) * 1000
 
 
 def wait_resident(pid: int, lazy: LazyPages) -> bool:
@@ -133,24 +168,26 @@ def wait_resident(pid: int, lazy: LazyPages) -> bool:
     """
     signals: list[int] = []
     with contextlib.ExitStack() as stack:
-        poll = select.poll()
         container = stack.enter_context(_pidfd(pid))
         daemon = stack.enter_context(_pidfd(lazy.pid))
-        for descriptor in (container, daemon, stack.enter_context(_collected(signals))):
-            poll.register(descriptor, select.POLLIN)
-        ready = {descriptor for descriptor, _ in poll.poll()}
+        wanted = (container, daemon, stack.enter_context(_collected(signals)))
+        ready = _ready([(one, select.POLLIN) for one in wanted], None)
         if daemon in ready and container not in ready:
             lazy.require()
     return not signals
 
 
 class Console:
-    """Where a runtime sends the terminal of a container that has one: a socket at `path`."""
+    """Where a runtime sends the terminal of a container that has one: a socket in `directory`.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    `path` is for the runtime: addresses of sockets have 107 bytes (unix(7)), however deep the directory lies.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = os.open(directory, os.O_PATH | os.O_CLOEXEC)
+        self.path = Path(f"/proc/{os.getpid()}/fd/{self._directory}/console")
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(str(path))
+        self._listener.bind(str(self.path))
         self._listener.listen(1)
         self._master = -1
 
@@ -164,6 +201,7 @@ class Console:
 
     def close(self) -> None:
         self._listener.close()
+        os.close(self._directory)
         if self._master != -1:
             os.close(self._master)
 
@@ -193,6 +231,14 @@ def _collected(signals: list[int]) -> Iterator[int]:
         os.close(writer)
 
 
+def _ready(wanted: Iterable[tuple[int, int]], milliseconds: float | None) -> set[int]:
+    """Which of these (descriptor, event of poll(2)) are ready; None waits for ever. Broken ones are ready, too."""
+    poll = select.poll()
+    for descriptor, event in wanted:
+        poll.register(descriptor, event)
+    return {descriptor for descriptor, _ in poll.poll(milliseconds)}
+
+
 @contextlib.contextmanager
 def _pidfd(pid: int) -> Iterator[int]:
     descriptor = os.pidfd_open(pid)
@@ -200,6 +246,12 @@ def _pidfd(pid: int) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _send(container: int, number: int) -> None:
+    """To a process by its descriptor: its number may be another's by now."""
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(container, number)
 
 
 def _exit_code(pid: int) -> int | None:

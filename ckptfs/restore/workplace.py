@@ -16,10 +16,13 @@ import os
 import re
 import shutil
 import signal
+import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from ckptfs import namespace
+from ckptfs.control.client import ensure_runtime_dir
 from ckptfs.errors import CkptfsError, MountError, RestoreError
 from ckptfs.fuse.mountpoint import detach, mounts
 from ckptfs.mounting import umount
@@ -28,8 +31,9 @@ from ckptfs.restore.runtimes import delete, remove_cgroups
 
 log = logging.getLogger(__name__)
 
-_STATE = "state.json"
+_STATE = "ckptfs-restore.json"  # a directory that has it may be removed, so it is a name that nobody else gives
 _KEPT = "kept"
+_BEGINNING = "restore.lock"  # in the runtime directory
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}")  # runc takes more, paths and cgroups do not get longer
 
 
@@ -47,12 +51,13 @@ class Workplace:
     def __enter__(self) -> Self:
         try:
             self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-            for dead in _dead(self.path.parent):
-                _bury(dead)
-            # Others may pass: with user namespaces the container's root is not ours.
-            self.path.mkdir(mode=0o711)
-            self._lock = os.open(self.path / _STATE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with _alone():
+                for path in self.path.parent.iterdir():
+                    _bury_dead(path)
+                # Below it everybody may read what they find: criu's images are of mode 0644.
+                self.path.mkdir(mode=0o700)
+                self._lock = os.open(self.path / _STATE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for name in ("image", "base", "merged", "upper", "overlay", "bundle", "work"):
                 (self.path / name).mkdir(mode=0o755)
         except FileExistsError:
@@ -79,6 +84,11 @@ class Workplace:
         data = json.dumps(facts).encode()
         os.pwrite(self._lock, data, 0)
         os.ftruncate(self._lock, len(data))
+
+    def admit(self, group: int) -> None:
+        """Let `group` pass: of a container with a user namespace the root is nobody special here."""
+        os.chown(self.path, -1, group)
+        self.path.chmod(0o710)
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -116,22 +126,40 @@ def mount(source: str, target: Path, kind: str, options: str) -> None:
         raise RestoreError(f"{kind} cannot be mounted on {target}: {error.strerror}", hint=hint) from None
 
 
-def _dead(parent: Path) -> list[Path]:
-    """Directories whose restore was killed and whose container has ended: nobody will remove them but us."""
-    found = []
-    for path in parent.iterdir():
-        if (path / _KEPT).exists() or not (path / _STATE).is_file():
-            continue
-        with contextlib.suppress(OSError, ValueError), open(path / _STATE, "r+b") as file:
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """No other restore begins meanwhile: it would find directories half buried, or ours half made."""
+    descriptor = os.open(ensure_runtime_dir() / _BEGINNING, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _bury_dead(path: Path) -> None:
+    """Remove `path` if it is of a restore that was killed and whose container has ended: nobody else will."""
+    with contextlib.ExitStack() as stack:
+        try:
+            found = path.lstat()
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+                return  # another user would tell us which program to run
+            file = stack.enter_context(open(path / _STATE, "r+b"))  # keeps its lock until the directory is gone
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not alive(json.loads(file.read() or b"{}").get("pid")):
-                found.append(path)
-    return found
+            state = json.loads(file.read() or b"{}")
+        except (OSError, ValueError):
+            return  # it is nothing of ours, or lives
+        # One that ended while we came for the lock is gone.
+        if (path / _KEPT).exists() or not (path / _STATE).exists() or alive(state.get("pid")):
+            return
+        try:
+            _bury(path, state)
+        except (OSError, CkptfsError) as error:
+            log.warning("%s is of a restore that was killed, and cannot be removed: %s", path, error)
 
 
-def _bury(path: Path) -> None:
+def _bury(path: Path, state: Mapping[str, Any]) -> None:
     """What a killed restore could not do for itself."""
-    state = json.loads((path / _STATE).read_bytes() or b"{}")
     if _runs_criu(state.get("lazy_pid")):
         os.killpg(state["lazy_pid"], signal.SIGKILL)
     if state.get("runtime"):

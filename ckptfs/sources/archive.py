@@ -42,16 +42,18 @@ class ArchiveSource:
 
     def resolve(self) -> Manifest | Index:
         """A manifest of our own making. NotFoundError, or FormatError where the file cannot be a tar."""
+        layer = self._layer()
         document = {
             "schemaVersion": 2,
             "mediaType": OCI_MANIFEST,
             "config": _CONFIG.to_json(),
-            "layers": [self._layer().to_json()],
+            "layers": [layer.to_json()],
         }
         manifest = parse_document(json.dumps(document, separators=(",", ":")).encode())
         if self._reference.digest not in (None, manifest.digest):
             raise IntegrityError(f"{self._reference.path} is not the file any more that it was", hint="mount it again")
-        return manifest
+        assert isinstance(manifest, Manifest)
+        return manifest._replace(layers=(layer,))
 
     def fetch(self, descriptor: Descriptor) -> bytes:
         if descriptor.digest != _CONFIG.digest:

@@ -17,7 +17,7 @@ from ckptfs.model.blob import DescribedBlob
 from ckptfs.model.oci import Descriptor
 from ckptfs.settings import MiB
 from ckptfs.sources import byteranges
-from ckptfs.sources.endpoint import Endpoint
+from ckptfs.sources.endpoint import REDIRECTS, Endpoint
 from ckptfs.sources.mirrors import Host, Rotation, StillFilling
 from ckptfs.sources.origin import Reach
 from ckptfs.sources.pull_through import NoRanges, RangeGate
@@ -27,7 +27,8 @@ from ckptfs.sources.transport import Reply, Transport
 log = logging.getLogger(__name__)
 
 _WHOLE = 8 * MiB  # a whole blob in place of a range is taken up to this size (200 to a Range request)
-_EXPIRED = (400, 401, 403, 404, 410)  # what storage services answer to a signed URL that is too old
+# What storage services answer where a blob is no longer to be had: a signature is too old, or it has moved on
+_STALE = (*REDIRECTS, 400, 401, 403, 404, 410)
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)\Z")
 _MANY = 24  # ranges of one request: they are the working set's first, and a wave of them shares the connections
 _ELSEWHERE = 400  # while a mirror still fetches a blob, one part in so many of it may be taken from elsewhere
@@ -216,7 +217,7 @@ class _Copy:
             if reply.status in (200, 206):
                 return reply
             with reply:
-                if reply.status not in _EXPIRED:
+                if reply.status not in _STALE:
                     raise self._judge(reply)
                 reply.drain()
             self._location = None

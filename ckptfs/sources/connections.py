@@ -12,6 +12,7 @@ import logging
 import socket
 import ssl
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,10 +23,11 @@ from typing import Any, cast
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import ConnectTimeoutError, HTTPError, NameResolutionError, NewConnectionError
 from urllib3.util.ssl_ import create_urllib3_context
 
 from ckptfs.settings import KiB
+from ckptfs.sources import happy_eyeballs
 from ckptfs.sources.origin import Origin, Reach
 from ckptfs.sources.places import SYSTEM_TRUST, Trust
 
@@ -143,11 +145,20 @@ class _Guarded(HTTPConnection):
     reach: Reach
 
     def _new_conn(self) -> socket.socket:
-        # urllib3's own hook for other ways to connect (contrib.socks uses it)
-        raw = super()._new_conn()
-        timeout = raw.gettimeout()
+        # urllib3's own hook for other ways to connect (contrib.socks uses it); raises what urllib3's own does
+        seconds = self.timeout
+        assert isinstance(seconds, int | float), "every request and `connect` set it"
+        try:
+            raw = happy_eyeballs.connect(self._dns_host, self.port, seconds, self.socket_options or ())
+        except (socket.gaierror, UnicodeError) as error:
+            raise NameResolutionError(self.host, self, cast("socket.gaierror", error)) from error
+        except TimeoutError as error:
+            raise ConnectTimeoutError(self, f"no connection to {self.host} within {seconds} s") from error
+        except OSError as error:
+            raise NewConnectionError(self, f"no connection to {self.host}: {error.strerror}") from error
+        sys.audit("http.client.connect", self, self.host, self.port)
         sock = WatchedSocket(fileno=raw.detach())
-        sock.settimeout(timeout)
+        sock.settimeout(seconds)
         address = ip_address(str(sock.getpeername()[0]).partition("%")[0])
         if not self.reach.admits(address):
             sock.close()

@@ -5,7 +5,6 @@ may take seconds, and concealed there. Secrets never get into messages, logs or 
 """
 
 import base64
-import binascii
 import json
 import logging
 import os
@@ -118,12 +117,13 @@ def _server(host: str) -> str:
 def _from_entry(entry: dict[str, object], path: Path) -> Credentials | None:
     text = {key: value for key, value in entry.items() if isinstance(value, str)}
     username, password = text.get("username", ""), text.get("password", "")
-    if auth := text.get("auth"):
-        try:
+    try:
+        "".join(text.values()).encode()  # JSON can spell half of a surrogate pair, which no header can hold
+        if auth := text.get("auth"):
             username, _, password = base64.b64decode(auth, validate=True).decode().partition(":")
-        except (binascii.Error, UnicodeDecodeError):
-            raise UsageError(f"{path} has an entry whose auth is not base64", hint="log in again") from None
-        password = password.rstrip("\0")  # Docker itself trims the padding of old clients
+            password = password.rstrip("\0")  # Docker itself trims the padding of old clients
+    except ValueError:  # binascii.Error and UnicodeError are two of them; b64decode of "é" raises a third
+        raise UsageError(f"{path} has an entry that is damaged", hint="log in again") from None
     found = Credentials(
         username, password, text.get("identitytoken", ""), text.get("registrytoken", ""), origin=str(path)
     )
@@ -151,6 +151,7 @@ def _from_helper(name: str, server: str, path: Path) -> Credentials | None:
     try:
         answer = json.loads(done.stdout)
         username, secret = str(answer["Username"]), str(answer["Secret"])
+        (username + secret).encode()  # as of an entry
     except (ValueError, TypeError, KeyError):
         log.warning("%s gave an answer that is not one", program)
         return None

@@ -15,7 +15,7 @@ from ckptfs.sources.origin import Origin, Reach, Territory
 from ckptfs.sources.retry import Attempts, parse_retry_after
 from ckptfs.sources.transport import Body, Reply, Transport
 
-_REDIRECTS = (301, 302, 303, 307, 308)
+REDIRECTS = (301, 302, 303, 307, 308)
 _CHALLENGES = 3  # a token may expire between its renewal and the request, hardly twice
 _MISSING = {
     "NAME_UNKNOWN": "has no repository {repository}",
@@ -93,7 +93,7 @@ class Endpoint:
                 method, url, attempts, headers=sent, body=body, first_byte=first_byte, narrow=narrow
             )
             elsewhere: Reach | None = None
-            if reply.status in _REDIRECTS and method in ("GET", "HEAD"):
+            if reply.status in REDIRECTS and method in ("GET", "HEAD"):
                 reply, elsewhere = self._follow(reply, attempts, headers, authorization, narrow)
             if reply.status in expect:
                 return reply, elsewhere
@@ -132,7 +132,7 @@ class Endpoint:
             home = Origin.of(url) == self.origin
             sent = {**(headers or {}), "Authorization": authorization} if home and authorization else headers
             reply = self.transport.send(method, url, attempts, headers=sent, reach=reach, narrow=narrow)
-            if reply.status not in _REDIRECTS:
+            if reply.status not in REDIRECTS:
                 return reply, None if home else reach
         with reply:
             hops = self.transport.settings.limits.redirects

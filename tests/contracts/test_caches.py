@@ -9,7 +9,7 @@ import pytest
 
 from ckptfs.engine.cache import ChunkCache
 from ckptfs.engine.memory import MemoryCache
-from tests.support.cache_load import chunk, item, key
+from tests.support.cache_load import chunk, item, key, right
 
 KiB, MiB = 1024, 1024 * 1024
 SIZE = 16 * MiB
@@ -84,6 +84,18 @@ def test_the_bound_holds_and_what_is_used_stays(cache: AnyCache) -> None:
     kept = sum(cache.get(key(n)) is not None for n in range(800))
     assert 0.7 * SIZE <= kept * 64 * KiB <= SIZE
     assert cache.get(key(799)) == chunk(799, 64 * KiB) and cache.get(key(1)) is None
+
+
+def test_what_was_used_stays_also_when_there_are_more_segments_than_open_files(
+    chunk_cache: ChunkCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ckptfs.engine.chunk_index._OPEN_FILES", 4)
+    for number in range(200):
+        chunk_cache.put_many([item(number, 64 * KiB)])
+    assert len(right(chunk_cache, range(200), 64 * KiB)) == 200
+    for number in range(200, 320):
+        chunk_cache.put_many([item(number, 64 * KiB)])
+    assert 15 <= len(right(chunk_cache, range(60), 64 * KiB)) <= 30, "half of the two oldest segments"
 
 
 def test_a_chunk_larger_than_the_cache_is_left_out(cache: AnyCache) -> None:

@@ -4,6 +4,7 @@ One suite over the commands as the command line has them. Arguments are made fro
 is in every test; only what a declaration cannot say is in EXTRA and the tables below it.
 """
 
+import os
 import shlex
 import signal
 import subprocess
@@ -119,6 +120,21 @@ def test_words_that_it_does_not_take(name: str) -> None:
         assert_one_line(name, ckptfs(*name.split()), 2)
     else:
         assert_one_line(name, ckptfs(*name.split(), "one", "two", "three"), 2) if name != "profile record" else None
+
+
+def test_usage_errors_are_sentences() -> None:
+    said = [ckptfs("ls", "oci:x", *options).line for options in (["--memory", "much"], ["--jsn"], ["--view", "all"])]
+    for line in said:
+        assert line.endswith((". See `ckptfs ls --help`.", "? See `ckptfs ls --help`.")) and ".." not in line, line
+
+
+def test_a_bug_says_how_to_see_more_of_it() -> None:
+    program = "import sys, ckptfs.image; from ckptfs.cli import run; del ckptfs.image.open_image; "
+    command = [sys.executable, "-c", program + "sys.exit(run(sys.argv[1:]))", "ls", "oci:x"]
+    for options, shown in (([], False), (["-v"], True)):
+        done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT, check=False)
+        assert done.returncode == 1 and "run with -v for the traceback" in done.stderr
+        assert ("Traceback" in done.stderr) is shown
 
 
 def reads_configuration(name: str) -> bool:
@@ -240,3 +256,61 @@ def test_a_cache_of_somebody_else(registry: FakeRegistry, folder: Path) -> None:
     done = ckptfs("ls", registry.reference("repo:latest"), "--cache-dir", folder / "cache")
     assert_one_line("ls", done, 8)
     assert "chmod" in done.line
+
+
+# Standard output that nobody reads, or that takes nothing: whatever prints, and however.
+PRINTING = ("ls -R", "ls --json", "cat", "show", "diff", "inspect", "memparse -s a", "memparse -p 1", "profile show",
+            "config show", "completion bash", "ls --help", "--help", "--version", "")  # fmt: skip
+
+
+def printing(words: str, folder: Path) -> list[str]:
+    image, cache = f"oci:{CORPUS}", ["--cache-dir", str(folder / "cache")]
+    name, *options = words.split() or [""]
+    arguments = {"cat": [image, "checkpoint/pages-1.img"], "diff": [image, image], "profile": [str(folder / "profile")]}
+    if "--help" in options or name in ("config", "completion", "--help", "--version"):
+        return [name, *options]
+    return [name, *options, *arguments.get(name, [image]), *cache] if name else []
+
+
+def shell(redirected: str, *words: str) -> Result:
+    """The command with a shell's redirection behind it."""
+    command = f"{shlex.join([sys.executable, '-m', 'ckptfs', *words])} {redirected}"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, cwd=ROOT,
+                          check=False, timeout=60)  # fmt: skip
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("words", PRINTING)
+def test_a_reader_that_has_had_enough(words: str, folder: Path) -> None:
+    """`ckptfs ls | head`: no failure, nothing said."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with subprocess.Popen(
+        [sys.executable, "-m", "ckptfs", *printing(words, folder)], stdout=writer, stderr=subprocess.PIPE, text=True
+    ) as process:
+        os.close(writer)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 0 and "internal error" not in said and "Traceback" not in said, said
+
+
+@pytest.mark.parametrize("words", PRINTING)
+@pytest.mark.parametrize(
+    ("redirected", "why"), [(">/dev/full", "No space left on device"), (">&-", "Bad file descriptor")]
+)
+def test_an_output_that_cannot_be_written(words: str, redirected: str, why: str, folder: Path) -> None:
+    done = shell(redirected, *printing(words, folder))
+    assert (done.code, done.line) == (8, f"ckptfs: cannot write the output: {why}")
+
+
+def test_closed_streams_do_not_matter_where_nothing_is_printed(folder: Path) -> None:
+    require("fusermount3", root=True)
+    words = [f"oci:{CORPUS}", str(folder / "mount"), "--cache-dir", str(folder / "cache")]
+    assert shell(">&- 2>&- <&-", "mount", *words).code == 0
+    try:
+        assert (folder / "mount" / "config.dump").read_bytes()
+    finally:
+        assert shell(">&- 2>&- <&-", "umount", str(folder / "mount")).code == 0
+
+
+def test_errors_that_nobody_can_be_told() -> None:
+    assert shell("2>/dev/full", "ls", "oci:/nowhere").code == shell("2>&-", "ls", "oci:/nowhere").code == 3

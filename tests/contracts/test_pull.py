@@ -20,9 +20,9 @@ from tests.support.docker_registry import DockerRegistry
 from tests.support.fake_registry import FakeRegistry, Flip
 from tests.support.other_user import as_nobody
 from tests.support.push import two_checkpoints
-from tests.support.tars import END, header, member
+from tests.support.tars import END, header, member, pax
 from tests.support.tools import require, run, wait_for
-from tests.support.trees import make_tree, tar_listing
+from tests.support.trees import layout_of, make_tree, tar_listing
 
 CORPUS = Path(__file__).parents[1] / "data" / "corpus"
 LAYOUTS = sorted(CORPUS.glob("*/*.oci"))
@@ -192,6 +192,31 @@ def test_a_wrong_byte_is_found_out(suffix: str, tmp_path: Path) -> None:
         # -q: without it, it is also told who sent the wrong bytes at first
         result = failed(tmp_path, registry.reference("repo:1"), tmp_path / "out", "--view", "raw", "-q")
     assert result.code == 6 and "digest" in result.line
+
+
+@pytest.mark.row("N2")
+@pytest.mark.parametrize("size", [0, 8192, 200_000, 3_000_000])
+def test_a_wrong_byte_of_a_plain_tar_on_disk(size: int, tmp_path: Path) -> None:
+    """A small layer is all that its scan reads; one without bytes of files still has names."""
+    layer = header(b"link", flag=b"2", link=b"elsewhere") + member(b"file", bytes(size)) + END
+    reference = f"oci:{layout_of(layer, tmp_path)}"
+    blob = max((tmp_path / "blobs" / "sha256").iterdir(), key=lambda path: path.stat().st_size)
+    blob.write_bytes(layer[:-300] + b"x" + layer[-299:])
+    result = failed(tmp_path, reference, tmp_path / "out", "--view", "raw", "-q")
+    assert result.code == 6 and "digest" in result.line
+
+
+@pytest.mark.row("N2")
+def test_what_was_wrong_when_names_were_read(tmp_path: Path) -> None:
+    """The names of a plain tar come from its scan, which may have been told something else than the stream."""
+    layer = pax([(b"path", b"name")]) + member(b"short", b"data") + END
+    bit = layer.index(b"path=name") * 8 + 5 * 8
+    with FakeRegistry() as registry:
+        digest = registry.add_blob(layer)
+        registry.add_image("repo", "1", [(TAR, layer)])
+        registry.script[f"blobs/{digest}", 1] = Flip(bit)
+        result = failed(tmp_path, registry.reference("repo:1"), tmp_path / "out", "--view", "raw", "-q")
+    assert result.code == 6 and "names were read" in result.line
 
 
 @pytest.mark.row("N1")

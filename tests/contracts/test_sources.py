@@ -1,5 +1,6 @@
 """One suite over all sources: an image behind a real registry, the fake one and a layout gives the same answers."""
 
+import gzip
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from random import Random
 import pytest
 
 from ckptfs.errors import FormatError, IntegrityError, LimitExceeded, NotFoundError, UnavailableError, UsageError
+from ckptfs.image import OpenImage
 from ckptfs.model.oci import (
     ANNOTATION_REF_NAME,
     OCI_INDEX,
@@ -24,9 +26,11 @@ from ckptfs.sources import Source, open_source
 from ckptfs.sources.deferred import DeferredSource
 from ckptfs.sources.layout import LayoutSource
 from ckptfs.telemetry import NetworkCounters
+from tests.support.chunked import with_image
 from tests.support.docker_registry import DockerRegistry
 from tests.support.fake_registry import FakeRegistry
 from tests.support.sources import Client, client
+from tests.support.tars import tar_of
 from tests.support.tools import free_port
 
 TAR = "application/vnd.oci.image.layer.v1.tar"
@@ -437,3 +441,21 @@ def test_unknown_hosts_and_closed_ports() -> None:
         c.source().resolve()
     with pytest.raises(UsageError):
         Reference.parse("no-registry")
+
+
+def test_no_document_says_that_a_digest_need_not_be_checked(tmp_path: Path) -> None:
+    """A layer that said so of another's digest would leave wrong bytes in the node's cache under that one's name."""
+    archive_ = gzip.compress(tar_of({"f": bytes(100_000)}), 1)
+    wrong = archive_[:-8] + bytes(8)
+    with FakeRegistry() as registry, client(registry) as c:
+        notes = [{"dev.ckptfs.synthetic-digest": "file"}]
+        registry.add_image("repo", "latest", [(TAR + "+gzip", archive_)], layer_annotations=notes)
+        digest = next(digest for digest, data in registry.blobs.items() if data == archive_)
+        registry.blobs[digest] = wrong
+
+        async def work(image: OpenImage) -> None:
+            image.run_on()
+            await image.all_known()
+
+        with pytest.raises(IntegrityError):
+            with_image(c, tmp_path / "cache", work)

@@ -176,10 +176,13 @@ def test_a_disk_that_turns_read_only(small_disk: Path, caplog: pytest.LogCapture
 
 
 @pytest.mark.row("C3")
+@pytest.mark.parametrize("make", [ChunkCache.open, ChunkCache.ephemeral])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG])
-def test_writes_that_fail(path: Path, code: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_writes_that_fail(
+    tmp_path: Path, make: Callable[..., ChunkCache], code: int, caplog: pytest.LogCaptureFixture
+) -> None:
     disk, clock = Refusing("pwritev"), FakeClock()
-    with ChunkCache.open(path, size=SIZE, ops=disk, clock=clock) as cache:
+    with make(tmp_path, size=SIZE, ops=disk, clock=clock) as cache:
         cache.put_many([item(number, 64 * KiB) for number in range(60)])
         disk.code = code
         for number in range(60, 80):
@@ -303,27 +306,26 @@ def differences(path: Path, data: bytes) -> int:
 SMALL = 256 * KiB  # four segments of six chunks
 
 
-def scenario(path: Path, disk: FailAt) -> None:
+def scenario(cache: ChunkCache) -> None:
     """What a mount and the cache command do, in a cache small enough to evict; wrong bytes fail."""
     length, numbers = 10_000, range(36)
-    with ChunkCache.open(path, size=SMALL, segment=SMALL // 4, ops=disk, clock=FakeClock()) as cache:
-        for number in range(0, 36, 3):
-            mine = cache.try_claim([key(number)])
-            cache.put_many([item(n, length) for n in range(number, number + 3)])
-            cache.release(mine)
-            right(cache, range(0, number, 12), length)
-        cache.put_document("d", chunk(1, length))
-        assert cache.get_document("d") in (None, chunk(1, length))
-        for action in (cache.stats, cache.verify, lambda: cache.prune(100_000), lambda: cache.clear(force=True)):
-            with suppress(CacheError):
-                action()
-        cache.put_many([item(number, length) for number in range(8)])
-        cache.put_document("e", chunk(2, length))
-        cache.delete_document("d")
-        buffer = memoryview(bytearray(100))
-        for number in range(0, 8, 3):
-            assert not cache.read_into(key(number), 50, buffer) or buffer == chunk(number, length)[50:150]
-        right(cache, numbers, length)
+    for number in range(0, 36, 3):
+        mine = cache.try_claim([key(number)])
+        cache.put_many([item(n, length) for n in range(number, number + 3)])
+        cache.release(mine)
+        right(cache, range(0, number, 12), length)
+    cache.put_document("d", chunk(1, length))
+    assert cache.get_document("d") in (None, chunk(1, length))
+    for action in (cache.stats, cache.verify, lambda: cache.prune(100_000), lambda: cache.clear(force=True)):
+        with suppress(CacheError):
+            action()
+    cache.put_many([item(number, length) for number in range(8)])
+    cache.put_document("e", chunk(2, length))
+    cache.delete_document("d")
+    buffer = memoryview(bytearray(100))
+    for number in range(0, 8, 3):
+        assert not cache.read_into(key(number), 50, buffer) or buffer == chunk(number, length)[50:150]
+    right(cache, numbers, length)
 
 
 @pytest.mark.row("C4")
@@ -332,8 +334,11 @@ def test_every_system_call_fails_once(tmp_path: Path, code: int, record_property
     for n in itertools.count(1):
         path = tmp_path / str(n)
         disk = FailAt(n, code)
-        with suppress(CacheError):
-            scenario(path, disk)
+        with (
+            suppress(CacheError),
+            ChunkCache.open(path, size=SMALL, segment=SMALL // 4, ops=disk, clock=FakeClock()) as cache,
+        ):
+            scenario(cache)
         if not disk.tripped:
             break
         with ChunkCache.open(path, size=SMALL, segment=SMALL // 4) as cache:
@@ -345,3 +350,27 @@ def test_every_system_call_fails_once(tmp_path: Path, code: int, record_property
         assert used(path) <= SMALL + SMALL // 4
     record_property("figure", f"{os.strerror(code)}: N = 1..{n - 1}")
     assert n > 200
+
+
+@pytest.mark.row("C4")
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EMFILE])
+def test_every_system_call_of_an_ephemeral_cache_fails_once(tmp_path: Path, code: int) -> None:
+    """It writes again, and its files, which nobody else can remove, take up no more than it tells."""
+    for n in itertools.count(1):
+        disk, clock = FailAt(n, code), FakeClock()
+        with ChunkCache.ephemeral(tmp_path, size=SMALL, segment=SMALL // 4, ops=disk, clock=clock) as cache:
+            scenario(cache)
+            if not disk.tripped:
+                break
+            clock.advance(61)  # a disk that was full limits the plan for a minute
+            cache.put_many([item(number, 10_000) for number in range(100, 130)])
+            assert cache.get(key(129)) == chunk(129, 10_000)
+            assert len(nameless(tmp_path)) == cache.stats().segments and cache.stats().bytes <= SMALL
+    assert n > 50
+
+
+def nameless(directory: Path) -> list[str]:
+    """The files that this process has open below `directory` and that have no name."""
+    opened = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+    targets = [os.readlink(file) for file in opened if os.path.lexists(file)]
+    return [file for file in targets if file.startswith(str(directory)) and file.endswith("(deleted)")]

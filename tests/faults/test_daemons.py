@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ckptfs.control.client import MountFiles
 from ckptfs.fuse.mountpoint import mount_at
 from tests.support.command import ckptfs, mounted
 from tests.support.fake_registry import FakeRegistry
@@ -108,6 +109,25 @@ def test_a_stale_mount_is_mended_only_where_it_is(tmp_path: Path) -> None:
         assert errno_of(lambda: os.statvfs(two.path)) == errno.ENOTCONN
         shown = ckptfs("status").out
         assert f"{two.path}" in shown and "dead" in shown
+
+
+@pytest.mark.row("L6")
+@pytest.mark.parametrize("number", [signal.SIGCONT, signal.SIGKILL])
+def test_the_mount_of_a_stopped_daemon_is_unmounted(number: int, tmp_path: Path) -> None:
+    with mounted(f"oci:{LAYOUT}", tmp_path) as mount:
+        files = MountFiles.of(str(mount.path))
+        os.kill(mount.pid, signal.SIGSTOP)
+        try:
+            done = ckptfs("umount", mount.path)
+            assert done.code == 0 and "does not answer" in done.line
+            assert not os.path.ismount(mount.path)
+            assert ckptfs("mount", f"oci:{LAYOUT}", mount.path, "--cache-dir", mount.cache).code == 8
+        finally:
+            os.kill(mount.pid, number)
+        wait_for("the daemon ends", lambda: ended(mount.pid), patience=30)
+        assert str(mount.path) not in ckptfs("status").out
+        assert not files.state.exists() and not files.socket.exists()
+        assert ckptfs("mount", f"oci:{LAYOUT}", mount.path, "--cache-dir", mount.cache).code == 0
 
 
 # -- L7: two mounts on one directory -----------------------------------------------------------------------------------

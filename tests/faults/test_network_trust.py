@@ -113,6 +113,18 @@ def test_expired_signatures_are_renewed(record_property: Record) -> None:
 
 
 @pytest.mark.row("N7")
+@pytest.mark.parametrize("status", [302, 307, 308])
+def test_a_place_that_names_another_is_asked_for_again(faulty: Faulty, status: int) -> None:
+    with FakeRegistry(storage_of=faulty.registry) as old, FakeRegistry(storage_of=faulty.registry) as new:
+        faulty.registry.script[BLOB, None] = Redirect(old.url)
+        assert faulty.blob.read_at(0, 10) == DATA[:10]
+        old.script["blobs/", None] = Redirect(new.url, status=status)
+        for offset in range(5):
+            assert faulty.blob.read_at(offset, 10) == DATA[offset : offset + 10]
+        assert faulty.asked == 2, "and where the registry's redirects end is kept anew"
+
+
+@pytest.mark.row("N7")
 def test_a_signature_that_stays_refused_is_an_error(faulty: Faulty) -> None:
     with FakeRegistry(storage_of=faulty.registry) as storage:
         faulty.registry.script[BLOB, None] = Redirect(storage.url, life=-1)

@@ -68,8 +68,10 @@ def test_the_background_makes_up_for_an_outage(tmp_path: Path, record_property: 
                     await trio.lowlevel.checkpoint()
             await trio.sleep(1)
             asked = len(registry.requests(BLOB))
+            assert image.fetcher.prefetched_bytes == 0
             registry.script.clear()
             await image.fetcher.settled()
+            assert image.fetcher.prefetched_bytes == sum(chunk.size for chunk in image.chunks().values())
             assert all(image.fetcher.has(chunk) for chunk in image.chunks().values())
             return asked
 

@@ -333,6 +333,21 @@ def test_a_cache_has_one_key(tmp_path: Path) -> None:
         assert code == 8 and "not encrypted" in said
 
 
+@pytest.mark.row("S5")
+def test_a_cache_that_is_used_without_a_key_does_not_become_an_encrypted_one(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_bytes(os.urandom(32))
+    key.chmod(0o600)
+    with registry() as r, mounted(r.reference("repo:latest"), tmp_path) as mount:
+        reference = r.reference("repo:latest")
+        assert ckptfs("cache", "clear", "--force", "--cache-dir", mount.cache).code == 0
+        for _ in range(2):
+            refused = ckptfs("ls", reference, "--cache-dir", mount.cache, "--cache-key", key)
+            assert refused.code == 8 and "is not encrypted" in refused.line
+            (mount.path / "checkpoint" / "pages-1.img").read_bytes()
+        assert not ckptfs("cache", "info", "--json", "--cache-dir", mount.cache).json["encrypted"]
+
+
 # -- S6: nothing stays -------------------------------------------------------------------------------------------------
 
 

@@ -7,11 +7,13 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
+from ckptfs.control.client import MountFiles
 from ckptfs.namespace import in_own_namespace
 from ckptfs.namespace import mount as mount_kernel_files
 from ckptfs.settings import Sizes
@@ -19,6 +21,7 @@ from tests.support import golden
 from tests.support.command import ckptfs, mounted
 from tests.support.fake_registry import FakeRegistry
 from tests.support.hanging import ended
+from tests.support.other_user import as_nobody
 from tests.support.tools import ROOT, require
 
 pytestmark = pytest.mark.fuse
@@ -176,12 +179,43 @@ def test_killed_daemon_is_mended(first_mend: str, tmp_path: Path) -> None:
         os.kill(mount.pid, signal.SIGKILL)
         _until(lambda: _errno_of(mount.path / "spec.dump") == errno.ENOTCONN)
         assert "dead" in ckptfs("status").out
+        told = ckptfs("status", mount.path)
+        assert told.code == 8 and told.line.endswith(f"is dead; run: ckptfs umount {mount.path}")
         if first_mend == "umount":
             assert ckptfs("umount", mount.path).code == 0
             assert not os.path.ismount(mount.path)
         again = ckptfs("mount", f"oci:{LAYOUT}", mount.path, "--cache-dir", mount.cache)
         assert again.code == 0, again.err
         assert (mount.path / "checkpoint" / "pages-1.img").read_bytes() == expected
+
+
+def test_umount_goes_on_after_a_failure(tmp_path: Path) -> None:
+    with mounted(f"oci:{LAYOUT}", tmp_path) as mount:
+        done = ckptfs("umount", tmp_path, mount.path, "/proc")
+        assert done.code == 8 and not os.path.ismount(mount.path)
+        first, second = done.err.splitlines()
+    assert f"nothing is mounted on {tmp_path}" in first and "/proc is a proc mount" in second
+
+
+def test_the_mount_of_another_user_is_told_as_such(tmp_path: Path) -> None:
+    require("setpriv", "unshare", root=True)
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder, mounted(f"oci:{LAYOUT}", Path(folder)) as mount:
+        os.chmod(folder, 0o755)
+        done = as_nobody("ckptfs", "status", str(mount.path), fuse=True)
+        assert done.returncode == 8 and "is mounted by another user (uid 0)" in done.stderr
+        assert mount.status()["view"] == "checkpoint"
+
+
+def test_a_last_status_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    stats = tmp_path / "gone" / "stats.json"
+    stats.parent.mkdir()
+    with mounted(f"oci:{LAYOUT}", tmp_path, "--stats", stats) as mount:
+        assert os.listdir(stats.parent) == []
+        stats.parent.rmdir()
+        assert ckptfs("umount", mount.path).code == 0
+        log = MountFiles.of(str(mount.path)).log
+        assert f"the last status could not be written to {stats}: No such file" in log.read_text()
+        log.unlink()
 
 
 def test_umount_from_outside_ends_the_daemon(tmp_path: Path) -> None:
@@ -225,7 +259,11 @@ def test_unmounting_what_is_not_ours_is_refused(tmp_path: Path) -> None:
         (["mount", "oci:{layout}:no-such-tag", "{mnt}"], 3, "no-such-tag"),
         (["mount", "oci:{layout}", "{tmp}/missing"], 8, "mkdir"),
         (["mount", "oci:{layout}", "{layout}"], 8, "not empty"),
-        (["mount", "oci:{layout}", "{layout}/index.json"], 8, "not a directory"),
+        (["mount", "oci:{layout}", "{layout}/index.json"], 8, "not a directory; name an empty directory"),
+        (["mount", "oci:{layout}", "{mnt}", "--stats", "/nonexist/f"], 2, "/nonexist/f cannot be written"),
+        (["mount", "oci:{layout}", "{mnt}", "--ready-fd", "77"], 2, "descriptor 77 is not open for writing"),
+        (["mount", "oci:{layout}", "{mnt}", "--ready-fd", "3"], 2, "descriptor 3 is not open for writing"),
+        (["store", "{mnt}", "--ready-fd", "77"], 2, "descriptor 77 is not open for writing"),
         (["mount", "localhost:1/a:b", "{mnt}"], 5, "localhost:1"),
         (["mount", "oci:{layout}", "{mnt}", "--view", "odd"], 2, "--view"),
         (["mount", "oci:{layout}"], 2, "DIR"),
@@ -234,6 +272,7 @@ def test_unmounting_what_is_not_ours_is_refused(tmp_path: Path) -> None:
         (["cat", "oci:{layout}", "no/such/file"], 3, "no/such/file"),
         (["ls", "oci:{layout}", "no/such/dir"], 3, "no/such/dir"),
         (["status", "{mnt}"], 8, "nothing is mounted"),
+        (["status", "/proc"], 8, "is a proc mount, not one of ckptfs"),
         (["nonsense"], 2, "nonsense"),
     ],
     ids=lambda value: " ".join(map(str, value))[:40] if isinstance(value, list) else None,

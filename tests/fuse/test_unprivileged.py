@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from ckptfs.fuse.mountpoint import admits_others
+from tests.support.other_user import as_nobody
 from tests.support.tools import ROOT, require
 
 pytestmark = pytest.mark.fuse
@@ -56,3 +58,12 @@ def test_an_ordinary_user_mounts_reads_and_unmounts(open_device: None, tmp_path:
     finally:
         ckptfs("umount", str(home / "mnt"))
     assert not os.path.ismount(home / "mnt")
+
+
+def test_what_allow_other_needs_is_named() -> None:
+    require("setpriv", "unshare", "fusermount3", root=True)
+    script = f'mkdir mnt && ckptfs mount oci:{LAYOUT} "$PWD/mnt" --allow-other'
+    done = as_nobody("sh", "-c", script, fuse=True)
+    if admits_others():
+        pytest.skip("/etc/fuse.conf has user_allow_other")
+    assert done.returncode == 8 and "needs a line user_allow_other in /etc/fuse.conf" in done.stderr, done.stderr

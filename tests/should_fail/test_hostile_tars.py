@@ -1,27 +1,36 @@
 """Tar layers that nobody should make, one test for each sin: refused, or harmless."""
 
 import gzip
+import json
 import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
+from typing import cast
 
 import pytest
 import zstandard
 
-from ckptfs.errors import FormatError, LimitExceeded
+from ckptfs.criu.wire import encoded
+from ckptfs.engine.reader import Reader
+from ckptfs.errors import FormatError, LimitExceeded, only_error
+from ckptfs.image.inner import InodeBlob, within
+from ckptfs.image.views import CONTAINERD_CONFIG, CRIU_TAR
 from ckptfs.layers.grid import Grid
 from ckptfs.layers.stream import StreamFormat
 from ckptfs.layers.tar import TarFormat
 from ckptfs.layers.tar_scanner import TarScanner
-from ckptfs.model.toc import Entry, Inode
+from ckptfs.model.toc import Chunk, Entry, Inode
 from ckptfs.model.tree import Tree
 from ckptfs.settings import KiB, Limits, MiB, Settings
 from tests.support.blobs import TAR, ScannedLayer, blob_of
 from tests.support.memory import peak_memory
 from tests.support.speed import slowness
-from tests.support.tars import END, entries, gnu_long, gnu_sparse, header, member, padded, pax, refused
+from tests.support.tars import END, entries, gnu_long, gnu_sparse, header, member, padded, pax, refused, tar_of
 from tests.support.tocs import gzip_bomb
+from tests.support.trees import layout_with
+from tests.support.views import show
 
 LIMITS = Limits()
 Figure = Callable[[str, object], None]
@@ -148,6 +157,26 @@ def test_a_stream_that_claims_exabytes_costs_nothing() -> None:
 
 
 @pytest.mark.row("M3")
+@pytest.mark.parametrize("segments", [[(0, 1 << 60, 512)], [((1 << 60) - 512, 512, 1536)]], ids=["payload", "hole"])
+def test_a_tar_inside_that_claims_exabytes_costs_nothing(segments: list[tuple[int, int, int]]) -> None:
+    """Its name and its members are known without a walk over 2**42 chunks: it would be in the event loop."""
+    grid = FewChunks("outer", 0, 256 * KiB)
+    outer = Inode(0o100644, size=1 << 60, extents=grid.extents(segments))
+    blob = InodeBlob(cast("Reader", None), outer, TAR)
+    others = [Inode(0o100644, size=1 << 60, extents=grid.extents([(a, b, c + 1)])) for a, b, c in segments]
+    assert blob.descriptor.digest != InodeBlob(cast("Reader", None), others[0], TAR).descriptor.digest
+    member = Inode(0o100644, size=1 << 59, extents=FewChunks("inner", 1, 256 * KiB).extents([(0, 1 << 59, 512)]))
+    found = within(Entry(b"big", member), outer, b"rootfs-diff").inode
+    assert found is not None and len(found.extents) == ((1 << 41) + 1 if segments[0][0] == 0 else 0)
+
+
+class FewChunks(Grid):
+    def _made(self, index: int) -> Chunk:
+        assert len(self._chunks) < 10, "somebody walks over the chunks"
+        return super()._made(index)
+
+
+@pytest.mark.row("M3")
 def test_a_sparse_map_of_a_million_pieces(record_property: Figure) -> None:
     pieces = [(2 * i, 1) for i in range(1_000_000)]
     old = gnu_sparse(b"x", 2_000_000, pieces, b"")
@@ -257,6 +286,27 @@ def test_a_zstd_window_at_the_limit_and_one_past_it() -> None:
         ScannedLayer.of(blob_of(packed(21), TAR + "+zstd"), StreamFormat("zstd"), settings)
 
 
+@pytest.mark.row("M4")
+@pytest.mark.parametrize("past", [0, 1])
+def test_a_config_of_containerd_at_the_limit_and_one_past_it(past: int, tmp_path: Path) -> None:
+    size, criu = LIMITS.dump_bytes + past, tar_of({"inventory.img": b"x"})
+    kinds = {CRIU_TAR: "a", CONTAINERD_CONFIG: "b"}
+    index = {"manifests": [{"mediaType": kind, "digest": "sha256:" + d * 64, "size": 1} for kind, d in kinds.items()]}
+    spec = b'"' + b" " * (size - 7) + b'"'
+    blobs = {b"a": criu, b"b": b"\x12" + encoded(len(spec)) + spec}
+    assert len(blobs[b"b"]) == size
+    layer = member(b"oci-layout", b"{}") + member(b"index.json", json.dumps(index).encode())
+    layer += b"".join(member(b"blobs/sha256/" + name * 64, data) for name, data in blobs.items()) + END
+    layout = layout_with(tmp_path / "layout", [blob_of(gzip.compress(layer, 1), TAR + "+gzip")])
+    if past:
+        with pytest.raises(BaseExceptionGroup) as caught:
+            show(f"oci:{layout}", tmp_path / "cache")
+        error = only_error(caught.value)
+        assert isinstance(error, LimitExceeded) and "config blob" in str(error)
+    else:
+        assert show(f"oci:{layout}", tmp_path / "cache").entries["spec.dump"]["size"] == len(spec)
+
+
 # M5: the same path twice
 
 
@@ -290,6 +340,44 @@ def test_chains_of_hard_links(kind: str, record_property: Figure) -> None:
     record_property("figure", f"{kind}: 10^5 in {took[0]:.2f} s, 10^6 in {took[1]:.1f} s")
     assert took[0] <= 1.0 * slowness()
     assert took[1] <= 20 * took[0], "no more than in proportion"
+
+
+@pytest.mark.row("M6")
+@pytest.mark.parametrize("layers", [2, 40])
+def test_links_to_nothing_among_many_hidden_files(layers: int, record_property: Figure) -> None:
+    """In proportion to their number: the event loop stands still meanwhile. And once, however many layers end."""
+    count, tree = 50_000, Tree()
+    for rank in range(1, layers + 1):
+        tree.begin(rank)
+    tree.add([Entry(b"%d" % i, Inode(0o100644)) for i in range(count)], 1)
+    links = (Entry(b"link%d" % i, None, b"nothing%d" % i) for i in range(count))
+    tree.add([Entry(b".wh..wh..opq", Inode(0o100644)), *links], layers)
+    began = time.process_time()
+    with pytest.raises(FormatError, match="does not have"):
+        for rank in range(layers, 0, -1):
+            tree.finish(rank)
+    took = time.process_time() - began
+    record_property("figure", f"{layers} layers: {took:.2f} s")
+    assert took <= 1.0 * slowness()
+
+
+@pytest.mark.row("M2")
+@pytest.mark.parametrize("target", [b"l%d", b"l%d" + b"/." * 2000], ids=["chain", "long targets"])
+def test_chains_of_symbolic_links(target: bytes, record_property: Figure) -> None:
+    """As many as the kernel follows are followed; a path through them costs little more than a long one."""
+    links = [Entry(b"l%d" % i, Inode(0o120777, target=target % (i + 1))) for i in range(60)]
+    tree = Tree()
+    tree.begin(1)
+    tree.add(links, 1)
+    began = time.process_time()
+    for i in range(20_000):
+        good = len(target) < 10 and i % 2 == 0
+        with nullcontext() if good else pytest.raises(FormatError, match="too many"):
+            tree.add([Entry(b"l%d/f%d" % (60 - LIMITS.path_links - i % 2, i), Inode(0o100644))], 1)
+        assert not good or tree.find(b"l60/f%d" % i)
+    took = time.process_time() - began
+    record_property("figure", f"20 000 files in {took:.2f} s")
+    assert took <= 3.0 * slowness()
 
 
 def resolved(kind: str, count: int) -> float:

@@ -164,7 +164,19 @@ def test_what_an_entry_may_hold(home: Home) -> None:
     assert found["empty"] is found["null"] is None
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "null", '{"auths": {"h": {"auth": "%%%"}}}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "null",
+        '{"auths": {"h": {"auth": "%%%"}}}',
+        '{"auths": {"h": {"auth": "\u00e9=="}}}',
+        '{"auths": {"h": {"username": "\\ud800", "password": "p"}}}',
+        '{"auths": {"h": {"identitytoken": "\\udfff"}}}',
+        "[" * 100_000,
+    ],
+)
 def test_a_damaged_file_is_named(home: Home, text: str) -> None:
     path = home.write(".docker/config.json", text)
     with pytest.raises(UsageError, match=str(path)):
@@ -203,7 +215,13 @@ def test_credential_helpers(home: Home, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(
     "script",
-    ["echo credentials not found in native keychain; exit 1", "echo not JSON", "echo []", "echo '{\"Username\": 1}'"],
+    [
+        "echo credentials not found in native keychain; exit 1",
+        "echo not JSON",
+        "echo []",
+        "echo '{\"Username\": 1}'",
+        """printf '{"Username": "\\\\ud800", "Secret": "s"}'""",
+    ],
 )
 def test_a_helper_without_an_answer_is_anonymous(home: Home, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     helper(home, monkeypatch, "bad", script)

@@ -2,17 +2,21 @@
 
 import errno
 import os
+import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from ckptfs.engine import chunk_index
 from ckptfs.engine.cache import ChunkCache
 from ckptfs.engine.disk import RETRY_WRITES, DiskOps, Handle, WriteGate, read_all, write_all
 from ckptfs.engine.seal import Seal
+from ckptfs.engine.segment_files import AnonymousSegments
 from ckptfs.errors import CacheError, UsageError
-from tests.support.cache_load import chunk, item, key
+from tests.support.cache_load import chunk, item, key, right
 from tests.support.disk_faults import FakeClock
 
 KiB, MiB = 1024, 1024 * 1024
@@ -133,6 +137,43 @@ def test_an_ephemeral_cache_has_no_names(tmp_path: Path, ops: DiskOps) -> None:
         cache.put_document("d", b"x")
         assert cache.get(key(99)) == chunk(99, 100 * KiB) and cache.stats().segments > 3
         assert list(tmp_path.iterdir()) == []
+
+
+def test_an_evicted_segment_without_a_name_is_a_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While what was hot in it is written again readers still find it, closed, and nobody can open it any more."""
+
+    class ReadWhileWriting(DiskOps):
+        def pwritev(self, fd: int, buffers: list[memoryview], offset: int) -> int:  # type: ignore[override]
+            for _ in range(2):  # the first time others are opened in its place
+                right(cache, range(60), 100 * KiB)
+            return os.pwritev(fd, buffers, offset)
+
+    monkeypatch.setattr(chunk_index, "_OPEN_FILES", 4)
+    with ChunkCache.ephemeral(tmp_path, size=4 * MiB, segment=512 * KiB, ops=ReadWhileWriting()) as cache:
+        for number in range(60):
+            cache.put_many([item(number, 100 * KiB)])
+        assert 59 in right(cache, range(60), 100 * KiB)
+
+
+def test_a_segment_without_a_name_is_there_while_its_use_is_noted(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    files, done = AnonymousSegments(tmp_path, DiskOps()), threading.Event()
+    name, data, _ = files.create()
+    request.addfinalizer(partial(sys.setswitchinterval, sys.getswitchinterval()))
+    sys.setswitchinterval(1e-6)
+
+    def use() -> None:
+        while not done.is_set():
+            files.touch(name)
+
+    user = threading.Thread(target=use)
+    user.start()
+    try:
+        assert all(files.open(name) is data for _ in range(300_000))
+    finally:
+        done.set()
+        user.join()
 
 
 # -- encryption --------------------------------------------------------------------------------------------------------

@@ -1,17 +1,21 @@
 """Two processes on one cache: what each sees of the other."""
 
+import errno
 import fcntl
 import os
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from ckptfs.engine import directory, key_mark
 from ckptfs.engine.cache import ChunkCache
 from ckptfs.errors import CacheError
 from tests.support.cache_load import chunk, item, key, segment_files
-from tests.support.disk_faults import FakeClock
+from tests.support.disk_faults import FakeClock, Refusing
 
 KiB, MiB = 1024, 1024 * 1024
 SIZE = 16 * MiB  # segments of 2 MiB
@@ -33,6 +37,11 @@ def other(path: Path, one: ChunkCache) -> Iterator[ChunkCache]:
     """A second cache on the same directory: its locks conflict with the first one's as another process's would."""
     with ChunkCache.open(path, size=SIZE) as cache:
         yield cache
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(key_mark, "_PATIENCE", 0.05)
 
 
 # -- two processes -----------------------------------------------------------------------------------------------------
@@ -161,6 +170,27 @@ def test_a_stopped_process_that_evicts_does_not_stop_others(path: Path, caplog: 
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
+def test_a_stopped_process_that_clears_is_named_to_who_opens_the_cache(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directory, "_USERS_PATIENCE", 0.1)
+    ChunkCache.open(path, size=SIZE).close()
+    with (path / "v1/locks/users").open("r+") as users:
+        fcntl.flock(users, fcntl.LOCK_EX)
+        with pytest.raises(CacheError, match="is being cleared") as caught:
+            ChunkCache.open(path, size=SIZE)
+    assert "kill it" in caught.value.hint and str(path / "v1/locks/users") in caught.value.hint
+    ChunkCache.open(path, size=SIZE).close()
+
+
+def test_who_opens_a_cache_waits_until_it_is_cleared(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ChunkCache.open(path, size=SIZE).close()
+    with (path / "v1/locks/users").open("r+") as users:
+        fcntl.flock(users, fcntl.LOCK_EX)
+        monkeypatch.setattr(time, "sleep", lambda seconds: users.close())
+        ChunkCache.open(path, size=SIZE).close()
+
+
 def test_segments_that_vanish_are_misses(path: Path) -> None:
     with ChunkCache.open(path, size=SIZE, segment=100 * KiB) as cache:
         cache.put_many([item(n, 40 * KiB) for n in range(10)])
@@ -176,3 +206,96 @@ def test_segments_that_vanish_are_misses(path: Path) -> None:
         second.unlink()
         assert cache.get(key(2)) is None and not cache.contains(key(3))
         assert cache.get(key(4)) == chunk(4, 40 * KiB)
+
+
+# -- whose the directory is --------------------------------------------------------------------------------------------
+
+SECRET = b"0123456789abcdef"
+
+
+def keyed(path: Path, secret: bytes = SECRET) -> None:
+    """What a command with --cache-key does."""
+    with ChunkCache.open(path, size=SIZE, secret=secret) as cache:
+        cache.require_key()
+        assert cache.stats().encrypted
+
+
+def test_a_cache_in_use_without_a_key_gets_none(path: Path) -> None:
+    with ChunkCache.open(path, size=SIZE).require_key() as plain:
+        with pytest.raises(CacheError, match="is not encrypted"):
+            keyed(path)
+        plain.put_many([item(1, 1000)])
+        with ChunkCache.open(path, size=SIZE) as tool:
+            tool.clear(force=True)
+            assert not tool.stats().encrypted
+        with pytest.raises(CacheError, match="is not encrypted"):
+            keyed(path)
+        plain.put_many([item(2, 1000)])
+    with pytest.raises(CacheError, match="is not encrypted"):
+        keyed(path)
+    with ChunkCache.open(path, size=SIZE) as tool:
+        tool.clear()
+    keyed(path)
+    with pytest.raises(CacheError, match="is encrypted"), ChunkCache.open(path, size=SIZE) as cache:
+        cache.require_key()
+
+
+def test_an_empty_cache_without_a_key_gets_one_when_nobody_uses_it(path: Path) -> None:
+    with ChunkCache.open(path, size=SIZE) as plain:
+        plain.require_key()
+    keyed(path)
+    with pytest.raises(CacheError, match="with another key"):
+        keyed(path, b"fedcba9876543210")
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_cache_that_others_use_and_have_not_marked_gets_no_key(path: Path, one: ChunkCache) -> None:
+    """An earlier ckptfs, or one whose disk was full."""
+    with pytest.raises(CacheError, match="is in use") as caught:
+        keyed(path)
+    assert "unmount" in caught.value.hint
+    one.close()
+    keyed(path)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_an_earlier_version_has_kept_without_a_key_is_plain(path: Path, damaged: bool) -> None:
+    with ChunkCache.open(path, size=SIZE) as earlier:
+        earlier.put_many([item(1, 1000)])
+        if damaged:
+            earlier.drop(key(1))  # its bytes stay on disk
+    for _ in range(2):
+        with pytest.raises(CacheError, match="is not encrypted"):
+            keyed(path)
+    with ChunkCache.open(path, size=SIZE) as cache:
+        cache.require_key()
+
+
+def test_of_several_that_bring_a_key_at_once_all_with_the_first_ones_get_in(path: Path) -> None:
+    caches = [ChunkCache.open(path, size=SIZE, secret=SECRET) for _ in range(8)]
+    caches.append(ChunkCache.open(path, size=SIZE, secret=b"fedcba9876543210"))
+    together = threading.Barrier(len(caches))
+
+    def take(cache: ChunkCache) -> str:
+        together.wait()
+        try:
+            cache.require_key()
+        except CacheError as error:
+            return error.message
+        return "its own"
+
+    with ThreadPoolExecutor(len(caches)) as pool:
+        *same, other = pool.map(take, caches)
+    for cache in caches:
+        cache.close()
+    assert len(set(same)) == 1 and {same[0], other} == {"its own", f"the cache {path} is encrypted with another key"}
+
+
+def test_without_a_key_a_disk_that_refuses_is_read(path: Path) -> None:
+    disk = Refusing("rename")
+    disk.code = errno.ENOSPC
+    with ChunkCache.open(path, size=SIZE, ops=disk) as cache:
+        cache.require_key()
+    disk.code = errno.EROFS
+    with pytest.raises(CacheError), ChunkCache.open(path, size=SIZE, secret=SECRET, ops=disk) as cache:
+        cache.require_key()

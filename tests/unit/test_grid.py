@@ -2,9 +2,9 @@
 
 import pytest
 
-from ckptfs.layers.grid import Grid
+from ckptfs.layers.grid import Grid, windows
 from ckptfs.layers.tar_scanner import TarScanner
-from ckptfs.model.toc import derived_key, slice_extents
+from ckptfs.model.toc import Extent, derived_key, slice_extents
 from ckptfs.settings import Limits
 from tests.support.tars import header
 
@@ -56,6 +56,18 @@ def test_holes_lie_between_runs() -> None:
 
 def test_a_file_without_bytes_has_no_extents() -> None:
     assert len(Grid("d", 0, 100).extents([])) == 0
+
+
+def test_windows_into_a_file_are_the_same_whether_its_extents_are_made_or_kept() -> None:
+    """A tar inside: members anywhere in the file around it, over its holes and across its runs."""
+    made = Grid("d", 0, 100).extents([(10, 20, 90), (500, 5, 110), (700, 100, 115)])
+    for start, length, position in ((0, 800, 0), (5, 20, 15), (0, 600, 20), (7, 30, 690), (0, 100, 30), (0, 1, 504)):
+        expected = [Extent(start + e.start, *e[1:]) for e in slice_extents(made, position, length)]
+        assert list(windows(made, [(start, length, position)])) == expected
+        assert list(windows(tuple(made), [(start, length, position)])) == expected
+    both = [(0, 10, 15), (100, 50, 700)]
+    assert list(windows(made, both)) == list(windows(tuple(made), both))
+    assert [(e.start, e.length) for e in windows(windows(made, both), [(0, 120, 5)])] == [(0, 5), (95, 25)]
 
 
 def test_what_is_wanted_cannot_be_skipped() -> None:

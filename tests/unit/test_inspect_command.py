@@ -171,8 +171,11 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "layer.tar", "w") as archive:
         archive.add(tmp_path / "readme", "readme")
     layout = layout_of((tmp_path / "layer.tar").read_bytes(), tmp_path / "layout")
-    result = ckptfs("inspect", f"oci:{layout}", "-q", "--cache-dir", tmp_path / "cache")
-    assert result.code == 3 and "there is no checkpoint" in result.line
+    good = f"oci:{TREE}/k8s-gzip.oci"
+    for words in (["inspect"], ["show", good], ["diff", good], ["memparse"], ["show", "-q", good]):
+        result = ckptfs(*words, f"oci:{layout}", "--cache-dir", tmp_path / "cache")
+        assert result.code == 7 and result.out == "", words
+        assert f"{layout}" in result.line and "is not a checkpoint; `ckptfs ls REF` shows" in result.line
 
 
 # what it fetches

@@ -139,7 +139,7 @@ def test_pods_and_what_is_no_checkpoint(tmp_path: Path) -> None:
     assert containers(files) == ["one/", "two/"]
     assert inspect(files, "one/").container.name == "first"
     (tmp_path / "empty").mkdir()
-    with pytest.raises(NotFoundError, match="there is no checkpoint"):
+    with pytest.raises(FormatError, match="there is no checkpoint"):
         containers(LocalFiles(tmp_path / "empty"))
 
 

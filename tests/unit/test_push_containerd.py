@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ckptfs.errors import CkptfsError, FormatError
+from ckptfs.errors import CkptfsError, FormatError, IntegrityError
 from ckptfs.image.views import spec_of
 from tests.support.push import layer_blob, manifest_of, push_to_layout, tree_images, unpacked
 from tests.support.tars import tar_of
@@ -83,27 +83,37 @@ def test_the_layout_in_an_archive(tmp_path: Path, compress: bool) -> None:
     check(tmp_path, tmp_path / "out")
 
 
-def damaged(layout: Path, media_type: str, data: bytes | None) -> None:
-    """Replace the blob of that type, under its old name."""
+def blob_of_type(layout: Path, media_type: str) -> Path:
     for path in (layout / "blobs/sha256").iterdir():
         raw = path.read_bytes()
         if raw.startswith(b'{"schemaVersion"'):
             (entry,) = (m for m in json.loads(raw)["manifests"] if m["mediaType"] == media_type)
-    target = layout / "blobs" / entry["digest"].replace(":", "/")
-    if data is None:
-        target.unlink()
-    else:
-        target.write_bytes(data)
+    return layout / "blobs" / str(entry["digest"]).replace(":", "/")
 
 
 @pytest.mark.parametrize("data", [None, b"", b"junk" * 500])
 def test_a_blob_that_is_missing_or_wrong_is_refused(tmp_path: Path, data: bytes | None) -> None:
     layout = ctr_layout(tmp_path)
-    damaged(layout, CRIU_TAR, data)
+    blob = blob_of_type(layout, CRIU_TAR)
+    if data is None:
+        blob.unlink()
+    else:
+        blob.write_bytes(data)
     with tarfile.open(tmp_path / "ctr.tar", "w") as out:
         out.add(layout, ".")
     with pytest.raises(CkptfsError):
         push_to_layout(tmp_path / "ctr.tar", tmp_path / "out")
+
+
+@pytest.mark.row("N2")
+@pytest.mark.parametrize("media_type", [CRIU_TAR, CONFIG, LAYER])
+def test_a_wrong_byte_of_a_blob_is_found_out(tmp_path: Path, media_type: str) -> None:
+    layout = ctr_layout(tmp_path)
+    blob = blob_of_type(layout, media_type)
+    raw = blob.read_bytes()
+    blob.write_bytes(raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:])
+    with pytest.raises(IntegrityError, match="digest"):
+        push_to_layout(f"oci:{layout}:latest", tmp_path / "out")
 
 
 @pytest.mark.parametrize("document", [b"{}", b"[]", b'{"manifests": [{}]}', b'{"manifests": 3}', b"{"])

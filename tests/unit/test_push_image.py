@@ -1,17 +1,19 @@
 """From a checkpoint to an image: the same one whatever the source, complete, and never half of it."""
 
 import base64
+import gzip
 import json
 import os
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import zstandard
 
-from ckptfs.errors import FormatError, NotFoundError, UnavailableError
+from ckptfs.errors import FormatError, IntegrityError, NotFoundError, UnavailableError
 from ckptfs.layers import open_indexed
 from ckptfs.model.blob import Blob
 from ckptfs.model.index import decode_index
@@ -21,10 +23,13 @@ from ckptfs.push.layout_target import LayoutTarget
 from ckptfs.push.target import Sent
 from ckptfs.settings import Settings
 from ckptfs.sources.layout import LayoutSource
-from tests.support.blobs import ScannedLayer
+from tests.support.blobs import TAR, ScannedLayer, blob_of
+from tests.support.command import ckptfs
 from tests.support.golden import Listing, directory_listing
 from tests.support.push import DATA, layer_blob, manifest_of, push_to_layout, tree_images, unpacked
+from tests.support.tars import END, header, tar_of
 from tests.support.tools import require, run
+from tests.support.trees import layout_with
 
 CONFIG = {
     "id": "c1",
@@ -101,6 +106,24 @@ def test_foreign_formats_give_the_same_image(tmp_path: Path) -> None:
         for name in ("k8s-zstd", "k8s-zstdchunked", "k8s-estargz64k", "k8s-stargz-zstdchunked")
     }
     assert len(found) == 1
+
+
+@pytest.mark.row("N2")
+@pytest.mark.parametrize("media_type", [TAR, f"{TAR}+gzip"])
+def test_a_wrong_byte_of_the_source_gets_no_right_digest(media_type: str, tmp_path: Path) -> None:
+    images = tree_images(tmp_path / "images").iterdir()
+    files = {f"checkpoint/{path.name}": path.read_bytes() for path in images}
+    tar = tar_of({**files, "checkpoint/pages-9.img": b"A" * 8192})
+    pack = bytes if media_type == TAR else partial(gzip.compress, compresslevel=0, mtime=0)
+    blob = blob_of(pack(tar), media_type)
+    source = layout_with(tmp_path / "source", [blob])
+    push_to_layout(f"oci:{source}:latest", tmp_path / "layout")
+    wrong = pack(tar.replace(b"A" * 8192, b"A" * 8191 + b"Z"))
+    (source / "blobs" / str(blob.descriptor.digest).replace(":", "/")).write_bytes(wrong)
+    assert len(wrong) == blob.size
+    with pytest.raises(IntegrityError, match="arrived with digest"):
+        push_to_layout(f"oci:{source}:latest", tmp_path / "none")
+    assert not (tmp_path / "none" / "index.json").exists()
 
 
 def test_roles_and_layers(tmp_path: Path) -> None:
@@ -204,6 +227,36 @@ def test_a_plain_directory_of_images_becomes_checkpoint(tmp_path: Path) -> None:
     assert b"checkpoint/inventory.img" in paths
     assert all(path.startswith(b"checkpoint/") for path in paths)
     assert notes(tmp_path / "layout")["org.criu.checkpoint.container.name"] == "checkpoint"
+
+
+@pytest.mark.parametrize(("first", "second"), [("d/x", "z/y"), ("a/y", "z/x")])
+def test_a_hard_link_comes_after_its_file(first: str, second: str, tmp_path: Path) -> None:
+    """z/ becomes checkpoint/, so the order of the paths is another one than in the source."""
+    require("tar")
+    (tmp_path / "images").mkdir()
+    tree_images(tmp_path / "images" / "z")
+    for path in (tmp_path / "images" / first, tmp_path / "images" / second):
+        path.parent.mkdir(exist_ok=True)
+    (tmp_path / "images" / first).write_text("hello")
+    os.link(tmp_path / "images" / first, tmp_path / "images" / second)
+    push_to_layout(tmp_path / "images", tmp_path / "layout")
+    extracted(tmp_path / "layout", "latest", tmp_path / "out")
+    paths = [tmp_path / "out" / first, tmp_path / "out" / second.replace("z/", "checkpoint/")]
+    assert [path.read_text() for path in paths] == ["hello", "hello"] and os.path.samefile(*paths)
+
+
+def test_times_beyond_the_year_9999(tmp_path: Path) -> None:
+    seconds = 1 << 39
+    inventory = header(b"checkpoint/inventory.img", 0, mtime=seconds)
+    (tmp_path / "a.tar").write_bytes(inventory + header(b"old", 0, mtime=-seconds) + END)
+    push_to_layout(tmp_path / "a.tar", tmp_path / "layout")
+    for source in (f"archive:{tmp_path}/a.tar", f"oci:{tmp_path}/layout"):
+        words = ("-R", source, "--cache-dir", tmp_path / "cache")
+        listed = ckptfs("ls", "-l", *words)
+        assert (listed.code, listed.err) == (0, "")
+        assert " 9999-12-31 23:59 checkpoint/inventory.img\n" in listed.out and " 0001-01-01 00:00 old\n" in listed.out
+        times = {entry["name"]: entry["mtime"] for entry in ckptfs("ls", "--json", *words).json}
+        assert times["checkpoint/inventory.img"] == seconds and times["old"] == -seconds
 
 
 def test_the_index_says_what_the_layers_say(tmp_path: Path) -> None:

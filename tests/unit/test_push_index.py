@@ -51,7 +51,7 @@ def layers() -> list[IndexedLayer]:
             5000,
             [
                 IndexedFile(Entry(b"", Inode(0o40755, mtime_ns=-5))),
-                IndexedFile(Entry(b"checkpoint", Inode(0o40700))),
+                IndexedFile(Entry(b"checkpoint", Inode(0o40700, mtime_ns=(1 << 40) * 10**9))),
                 IndexedFile(
                     Entry(b"checkpoint/inventory.img", small), 60, [(0, len(CONTENT), 60, 44, b"\5" * 32)], CONTENT
                 ),

@@ -5,6 +5,7 @@ import itertools
 import os
 import random
 import shutil
+import sys
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,6 +233,23 @@ def test_without_anything_changed(shelf: Shelf) -> None:
     pushed = shelf.push(images, "2", "1")
     assert pushed.increment is not None and pushed.increment.changed == 0
     assert read(shelf.unpack("2", raw=True), "pagemap_7") == read(shelf.unpack("2"), "pagemap_7") == process(1)
+
+
+@pytest.mark.parametrize(("size", "shared"), [(16384, True), (65536, False)])
+def test_machines_with_larger_pages(size: int, shared: bool, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process has not changed: its own pagemap has no page that tells how large they are. 64 KiB are over cells."""
+    monkeypatch.setattr(sys.modules[__name__], "_PAGE", size)
+    memories = {"pagemap_7": process(1, 80), "pagemap_8": process(2, 80)}
+    shelf.push(write(shelf.top / "1", **memories), "1")
+    changed = {**memories, "pagemap_7": later(memories["pagemap_7"], 1)}
+    pushed = shelf.push(write(shelf.top / "2", **changed), "2", "1").increment
+    third = shelf.push(write(shelf.top / "3", **memories), "3", "2").increment
+    assert pushed is not None and third is not None and bool(pushed.layers) == bool(third.layers) == shared
+    for number in ("2", "3"):
+        dumped, view = shelf.top / number, shelf.unpack(number)
+        assert all((view / name).read_bytes() == (dumped / name).read_bytes() for name in os.listdir(dumped))
+        whole = shelf.push(Path(f"oci:{shelf.layout}:{number}"), f"{number}-again").manifest
+        assert whole == shelf.push(dumped, f"{number}-whole").manifest
 
 
 def test_huge_pages_are_never_left_to_a_parent(shelf: Shelf) -> None:

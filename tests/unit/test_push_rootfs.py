@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,16 @@ import pytest
 from ckptfs.errors import FormatError, UsageError
 from ckptfs.layers.zstd_chunked_writer import Member, write_layer
 from ckptfs.model.blob import MemoryBlob
-from ckptfs.model.oci import OCI_MANIFEST, Descriptor, Digest, Manifest
+from ckptfs.model.oci import OCI_MANIFEST, Descriptor, Digest, Manifest, Reference
 from ckptfs.model.toc import Inode
 from ckptfs.model.tree import Tree
+from ckptfs.pull import pull
 from ckptfs.push.layout_target import LayoutTarget
+from ckptfs.sources.layout import LayoutSource
+from ckptfs.telemetry import NetworkCounters
 from tests.support.blobs import ScannedLayer
 from tests.support.push import layer_blob, manifest_of, push_to_layout, tree_images
-from tests.support.tars import tar_of
+from tests.support.tars import END, header, member, tar_of
 
 BASE: dict[bytes, Inode] = {
     b"data": Inode(0o40751, 5, 6),
@@ -173,6 +177,45 @@ def test_only_deletions_make_a_layer_and_no_change_makes_none(tmp_path: Path) ->
     (tmp_path / "flat" / "deleted.files").write_text("[]")
     push_to_layout(tmp_path / "flat", layout, "ck", base=f"oci:{layout}:base")
     assert [layer.digest for layer in manifest_of(layout, "ck-rootfs").layers] == [d.digest for d in base.layers]
+
+
+_SRV = frozenset((b"srv", b"srv/gone.txt", b"srv/gonedir", b"srv/gonedir/deep", b"srv/stays"))
+
+
+@pytest.mark.parametrize(
+    ("added", "deleted", "gone", "new"),
+    [
+        (b"", ["/srv", "/srv/gonedir", "/srv/gonedir/deep"], _SRV, ()),
+        (member(b"srv/a/b", b"x"), ["/srv", "/srv/gonedir/deep"], _SRV - {b"srv"}, (b"srv/a", b"srv/a/b")),
+        (member(b"srv", b"x"), ["/srv/gonedir/deep", "/srv/stays"], _SRV - {b"srv"}, ()),
+        (header(b"srv", flag=b"5", mode=0o711), ["/srv"], _SRV - {b"srv"}, ()),
+        (header(b"srv", flag=b"2", link=b"opt"), ["/srv"], _SRV - {b"srv"}, ()),
+    ],
+    ids=["below another", "below one made again", "below a new file", "made again and empty", "now a link"],
+)
+def test_what_engines_list_as_deleted(
+    added: bytes, deleted: list[str], gone: frozenset[bytes], new: tuple[bytes, ...], tmp_path: Path
+) -> None:
+    """The pushed root and the view of it agree."""
+    layout = tmp_path / "layout"
+    put_base(layout)
+    push_to_layout(checkpoint(tmp_path, added + END, deleted), layout, "ck", base=f"oci:{layout}:base")
+    expected = (set(BASE) | set(new)) - gone
+    root = merged(layout, manifest_of(layout, "ck-rootfs"))
+    assert {node.path for node in root.walk() if node.path and node.inode} == expected
+    source, base = (LayoutSource(Reference.parse(f"oci:{layout}:{tag}")) for tag in ("ck", "base"))
+    pull(source, tmp_path / "view", LayoutSource, NetworkCounters(), view="rootfs", base=base.reference)
+    assert {os.fsencode(path.relative_to(tmp_path / "view")) for path in (tmp_path / "view").rglob("*")} == expected
+
+
+def test_many_deletions_take_no_time_squared(tmp_path: Path) -> None:
+    layout = tmp_path / "layout"
+    put_base(layout)
+    deleted = [f"/data/{number}" for number in range(15_000)]
+    folder = checkpoint(tmp_path, tar_of(DELTA), deleted)
+    began = time.process_time()
+    push_to_layout(folder, layout, "ck", base=f"oci:{layout}:base")
+    assert time.process_time() - began < 10
 
 
 def test_gnu_tar_sees_opaque_markers_before_what_is_new(tmp_path: Path) -> None:

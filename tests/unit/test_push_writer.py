@@ -103,6 +103,19 @@ def test_our_reader_finds_the_same_tree(tmp_path: Path) -> None:
             )
 
 
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(253_402_300_800, "9999-12-31T23:59:59Z"), (-(1 << 40), "0001-01-01T00:00:00Z")]
+)
+def test_a_time_that_rfc_3339_has_no_year_for(seconds: int, told: str) -> None:
+    """The table of contents has the nearest one, the tar the exact one."""
+    out = io.BytesIO()
+    layer = write_layer([Member(b"file", Inode(0o100644, mtime_ns=seconds * 10**9))], out.write)
+    toc = json.loads(document(layer, out.getvalue(), "manifest-position"))
+    assert toc["entries"][0]["modtime"] == told
+    with tarfile.open(fileobj=io.BytesIO(unpacked(out.getvalue()))) as archive:
+        assert archive.getmember("file").mtime == seconds
+
+
 def test_tar_split_puts_the_tar_together_again(tmp_path: Path) -> None:
     """As tar/asm/assemble.go does; and each header has one segment, which begins with the padding before it."""
     folder = odd_tree(tmp_path)

@@ -1,10 +1,15 @@
-"""What a restore decides before anything runs: the bundle, the machine's conditions, criu's words."""
+"""The parts of a restore, without a container: bundle, directory, the machine's conditions, criu's words, the watch."""
 
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +19,12 @@ from ckptfs.errors import RestoreError, UsageError
 from ckptfs.restore import checking
 from ckptfs.restore.bundle import Bundle
 from ckptfs.restore.runtimes import criu_complaint, write_criu_config
+from ckptfs.restore.supervise import Relay, Watch
 from ckptfs.restore.workplace import Workplace, check_name
 from ckptfs.settings import Settings
 from tests.support.tools import ROOT
 
+STATE = "ckptfs-restore.json"
 SPEC: dict[str, Any] = {
     "ociVersion": "1.0.2",
     "hostname": "web-1",
@@ -68,6 +75,19 @@ def test_a_bundle_for_this_machine(place: Workplace, tmp_path: Path) -> None:
     assert Path(sources["/etc/hosts"]).read_text().startswith("127.0.0.1 localhost web-1\n")
 
 
+def test_a_volume_that_is_mounted_twice_is_one(place: Workplace) -> None:
+    volume = place / "image/volumes/data"
+    volume.mkdir(parents=True)
+    (volume / "file").write_text("kept\n")
+    both = [{"destination": where, "type": "bind", "source": "/gone", "options": ["rbind"]} for where in ("/a", "/b")]
+    config = {"namedVolumes": [{"volumeName": "data", "dest": where} for where in ("/a", "/b")]}
+    bundle = Bundle(place, place / "image", {"mounts": both, "linux": {}}, config, {}, "")
+    bundle.write(Path("/the/root"), "web")
+    first, second = (mount["source"] for mount in bundle.spec["mounts"])
+    assert first == second != str(volume)
+    assert (Path(first) / "file").read_text() == "kept\n"
+
+
 def test_mounts_that_this_machine_lacks_are_named_together(place: Workplace, tmp_path: Path) -> None:
     with pytest.raises(RestoreError, match=r"/data \(was /run/gone/data\), /srv \(was /run/gone/srv\).*--bind"):
         written(place, {})
@@ -92,10 +112,46 @@ def test_a_directory_in_use_is_refused(place: Workplace) -> None:
     assert place.path.exists()
 
 
+def test_restores_that_begin_together_after_a_crash(tmp_path: Path) -> None:
+    """Each finds what all have left, its own directory too: it is removed once, and none is in another's way."""
+    names = [f"place-{number}" for number in range(4)]
+    for name in (*names, *(f"gone-{number}" for number in range(20))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / STATE).write_text('{"pid": 999999999}')
+        for number in range(20):
+            (tmp_path / name / f"file-{number}").touch()
+    code = "import sys, pathlib; from ckptfs.restore.workplace import Workplace\n"
+    code += "input()\nwith Workplace(pathlib.Path(sys.argv[1])) as place: assert (place / 'work').is_dir()"
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    begun = [subprocess.Popen([sys.executable, "-c", code, tmp_path / name], **pipes) for name in names]  # type: ignore[call-overload]
+    time.sleep(1)  # imports
+    for process in begun:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    assert [process.communicate(timeout=30)[1] for process in begun] == [""] * 4
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["", ".hidden", "a/b", "a b", "x" * 64])
 def test_names_that_no_runtime_takes(name: str) -> None:
     with pytest.raises(RestoreError, match="--name"):
         check_name(name)
+
+
+def test_what_is_beside_a_restore_and_not_one_is_left_alone(tmp_path: Path) -> None:
+    """Another program's directory, and one that says it is a restore and is another user's."""
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "state.json").write_text('{"serial": 3}')
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    program.chmod(0o755)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / STATE).write_text(json.dumps({"runtime": str(program), "name": "x"}))
+    os.chown(tmp_path / "theirs", 65534, 65534)
+    (tmp_path / "link").symlink_to("theirs")
+    with Workplace(tmp_path / "place"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"app", "theirs", "link", "program"}
 
 
 def fake_criu(folder: Path, version: str, *, check: str = "Looks good.", feature: str = "supported") -> None:
@@ -152,3 +208,102 @@ def test_the_first_error_that_explains(tmp_path: Path) -> None:
 def test_criu_configuration(tmp_path: Path) -> None:
     path = write_criu_config(tmp_path / "criu.conf", lazy=True, images_dir=Path("/a"), work_dir=Path("/b"))
     assert path.read_text() == "images-dir /a\nwork-dir /b\nlazy-pages\n"
+
+
+# -- staying with it ---------------------------------------------------------------------------------------------------
+
+TALKER = """
+import os, signal, sys, time
+def bye(*_):
+    os.write(2, b"x" * int(sys.argv[1]))
+    os._exit(7)
+signal.signal(signal.SIGTERM, bye if int(sys.argv[1]) else signal.SIG_IGN)
+os.write(2, b"up")
+time.sleep(60)
+"""
+
+
+@contextmanager
+def talker(size: int) -> Iterator[tuple["subprocess.Popen[bytes]", int]]:
+    """A process that says `size` bytes when it is asked to end, 0: that does not end; and where it says them."""
+    reader, writer = os.pipe()
+    process = subprocess.Popen([sys.executable, "-c", TALKER, str(size)], stderr=writer)
+    os.close(writer)
+    assert os.read(reader, 2) == b"up"
+    try:
+        yield process, reader
+    finally:
+        process.kill()
+        process.wait()
+        os.close(reader)
+
+
+def after(seconds: float, action: Callable[[], object]) -> Callable[[], None]:
+    return threading.Timer(seconds, action).start
+
+
+def stop(number: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
+
+
+def test_a_container_that_talks_while_it_stops_is_heard(tmp_path: Path) -> None:
+    """More than a pipe holds."""
+    with talker(300_000) as (process, reader), open(tmp_path / "heard", "wb") as heard:
+        code = Watch(process.pid, signal.SIGTERM, 5.0, [Relay(reader, heard.fileno())]).run(None, stop, stop)
+    assert code == 7
+    assert (tmp_path / "heard").read_bytes() == b"x" * 300_000
+
+
+def test_a_full_disk_costs_the_output_and_not_the_container(caplog: pytest.LogCaptureFixture) -> None:
+    with talker(300_000) as (process, reader), open("/dev/full", "wb") as full:
+        code = Watch(process.pid, signal.SIGTERM, 5.0, [Relay(reader, full.fileno())]).run(None, stop, stop)
+    assert code == 7
+    assert [record.getMessage() for record in caplog.records] == [
+        "what the container says is no longer passed on: No space left on device"
+    ]
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_slow_reader_gets_everything(blocking: bool) -> None:
+    """Whether its pipe blocks or not."""
+    theirs, ours = os.pipe()
+    os.set_blocking(ours, blocking)
+    heard = bytearray()
+
+    def read() -> None:
+        while data := os.read(theirs, 30_000):
+            heard.extend(data)
+            time.sleep(0.01)
+
+    late = threading.Thread(target=read)
+    with talker(300_000) as (process, reader):
+        running = after(0.3, late.start)
+        code = Watch(process.pid, signal.SIGTERM, 5.0, [Relay(reader, ours)]).run(
+            None, lambda: (stop(), running()), stop
+        )
+    os.close(ours)
+    late.join()
+    os.close(theirs)
+    assert code == 7
+    assert heard == b"x" * 300_000
+
+
+def test_a_reader_that_takes_nothing_does_not_keep_a_container() -> None:
+    theirs, ours = os.pipe()
+    with talker(300_000) as (process, reader):
+        began = time.monotonic()
+        code = Watch(process.pid, signal.SIGTERM, 0.5, [Relay(reader, ours)]).run(None, stop, stop)
+        assert time.monotonic() - began < 5
+    os.close(ours)
+    os.close(theirs)
+    assert code == 128 + signal.SIGKILL
+
+
+def test_a_container_that_does_not_stop_is_killed() -> None:
+    """After a while, or at once when it is asked again."""
+    for patience, running in ((0.3, stop), (30.0, lambda: (stop(), after(0.3, stop)()))):
+        with talker(0) as (process, reader):
+            began = time.monotonic()
+            code = Watch(process.pid, signal.SIGTERM, patience, [Relay(reader, None)]).run(None, running, stop)
+            assert code == 128 + signal.SIGKILL
+            assert 0.3 <= time.monotonic() - began < 5

@@ -120,6 +120,17 @@ def test_places_through_parents() -> None:
     assert list(memory.find(0x4000, 0x1000)) == []
 
 
+def test_the_page_size_of_who_has_no_page_is_his_parents() -> None:
+    own = parse_pagemap(pagemap(1, (0x10000, 2, PARENT)), "pagemap-5.img")
+    old = parse_pagemap(pagemap(7, (0x10000, 2, EAGER)), "up/pagemap-5.img")
+    memory = Memory([own, old], {"pages-1.img": 0, "up/pages-7.img": 2 * 16384})
+    assert memory.page_size == 16384
+    assert list(memory.find(0x10000, 0x8000)) == [Place("up/pages-7.img", 1, 0x10000, 0, 0x8000)]
+    other = parse_pagemap(pagemap(1, (0x10000, 1, EAGER), (0x14000, 1, PARENT)), "pagemap-5.img")
+    with pytest.raises(FormatError, match="different sizes"):
+        Memory([other, old], {"pages-1.img": P, "up/pages-7.img": 2 * 16384})
+
+
 def test_memory_whose_files_are_missing() -> None:
     own = parse_pagemap(pagemap(1, (0x1000, 1, PARENT)), "pagemap-5.img")
     with pytest.raises(FormatError, match="needs a parent checkpoint"):

@@ -107,6 +107,24 @@ def test_hard_link_across_layers() -> None:
         assert shown(tree)["b"][2] == 1, order
 
 
+def test_hard_link_across_layers_leads_to_the_highest_below_in_any_order_of_arrival() -> None:
+    for order in itertools.permutations((1, 2, 3)):
+        tree = build([file("a", 1), file("z", 1)], [file("a", 2)], [link("b", "a"), link("c", "z")], order=order)
+        assert (shown(tree)["b"][2], shown(tree)["c"][2]) == (2, 1), order
+
+
+def test_hard_link_to_a_file_of_its_own_layer_that_comes_after_a_lower_one() -> None:
+    tree = Tree()
+    tree.begin(1)
+    tree.begin(2)
+    tree.add([link("b", "a")], 2)
+    tree.add([file("a", 1)], 1)
+    tree.finish(1)
+    tree.add([file("a", 2)], 2)
+    tree.finish(2)
+    assert shown(tree)["b"][2] == 2
+
+
 def test_forward_hard_link_and_long_chains() -> None:
     chain = [link(f"l{i}", f"l{i + 1}") for i in range(50_000)]
     tree = build([*chain, file("l50000", 7)])

@@ -1,0 +1,69 @@
+"""Files and directories that a command writes to a path of the user's choice: whole under their name, or not at all.
+
+Owns what OSError means there. `pull` has a destination of its own.
+"""
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ckptfs.errors import CacheError, CkptfsError, UsageError
+
+# What another path is needed for; anything else may be mended where it is.
+_WRONG_PATH = frozenset((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP))
+
+
+@contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """A hidden name beside `target`, which is new: what is made there gets the name `target` at the end.
+
+    After an exception nothing is left. OSError, from whatever is written meanwhile, becomes an error for the user.
+    """
+    target = target.absolute()
+    staging = target.parent / f".ckptfs-{secrets.token_hex(4)}.partial"
+    try:
+        if os.path.lexists(target):
+            raise UsageError(f"{target} exists", hint="name a path that does not")
+        try:
+            yield staging
+            os.rename(staging, target)
+        except BaseException:
+            _remove(staging)
+            raise
+    except OSError as error:
+        raise _unwritable(target, error) from None
+
+
+def create(path: Path) -> int:
+    """A new file that only its owner can read, open for writing."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
+def require_writable(path: Path) -> None:
+    """For what is written at the end of something long: whether it can be, tried before. Changes nothing."""
+    try:
+        try:
+            os.close(create(path))
+            path.unlink()
+        except FileExistsError:
+            os.close(os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> CkptfsError:
+    message = f"{path} cannot be written: {error.strerror}"
+    if error.errno in _WRONG_PATH:
+        return UsageError(message, hint="name a path in a directory that is there")
+    return CacheError(message, hint="name one in a directory with room, of your own")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,65 @@
+"""`ckptfs restore` of containers that runc ran without an engine, with what engines seldom ask for."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ckptfs.restore.checking import unprivileged_userfaultfd
+from tests.support import runc
+from tests.support.command import ckptfs
+from tests.support.criu import require_criu
+from tests.support.other_user import as_nobody
+from tests.support.push import push_to_layout
+from tests.support.restored import restored
+from tests.support.tools import require
+from tests.support.workload import scratch
+
+pytestmark = [pytest.mark.restore, pytest.mark.fuse]
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Which everybody may enter: with a user namespace the container's root must."""
+    require("runc", root=True)
+    require_criu()
+    with scratch() as name:
+        Path(name).chmod(0o711)
+        yield Path(name)
+
+
+def test_a_container_with_a_user_namespace(folder: Path) -> None:
+    """Its root reads the images and finds its root file system; nobody else on this machine does either."""
+    push_to_layout(runc.checkpoint(folder, "userns", user_namespace=True), folder / "layout")
+    words = (f"oci:{folder}/layout:latest", "--rootfs", folder / "rootfs")
+    last = runc.ticks(folder / "rootfs")[-1].number
+    with restored(folder, *words, "--no-lazy-pages") as container:
+        container.assert_continues(last)
+        assert (container.root / "data/ticker.out").stat().st_uid == 100_000
+        pages = folder / "place/image/checkpoint/pages-1.img"
+        assert pages.stat().st_mode & 0o777 == 0o644  # as criu makes them, for everybody
+        for path in (pages, folder / "place/merged/ticker"):
+            assert "Permission denied" in as_nobody("cat", str(path)).stderr
+    common = ("--cache-dir", folder / "cache")
+    assert ckptfs("check", *words, "--no-lazy-pages", *common).code == 0
+    if unprivileged_userfaultfd():
+        with restored(folder, *words) as container:
+            container.assert_continues(last)
+        return
+    for command in ("check", "restore"):
+        done = ckptfs(command, *words, *common)
+        assert done.code == 8
+        assert "no lazy pages for containers with a user namespace; restore with --no-lazy-pages" in done.out + done.err
+
+
+def test_a_terminal_where_paths_are_long(folder: Path) -> None:
+    """Longer than an address of a socket may be."""
+    push_to_layout(runc.checkpoint(folder, "terminal", terminal=True), folder / "layout")
+    last = runc.ticks(folder / "rootfs")[-1].number
+    deep = folder / ("deep" * 30)
+    deep.mkdir()
+    with restored(deep, f"oci:{folder}/layout:latest", "--rootfs", folder / "rootfs") as container:
+        container.assert_continues(last)
+        assert os.readlink(container.root / "proc/1/fd/1").startswith("/dev/pts/")
+    assert (container.code, container.err) == (0, "")
