@@ -6,6 +6,7 @@ the node's cache are never touched, nor are the kernel's caches dropped. No criu
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -29,7 +30,7 @@ from ckptfs.bench.report import write_report
 from ckptfs.bench.results import Figure, ResultFile, Sample, Series, figure
 from ckptfs.bench.watch import Watcher
 from ckptfs.control.client import MountFiles, ask
-from ckptfs.errors import CkptfsError, UnavailableError, UsageError
+from ckptfs.errors import CacheError, CkptfsError, UnavailableError, UsageError
 from ckptfs.fuse.mountpoint import canonical, mount_at
 from ckptfs.interrupts import interruptible
 from ckptfs.model.oci import Reference
@@ -71,21 +72,43 @@ def _compare(wanted: Comparison, say: Callable[[str], None]) -> Outcome:
     if wanted.reference.kind == "archive":
         raise UsageError("an archive cannot be pulled", hint="push it to a registry or an oci: layout first")
     here = stamp()
-    results = ResultFile(wanted.out / f"{here.date[:19].replace(':', '')}.jsonl", here)
     relayed = Relay(wanted.reference, plain_http=wanted.plain_http)
-    with tempfile.TemporaryDirectory(prefix=".bench-", dir=wanted.out) as folder, relayed as relay:
-        runner = _Runner(Path(folder), relay, results, say)
+    with _workshop(wanted.out) as folder, relayed as relay:
+        results = ResultFile(folder / f"{here.date[:19].replace(':', '')}.jsonl", here)
+        runner = _Runner(folder, relay, results, say)
         readings = runner.readings(wanted.trace)
         for rtt, rate in wanted.links:
             for number in range(wanted.runs):
                 runner.all_ways(readings, number, rtt, rate)
         runner.all_ways(readings, _WATCHED, *wanted.links[0])
-    figures = tuple(_figures(results, wanted))
-    for one in figures:
-        results.add(one)
-    page = results.path.with_suffix(".html")
-    write_report(results.facts, page, title=f"{wanted.reference}: lazy against eager")
-    return Outcome(results.path, page, figures)
+        figures = tuple(_figures(results, wanted))
+        for one in figures:
+            results.add(one)
+        page = results.path.with_suffix(".html")
+        write_report(results.facts, page, title=f"{wanted.reference}: lazy against eager")
+        written, report = (file.rename(wanted.out / file.name) for file in (results.path, page))
+    return Outcome(written, report, figures)
+
+
+@contextlib.contextmanager
+def _workshop(out: Path) -> Iterator[Path]:
+    """A directory in `out` for all that is written until the results are complete; nothing of it stays."""
+
+    def refused(error: OSError) -> CacheError:
+        return CacheError(f"cannot write {out}: {error.strerror}", hint="name another directory with --out")
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(prefix=".bench-", dir=out)
+    except OSError as error:
+        raise refused(error) from None
+    with temporary as folder:
+        try:
+            yield Path(folder)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise refused(error) from None
 
 
 @dataclass(slots=True)

@@ -1,8 +1,12 @@
 """ckptfs stub."""
 
+import errno
 import json
+import logging
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +15,7 @@ import click
 
 from ckptfs.cli.opening import image_options, with_image
 from ckptfs.cli.options import RegistryOptions, RegistryReference, make_settings, reference_argument
-from ckptfs.errors import UsageError
+from ckptfs.errors import RestoreError, UsageError
 from ckptfs.model.oci import Reference
 from ckptfs.telemetry import NetworkCounters
 
@@ -24,7 +28,9 @@ if TYPE_CHECKING:
 @click.option(
     "--mount", "mountpoint", type=click.Path(path_type=Path), required=True, help="Where REF will be mounted."
 )
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write an archive.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write an archive; replaces one that is there."
+)
 @click.option("--image", type=RegistryReference(), metavar="REF2", help="Publish a checkpoint image: a REF or oci:DIR.")
 @click.option(
     "--criu-dir",
@@ -59,16 +65,15 @@ def stub(
     """
     if out is None and image is None:
         raise UsageError("nothing to write", hint="give --out FILE, --image REF2, or both")
-    from ckptfs.restore.stub import redirect, write_stub
+    if out is not None and out.exists() and not out.is_file():
+        raise UsageError(f"{out} is not a regular file", hint="name another with --out")
+    if not options["verbose"]:  # that an image is no checkpoint ends the command, which says it again
+        logging.getLogger("ckptfs.image.arrange").setLevel(logging.ERROR)
+    from ckptfs.restore.stub import Redirection, write_stub
 
     settings = make_settings()
-    try:
-        criu_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--criu-dir {criu_dir}: {error.strerror}") from None
-    there = redirect(criu_dir.absolute(), mountpoint.absolute() / "checkpoint", lazy=lazy_pages)
-    with tempfile.TemporaryDirectory(prefix="ckptfs-stub-") as folder:
-        archive = out or Path(folder) / "stub.tar"
+    there = Redirection(criu_dir.absolute())
+    with _room(out, criu_dir) as archive:
 
         async def write(opened: "OpenImage") -> int:
             from ckptfs.inspection.image_files import in_thread
@@ -78,6 +83,10 @@ def stub(
 
         size = with_image(reference, write, **options)
         digest = _publish(archive, image, options["registry"]) if image is not None else ""
+        # From here on earlier stubs lead to this mount: not before all is there that this one needs.
+        there.write(mountpoint.absolute() / "checkpoint", lazy=lazy_pages)
+        if out is not None:
+            archive.replace(out.resolve())
     facts: dict[str, object] = {"bytes": size, "criu_config": str(there.config), "work_dir": str(there.work)}
     facts |= {"archive": os.path.abspath(out)} if out is not None else {}
     facts |= {"image": f"{image}@{digest}"} if image is not None else {}
@@ -87,6 +96,24 @@ def stub(
         for key in ("archive", "image"):
             if key in facts:
                 click.echo(f"{facts[key]} ({size} bytes)")
+
+
+@contextmanager
+def _room(out: Path | None, criu_dir: Path) -> Iterator[Path]:
+    """Where the archive can be written, beside `out`; what is left there goes. `criu_dir` can be written to as well."""
+    try:
+        criu_dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(criu_dir, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        hint = "name a directory of your own: --criu-dir"
+        raise RestoreError(f"{criu_dir} cannot be written: {error.strerror}", hint=hint) from None
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=".ckptfs-stub-", dir=out.resolve().parent if out else None)
+    except OSError as error:
+        raise RestoreError(f"{out} cannot be written: {error.strerror}", hint="name another with --out") from None
+    with folder as name:
+        yield Path(name) / "stub.tar"
 
 
 def _publish(archive: Path, image: Reference, registry: RegistryOptions) -> str:

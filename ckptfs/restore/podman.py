@@ -14,7 +14,7 @@ from ckptfs.restore.facts import check_engine
 from ckptfs.restore.flow import Flow, RestoreRequest
 from ckptfs.restore.image_store import has_image
 from ckptfs.restore.runtimes import criu_complaint
-from ckptfs.restore.stub import redirect, write_stub
+from ckptfs.restore.stub import Redirection, write_stub
 from ckptfs.restore.supervise import wait_resident
 from ckptfs.restore.workplace import check_name
 from ckptfs.settings import Settings
@@ -45,7 +45,8 @@ def finish(flow: Flow) -> None:
     name = check_name(flow.request.name or str(config.get("name", "")) or flow.name)
     with ThreadPoolExecutor(1) as worker:
         taken = worker.submit(_exists, name)
-        redirection = redirect(flow.place.path, flow.images, lazy=lazy is not None)
+        redirection = Redirection(flow.place.path)
+        redirection.write(flow.images, lazy=lazy is not None)
         archive = flow.place / "stub.tar"
         write_stub(flow.files, archive, redirection.config, flow.settings.limits)
         flow.check_machine()

@@ -8,9 +8,9 @@ Called by podman.py and by `ckptfs stub`.
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from ckptfs.errors import FormatError, RestoreError
@@ -24,42 +24,51 @@ _IMAGES = ("inventory.img", "descriptors.json")
 _LEFT_OUT = {"checkpoint", "pre-checkpoint", "dump.log", "ctr.log", "container.log", "stats-dump"}
 
 
-@dataclass(frozen=True, slots=True)
 class Redirection:
-    """Files that send criu elsewhere. `config` is what the annotation names, `work` has criu's logs and sockets."""
+    """Files in `directory` that send criu elsewhere.
 
-    config: Path
-    work: Path
-
-
-def redirect(directory: Path, images: Path, *, lazy: bool) -> Redirection:
-    """Write criu's configuration for the CRIU images in `images` into `directory`, an existing one.
-
-    criu does readlink() on images-dir when a runtime talks to it, so it must be a symlink.
+    `config` is what the annotation names, `work` has criu's logs and sockets.
+    RestoreError for a directory that criu's configuration cannot hold.
     """
-    link, work, config = directory / "images", directory / "work", directory / "criu.conf"
-    if any(char.isspace() for char in str(directory)):
-        raise RestoreError(
-            f"{directory} has a space, which criu's configuration cannot hold", hint="name another place"
-        )
-    try:
-        link.unlink(missing_ok=True)
-        link.symlink_to(images)
-        work.mkdir(exist_ok=True)
-        write_criu_config(config, lazy=lazy, images_dir=link, work_dir=work)
-    except OSError as error:
-        raise RestoreError(f"{directory} cannot be written: {error.strerror}") from None
-    return Redirection(config, work)
+
+    def __init__(self, directory: Path) -> None:
+        if any(char.isspace() for char in str(directory)):
+            raise RestoreError(
+                f"{directory} has a space, which criu's configuration cannot hold", hint="name another place"
+            )
+        self.config = directory / "criu.conf"
+        self.work = directory / "work"
+        self._directory = directory
+
+    def write(self, images: Path, *, lazy: bool) -> None:
+        """Send criu to the CRIU images in `images`, and no more to where an earlier redirection has sent it.
+
+        criu does readlink() on images-dir when a runtime talks to it, so it must be a symlink.
+        """
+        link, new_link, new_config = (self._directory / name for name in ("images", ".images", ".criu.conf"))
+        try:
+            self.work.mkdir(exist_ok=True)
+            write_criu_config(new_config, lazy=lazy, images_dir=link, work_dir=self.work)
+            new_link.unlink(missing_ok=True)
+            new_link.symlink_to(images)
+            new_config.replace(self.config)
+            new_link.replace(link)
+        except OSError as error:
+            raise RestoreError(
+                f"{self._directory} cannot be written: {error.strerror}", hint="name another: stub --criu-dir"
+            ) from None
 
 
 def write_stub(files: CheckpointFiles, out: Path, config: Path, limits: Limits) -> int:
-    """Write the archive; returns its size in bytes. FormatError when there is no container in the checkpoint.
+    """Write the new archive `out`; returns its size in bytes. FormatError when there is no container in the checkpoint.
 
-    `config` is criu's configuration file, which the runtime hands to criu.
+    It is for its owner alone: it has what only root could read. `config` is criu's configuration file, which the
+    runtime hands to criu.
     """
     spec = _spec(files, config, limits)
     try:
-        with tarfile.open(out, "w", format=tarfile.PAX_FORMAT) as archive:
+        file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(file, "wb") as stream, tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive:
             _add_directory(archive, "checkpoint")
             for name in _IMAGES:
                 if (data := read_whole(files, f"checkpoint/{name}", limits.dump_bytes)) is not None:
@@ -77,6 +86,8 @@ def write_stub(files: CheckpointFiles, out: Path, config: Path, limits: Limits) 
 
 
 def _spec(files: CheckpointFiles, config: Path, limits: Limits) -> bytes:
+    if files.size("checkpoint/inventory.img") is None:
+        raise FormatError("the image holds no checkpoint (no inventory.img)", hint="`ckptfs ls REF` shows what it has")
     raw = read_whole(files, "spec.dump", limits.dump_bytes)
     if raw is None or files.size("config.dump") is None:
         raise FormatError(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from ckptfs.bench.results import Sample, Series, Stamp, read_results
 from tests.support.command import ckptfs
-from tests.support.tools import require, wait_for
+from tests.support.tools import require, run, wait_for
 
 pytestmark = [pytest.mark.fuse, pytest.mark.registry]
 
@@ -56,6 +57,8 @@ def test_a_recorded_trace_is_replayed(tmp_path: Path) -> None:
         (("oci:{tmp}/nowhere",), 3, "there is no directory"),
         (("archive:{tmp}/x.tar",), 2, "push it to a registry"),
         (("oci:{tmp}", "--rtt", "soon"), 2, "is not a time"),
+        ((f"oci:{LAYOUT}:nope",), 3, "nope"),
+        (("127.0.0.1:1/nobody/here:1",), 5, "127.0.0.1:1"),
     ],
 )
 def test_what_cannot_be_measured_is_said_in_one_line(
@@ -63,7 +66,22 @@ def test_what_cannot_be_measured_is_said_in_one_line(
 ) -> None:
     done = ckptfs("bench", *(word.format(tmp=tmp_path) for word in words), "--out", tmp_path / "out")
     assert done.code == code
-    assert said in done.err
+    assert said in done.line
+    assert list(tmp_path.glob("out/*")) == []
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:
+    """What a command that bench runs has logged before its error is not part of ours."""
+    require("mount", root=True)
+    out = tmp_path / "out"
+    out.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", out)
+    try:
+        done = ckptfs("bench", f"oci:{LAYOUT}", "--out", out, "--runs", 1, "--rtt", "1ms", "--rate", 0)
+        assert (done.code, list(out.iterdir())) == (8, []), done.err
+        assert re.fullmatch(r"ckptfs: cannot write \S+: No space left on device; [^:]*", done.line), done.line
+    finally:
+        run("umount", out)
 
 
 @pytest.mark.parametrize("moment", ["mounting", "reading"])
@@ -87,5 +105,5 @@ def test_an_interrupt_ends_all_of_it_at_once(moment: str, tmp_path: Path) -> Non
     assert (process.returncode, err) == (130, "ckptfs: interrupted\n")
     assert time.monotonic() - began < 15
     assert str(tmp_path) not in Path("/proc/mounts").read_text()
-    assert list(out.glob(".bench-*")) == []
+    assert list(out.iterdir()) == []
     assert subprocess.run(["pgrep", "-f", str(tmp_path)], check=False, capture_output=True).stdout == b""
