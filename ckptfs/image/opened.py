@@ -228,8 +228,8 @@ class OpenImage:
                 error = bad
         if error is not None:
             self._fail(rank, error)
-        else:
-            self._broken.pop(rank, None)
+        elif rank in self._broken and self._broken[rank][1].retryable:  # not what was wrong with its entries
+            del self._broken[rank]
         self.notify()
 
     def _fail(self, rank: int, error: CkptfsError) -> None:
