@@ -107,6 +107,7 @@ def test_claims_of_a_process_that_is_stopped(tmp_path: Path, record_property: Re
 
         async def work(image: OpenImage) -> list[float]:
             await read_file(image, PAGES, 0, 1)
+            await image.fetcher.settled()  # its own claim is given back
             chunks = list(image.chunks().values())
             blob, _ = image.fetcher.layer(chunks[0].layer)
             mine, others, _ = RegionClaims(other).take(blob.descriptor.digest.raw, chunks)
