@@ -31,6 +31,7 @@ class Limits(NamedTuple):
     path_bytes: int = 4096  # PATH_MAX
     name_bytes: int = 255  # NAME_MAX
     path_depth: int = 256
+    path_links: int = 40  # symbolic links on the way of one path: MAXSYMLINKS
     xattr_bytes: int = 64 * KiB  # XATTR_SIZE_MAX
     pax_header_bytes: int = 1 * MiB
     file_bytes: int = 1 << 62

@@ -63,7 +63,7 @@ def plain(path: bytes, limits: Limits) -> bytes:
 
 
 def symlink_target(target: bytes, path: bytes, limits: Limits) -> bytes:
-    """A symbolic link's text, which is data and never followed here; only readlink(2)'s limits hold."""
+    """A symbolic link's text, which is data; only readlink(2)'s limits hold. Who follows it is symlinks.py."""
     if b"\0" in target or not target:
         raise FormatError(f"the symbolic link {show(path)} has an empty target or one with a NUL")
     if len(target) >= limits.path_bytes:

@@ -15,6 +15,7 @@ from ckptfs.errors import FormatError
 from ckptfs.model.hidden import Hidden
 from ckptfs.model.node import CHILDLESS, Node
 from ckptfs.model.paths import show
+from ckptfs.model.symlinks import Symlinks
 from ckptfs.model.toc import Entry, Inode
 
 ROOT_INO = 1
@@ -37,6 +38,7 @@ class Tree:
         self._open: dict[int, bytes] = {}  # rank -> prefix, of layers that are still arriving
         self._undescribed: dict[int, bytes] = {}  # the same, of those whose first entry may describe that directory
         self._hidden = Hidden()
+        self._symlinks: dict[int, Symlinks] = {}  # rank -> the layer's own, while it is arriving
         self._opaque: dict[int, list[bytes]] = {}  # rank -> opaque directories of a layer shown as overlayfs has it
         self._awaited: dict[int, dict[bytes, list[bytes]]] = {}  # rank -> target path -> link paths
         self._parent_path: bytes | None = None  # the last parent looked up: tars list a directory's files together
@@ -49,6 +51,7 @@ class Tree:
     def begin(self, rank: int, prefix: bytes = b"") -> None:
         """A layer starts to arrive; all its paths lie under `prefix`. Ranks are 1 and up, and unique."""
         self._open[rank] = prefix
+        self._symlinks[rank] = Symlinks(prefix)
         if prefix:
             self._undescribed[rank] = prefix
 
@@ -58,7 +61,9 @@ class Tree:
         whiteouts: "merge" applies them to lower ranks; "overlay" shows them as overlayfs has them in a lower directory
         (a character device 0:0; an xattr on an opaque directory); "plain" takes them for files like others.
         """
-        for entry in entries:
+        symlinks = self._symlinks.get(rank)
+        for listed in entries:
+            entry = symlinks.follow(listed) if symlinks is not None else listed
             path, inode = entry.path, entry.inode
             if WHITEOUT in path and whiteouts != "plain":
                 parent, _, name = path.rpartition(b"/")
@@ -77,6 +82,7 @@ class Tree:
     def finish(self, rank: int) -> None:
         """The layer is complete. FormatError when it has hard links to files that do not exist."""
         self._open.pop(rank, None)
+        self._symlinks.pop(rank, None)
         self._undescribed.pop(rank, None)
         self._parent_path = None
         for path in self._opaque.pop(rank, ()):

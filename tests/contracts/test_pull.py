@@ -146,21 +146,26 @@ def test_links_of_the_image_lead_nowhere(suffix: str, tmp_path: Path) -> None:
         member(b"link/new", b"through a link"),
         member(b"up/new", b"through a link"),
         member(b"file", b"instead of a link"),
-        member(b"loop/new", b"through a loop"),
         header(b"dir", flag=b"2", link=goal),
         header(b"hard", flag=b"1", link=b"link/new"),
     ]
+    loop = member(b"loop/new", b"through a loop")
+    layers = {"one": [[*first, *second]], "two": [first, [*second, loop]], "refused": [[*first, loop]]}
     with FakeRegistry() as registry:
-        together = b"".join([*first, *second]) + END
-        registry.add_image("one", "1", [(TAR + suffix, COMPRESS[suffix](together))])
-        apart = [(TAR + suffix, COMPRESS[suffix](b"".join(layer) + END)) for layer in (first, second)]
-        registry.add_image("two", "1", apart)
-        for name in ("one", "two"):
-            pull(registry.reference(f"{name}:1"), tmp_path / name, "--view", "raw")
-            assert (tmp_path / name / "link" / "new").read_text() == "through a link"
-            assert (tmp_path / name / "link").is_dir() and not (tmp_path / name / "link").is_symlink()
-            assert (tmp_path / name / "file").read_text() == "instead of a link"
-            assert os.readlink(tmp_path / name / "dir") == str(outside)
+        for name, made in layers.items():
+            blobs = [(TAR + suffix, COMPRESS[suffix](b"".join(layer) + END)) for layer in made]
+            registry.add_image(name, "1", blobs)
+            if name != "refused":
+                pull(registry.reference(f"{name}:1"), tmp_path / name, "--view", "raw")
+                assert (tmp_path / name / "file").read_text() == "instead of a link"
+                assert os.readlink(tmp_path / name / "dir") == str(outside)
+        assert ckptfs("pull", registry.reference("refused:1"), tmp_path / "refused").code == 7
+    inside = tmp_path / "one" / str(outside).lstrip("/")  # as podman unpacks it: the link's root is the layer's
+    assert (inside / "new").read_text() == (tmp_path / "one" / "hard").read_text() == "through a link"
+    assert os.readlink(tmp_path / "one" / "link") == str(outside)
+    assert os.listdir(tmp_path / "one" / "outside") == ["new"]
+    for name in ("link", "up", "loop"):
+        assert (tmp_path / "two" / name / "new").is_file() and not (tmp_path / "two" / name).is_symlink()
     assert os.listdir(outside) == ["victim"] and (outside / "victim").read_text() == "as it was"
 
 

@@ -361,6 +361,25 @@ def test_links_to_nothing_among_many_hidden_files(layers: int, record_property: 
     assert took <= 1.0 * slowness()
 
 
+@pytest.mark.row("M2")
+@pytest.mark.parametrize("target", [b"l%d", b"l%d" + b"/." * 2000], ids=["chain", "long targets"])
+def test_chains_of_symbolic_links(target: bytes, record_property: Figure) -> None:
+    """As many as the kernel follows are followed; a path through them costs little more than a long one."""
+    links = [Entry(b"l%d" % i, Inode(0o120777, target=target % (i + 1))) for i in range(60)]
+    tree = Tree()
+    tree.begin(1)
+    tree.add(links, 1)
+    began = time.process_time()
+    for i in range(20_000):
+        good = len(target) < 10 and i % 2 == 0
+        with nullcontext() if good else pytest.raises(FormatError, match="too many"):
+            tree.add([Entry(b"l%d/f%d" % (60 - LIMITS.path_links - i % 2, i), Inode(0o100644))], 1)
+        assert not good or tree.find(b"l60/f%d" % i)
+    took = time.process_time() - began
+    record_property("figure", f"20 000 files in {took:.2f} s")
+    assert took <= 3.0 * slowness()
+
+
 def resolved(kind: str, count: int) -> float:
     """CPU seconds until a tree knows what a chain of links leads to, or that it leads nowhere."""
     file = Entry(b"%d" % count, Inode(0o100644))
