@@ -76,6 +76,8 @@ class Tree:
             if entry.link is not None:
                 self._link(path, entry.link, rank)
             elif inode is not None:
+                if inode.target:
+                    inode.mode = stat.S_IFLNK | 0o777  # Linux has no others, whatever a header says
                 self._place(path, inode, rank)
             self._undescribed.pop(rank, None)
 

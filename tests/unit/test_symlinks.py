@@ -70,6 +70,13 @@ def test_a_path_through_a_link_of_its_layer_is_where_podman_unpacks_it(entries: 
     assert shown(unpacked(layer(*entries))) == expected
 
 
+def test_a_link_has_the_mode_that_links_have_on_linux() -> None:
+    """lstat(2) of any extraction says 0777; tars say what umask was, or nothing."""
+    tree = unpacked([Entry(b"l", Inode(stat.S_IFLNK | 0o4644, target=b"x")), Entry(b"h", None, b"l")])
+    modes = {node.inode.mode for node in tree.root.visible_children() if node.inode is not None}
+    assert modes == {stat.S_IFLNK | 0o777}
+
+
 def test_a_link_of_another_layer_leads_nowhere() -> None:
     """The directory is over the link, as overlayfs has it: podman unpacks each layer by itself."""
     assert shown(unpacked(layer("usr/", "lib -> usr"), layer("lib/y"))) == {"usr/", "lib/", "lib/y"}
