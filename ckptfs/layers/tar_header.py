@@ -17,8 +17,7 @@ from ckptfs.settings import Limits
 
 BLOCK = 512
 _HEADER = struct.Struct("100s8s8s8s12s12s8s1s100s8s32s32s8s8s155s12s")
-_USTAR = b"ustar\x0000"
-_GNU = b"ustar  \0"
+_USTAR = b"ustar\0"  # and a version, which neither GNU tar nor Go looks at; GNU's own headers have a space here
 
 # mtime is kept in nanoseconds; 2**40 seconds is the year 36812. Real files stay below, hostile ones would overflow
 # the 64-bit time_t of whoever reads them.
@@ -52,7 +51,7 @@ def parse_header(block: bytes) -> Header | None:
     )
     _check_sum(block, checksum)
     name = name.partition(b"\0")[0]
-    if magic == _USTAR:
+    if magic.startswith(_USTAR):
         # star keeps times behind a prefix of 131 bytes and says so at the end of the block
         prefix = prefix[:131] if tail.endswith(b"tar\0") else prefix
         prefix = prefix.partition(b"\0")[0]

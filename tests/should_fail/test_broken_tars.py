@@ -173,6 +173,22 @@ def test_odd_but_legal_archives() -> None:
     assert scanned.entries[4].inode is not None and scanned.entries[4].inode.mtime_ns == 0o17 * 1_000_000_000
 
 
+@pytest.mark.parametrize(
+    ("magic", "path"),
+    [
+        (b"ustar\x0000", b"prefix/n"),
+        (b"ustar\0\0\0", b"prefix/n"),
+        (b"ustar\0  ", b"prefix/n"),
+        (b"ustar  \0", b"n"),
+        (b"ustar 00", b"n"),
+        (bytes(8), b"n"),
+    ],
+)
+def test_a_prefix_counts_in_ustar_of_any_version(magic: bytes, path: bytes) -> None:
+    """As in GNU tar 1.34 and Go's archive/tar, which podman and containerd unpack with."""
+    assert [entry.path for entry in entries(header(b"n", magic=magic, prefix=b"prefix") + END)] == [path]
+
+
 def test_more_than_4_gib_in_octal_base_256_and_pax() -> None:
     """Sizes only: the payload is skipped, not made."""
     for data in (
