@@ -27,6 +27,7 @@ class Limits(NamedTuple):
     toc_compressed_bytes: int = 50 * MiB  # containers/image refuses larger zstd:chunked manifests
     toc_bytes: int = 256 * MiB
     toc_entries: int = 4_000_000
+    kept_chunks: int = 1_000_000  # of a layer that a node remembers: 256 GiB of plain tar, 16 s to write down
     layers: int = 256
     path_bytes: int = 4096  # PATH_MAX
     name_bytes: int = 255  # NAME_MAX

@@ -108,6 +108,10 @@ class LayerMemory:
             self._cache.put_document(_index_key(descriptor), encode_layer_index(index))
             if self.document(descriptor) is not None:  # the cache leaves out what is larger than its share
                 return
+        chunks = sum(len(entry.inode.extents) for entry in entries if entry.inode is not None)
+        if chunks > self._settings.limits.kept_chunks:
+            log.debug("%s is not remembered: its files have %d chunks", descriptor.digest, chunks)
+            return
         digest, format_, verification = str(descriptor.digest), layer.format, layer.verification
         document = encode_toc(entries, layer_digest=digest, format=format_, verification=verification)
         self._cache.put_document(_toc_key(descriptor), document)

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+import trio
 import zstandard
 
 from ckptfs.criu.wire import encoded
+from ckptfs.engine.cache import ChunkCache
 from ckptfs.engine.reader import Reader
 from ckptfs.errors import FormatError, LimitExceeded, only_error
 from ckptfs.image.inner import InodeBlob, within
+from ckptfs.image.remembered import LayerMemory
 from ckptfs.image.views import CONTAINERD_CONFIG, CRIU_TAR
 from ckptfs.layers.grid import Grid
 from ckptfs.layers.stream import StreamFormat
@@ -168,6 +171,19 @@ def test_a_tar_inside_that_claims_exabytes_costs_nothing(segments: list[tuple[in
     member = Inode(0o100644, size=1 << 59, extents=FewChunks("inner", 1, 256 * KiB).extents([(0, 1 << 59, 512)]))
     found = within(Entry(b"big", member), outer, b"rootfs-diff").inode
     assert found is not None and len(found.extents) == ((1 << 41) + 1 if segments[0][0] == 0 else 0)
+
+
+@pytest.mark.row("M3")
+def test_a_layer_that_claims_exabytes_is_not_remembered(tmp_path: Path) -> None:
+    """A manifest may claim any size; the end of the command waits for what is written down."""
+    blob = blob_of(b"", TAR)
+    layer = TarFormat().open(blob, 0, Settings())
+    for size, kept in ((1 << 20, True), (1 << 60, False)):
+        extents = FewChunks(str(blob.descriptor.digest), 0, 256 * KiB).extents([(0, size, 512)])
+        with ChunkCache.open(tmp_path / str(size)) as cache:
+            memory = LayerMemory(cache, Settings())
+            trio.run(memory.keep, [Entry(b"x", Inode(0o100644, size=size, extents=extents))], layer, blob.descriptor)
+            assert (memory.entries(layer, 0, blob.descriptor) is not None) == kept
 
 
 class FewChunks(Grid):
