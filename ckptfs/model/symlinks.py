@@ -16,7 +16,7 @@ _Links: TypeAlias = "dict[bytes, bytes | _Links]"  # a directory: the targets of
 
 
 class Symlinks:
-    """Of one layer, whose entries all pass through `follow`: 0.1 s for 100 000 of which every tenth is a link."""
+    """Of one layer, whose entries all pass through `follow`: 100 000 in 0.02 s, in 0.16 s if every tenth is a link."""
 
     def __init__(self, prefix: bytes = b"") -> None:
         """`prefix`: the directory that the layer is shown in, which is its root."""
