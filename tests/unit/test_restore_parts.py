@@ -6,6 +6,7 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,8 @@ from ckptfs.restore.runtimes import criu_complaint, write_criu_config
 from ckptfs.restore.supervise import Relay, Watch
 from ckptfs.restore.workplace import Workplace, check_name
 from ckptfs.settings import Settings
-from tests.support.tools import ROOT
+from tests.support.other_user import as_nobody
+from tests.support.tools import ROOT, require
 
 STATE = "ckptfs-restore.json"
 SPEC: dict[str, Any] = {
@@ -130,6 +132,17 @@ def test_restores_that_begin_together_after_a_crash(tmp_path: Path) -> None:
         process.stdin.flush()
     assert [process.communicate(timeout=30)[1] for process in begun] == [""] * 4
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_storage_that_is_closed_to_this_user_has_no_image() -> None:
+    require("setpriv", "unshare", root=True)
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as closed:
+        (Path(closed) / "storage").mkdir()
+        script = "import pathlib, shutil; from ckptfs.restore import image_store; shutil.which = str\n"
+        script += f"image_store._graph_root = lambda: pathlib.Path({closed!r}, 'storage')\n"
+        script += "print([image_store.local_image({'rootfsImageID': 'ab12'})])"
+        done = as_nobody(sys.executable, "-c", script, fuse=True)
+    assert (done.stdout, done.stderr) == ("['']\n", "")
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "a/b", "a b", "x" * 64])
