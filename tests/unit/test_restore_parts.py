@@ -110,8 +110,24 @@ def test_a_directory_in_use_is_refused(place: Workplace) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code, place.path], capture_output=True, text=True, cwd=ROOT, check=False
     )
-    assert "RestoreError" in done.stderr and "exists; another restore has it" in done.stderr
+    assert "RestoreError" in done.stderr and f"{place.path} exists; name another with --dir\n" in done.stderr
     assert place.path.exists()
+
+
+def test_what_is_no_kept_restore_is_not_to_be_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A path of the user's own, of whatever kind, or above which there is no directory; and one that was kept."""
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for name, there in (("file", "file"), ("folder", "folder"), ("file/below", "file")):
+        with pytest.raises(RestoreError) as refused, Workplace(tmp_path / name):
+            pass
+        assert str(refused.value) == f"{tmp_path / there} exists; name another with --dir"
+    with Workplace(tmp_path / "kept", keep=True):
+        pass
+    with pytest.raises(RestoreError) as refused, Workplace(tmp_path / "kept"):
+        pass
+    assert str(refused.value).endswith(f"a restore was kept there; when you have seen it: rm -r {tmp_path / 'kept'}")
+    assert caplog.messages[0].endswith(f"when you have seen it: rm -r {tmp_path / 'kept'}")
 
 
 def test_restores_that_begin_together_after_a_crash(tmp_path: Path) -> None:
