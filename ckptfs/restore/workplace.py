@@ -23,7 +23,7 @@ from typing import Any, Self
 
 from ckptfs import namespace
 from ckptfs.control.client import ensure_runtime_dir
-from ckptfs.errors import CkptfsError, MountError, RestoreError
+from ckptfs.errors import CkptfsError, MountError, RestoreError, UsageError
 from ckptfs.fuse.mountpoint import detach, mounts
 from ckptfs.mounting import umount
 from ckptfs.processes import alive
@@ -105,9 +105,9 @@ class Workplace:
 
 
 def check_name(name: str) -> str:
-    """A container's name as runtimes and paths take it. RestoreError."""
+    """A container's name as runtimes and paths take it. UsageError: another can always be given."""
     if not _NAME.fullmatch(name):
-        raise RestoreError(f"{name!r} cannot be a container's name", hint="letters, digits and . _ - only: --name")
+        raise UsageError(f"{name!r} cannot be a container's name", hint="letters, digits and . _ - only: --name")
     return name
 
 

@@ -163,7 +163,7 @@ def test_a_storage_that_is_closed_to_this_user_has_no_image() -> None:
 
 @pytest.mark.parametrize("name", ["", ".hidden", "a/b", "a b", "x" * 64])
 def test_names_that_no_runtime_takes(name: str) -> None:
-    with pytest.raises(RestoreError, match="--name"):
+    with pytest.raises(UsageError, match="--name"):
         check_name(name)
 
 
