@@ -2,11 +2,9 @@
 
 import errno
 import json
-import logging
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +13,7 @@ import click
 
 from ckptfs.cli.opening import image_options, with_image
 from ckptfs.cli.options import RegistryOptions, RegistryReference, make_settings, reference_argument
+from ckptfs.cli.output import appearing
 from ckptfs.errors import RestoreError, UsageError
 from ckptfs.model.oci import Reference
 from ckptfs.telemetry import NetworkCounters
@@ -28,9 +27,7 @@ if TYPE_CHECKING:
 @click.option(
     "--mount", "mountpoint", type=click.Path(path_type=Path), required=True, help="Where REF will be mounted."
 )
-@click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write an archive; replaces one that is there."
-)
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write an archive.")
 @click.option("--image", type=RegistryReference(), metavar="REF2", help="Publish a checkpoint image: a REF or oci:DIR.")
 @click.option(
     "--criu-dir",
@@ -65,15 +62,16 @@ def stub(
     """
     if out is None and image is None:
         raise UsageError("nothing to write", hint="give --out FILE, --image REF2, or both")
-    if out is not None and out.exists() and not out.is_file():
-        raise UsageError(f"{out} is not a regular file", hint="name another with --out")
-    if not options["verbose"]:  # that an image is no checkpoint ends the command, which says it again
-        logging.getLogger("ckptfs.image.arrange").setLevel(logging.ERROR)
     from ckptfs.restore.stub import Redirection, write_stub
 
     settings = make_settings()
+    _require_directory(criu_dir)
     there = Redirection(criu_dir.absolute())
-    with _room(out, criu_dir) as archive:
+    with ExitStack() as stack:
+        if out is not None:
+            archive = stack.enter_context(appearing(out))
+        else:
+            archive = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ckptfs-stub-"))) / "stub.tar"
 
         async def write(opened: "OpenImage") -> int:
             from ckptfs.inspection.image_files import in_thread
@@ -81,12 +79,10 @@ def stub(
             work = partial(write_stub, out=archive, config=there.config, limits=settings.limits)
             return await in_thread(opened, work)
 
-        size = with_image(reference, write, **options)
+        size = with_image(reference, write, only_checkpoints=True, **options)
         digest = _publish(archive, image, options["registry"]) if image is not None else ""
         # From here on earlier stubs lead to this mount: not before all is there that this one needs.
         there.write(mountpoint.absolute() / "checkpoint", lazy=lazy_pages)
-        if out is not None:
-            archive.replace(out.resolve())
     facts: dict[str, object] = {"bytes": size, "criu_config": str(there.config), "work_dir": str(there.work)}
     facts |= {"archive": os.path.abspath(out)} if out is not None else {}
     facts |= {"image": f"{image}@{digest}"} if image is not None else {}
@@ -98,22 +94,15 @@ def stub(
                 click.echo(f"{facts[key]} ({size} bytes)")
 
 
-@contextmanager
-def _room(out: Path | None, criu_dir: Path) -> Iterator[Path]:
-    """Where the archive can be written, beside `out`; what is left there goes. `criu_dir` can be written to as well."""
+def _require_directory(path: Path) -> None:
+    """Make it if it is not there. RestoreError where this user cannot write to it."""
     try:
-        criu_dir.mkdir(parents=True, exist_ok=True)
-        if not os.access(criu_dir, os.W_OK | os.X_OK):
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         hint = "name a directory of your own: --criu-dir"
-        raise RestoreError(f"{criu_dir} cannot be written: {error.strerror}", hint=hint) from None
-    try:
-        folder = tempfile.TemporaryDirectory(prefix=".ckptfs-stub-", dir=out.resolve().parent if out else None)
-    except OSError as error:
-        raise RestoreError(f"{out} cannot be written: {error.strerror}", hint="name another with --out") from None
-    with folder as name:
-        yield Path(name) / "stub.tar"
+        raise RestoreError(f"{path} cannot be written: {error.strerror}", hint=hint) from None
 
 
 def _publish(archive: Path, image: Reference, registry: RegistryOptions) -> str:

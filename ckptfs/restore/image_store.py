@@ -20,13 +20,16 @@ _IDS = ("rootfsImageID", "rootfsImageRef")  # of podman; of CRI-O
 
 
 def local_image(config: Mapping[str, Any]) -> str:
-    """The id of the container's base image, if config.dump says it and the image is here; else ""."""
+    """The id of the container's base image, if config.dump says it and we see the image here; else ""."""
     if shutil.which("podman") is None:
         return ""
     for key in _IDS:
         identity = config.get(key)
-        if isinstance(identity, str) and identity.isalnum() and any(_graph_root().glob(f"*-images/{identity}")):
-            return identity
+        if not isinstance(identity, str) or not identity.isalnum():
+            continue
+        with contextlib.suppress(OSError):  # root's storage is closed to others
+            if any(_graph_root().glob(f"*-images/{identity}")):
+                return identity
     return ""
 
 

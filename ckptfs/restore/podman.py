@@ -48,7 +48,10 @@ def finish(flow: Flow) -> None:
         redirection = Redirection(flow.place.path)
         redirection.write(flow.images, lazy=lazy is not None)
         archive = flow.place / "stub.tar"
-        write_stub(flow.files, archive, redirection.config, flow.settings.limits)
+        try:
+            write_stub(flow.files, archive, redirection.config, flow.settings.limits)
+        except OSError as error:
+            raise RestoreError(f"{archive} cannot be written: {error.strerror}", hint="is there room?") from None
         flow.check_machine()
         if lazy is not None:
             lazy.listen()

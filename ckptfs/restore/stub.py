@@ -60,34 +60,30 @@ class Redirection:
 
 
 def write_stub(files: CheckpointFiles, out: Path, config: Path, limits: Limits) -> int:
-    """Write the new archive `out`; returns its size in bytes. FormatError when there is no container in the checkpoint.
+    """Write the new archive `out`; returns its size in bytes.
 
+    FormatError when there is no container in the checkpoint. OSError when the archive cannot be written.
     It is for its owner alone: it has what only root could read. `config` is criu's configuration file, which the
     runtime hands to criu.
     """
     spec = _spec(files, config, limits)
-    try:
-        file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with open(file, "wb") as stream, tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive:
-            _add_directory(archive, "checkpoint")
-            for name in _IMAGES:
-                if (data := read_whole(files, f"checkpoint/{name}", limits.dump_bytes)) is not None:
-                    _add(archive, f"checkpoint/{name}", io.BytesIO(data), len(data))
-            _add(archive, "spec.dump", io.BytesIO(spec), len(spec))
-            for path in _outside(files, ""):
-                if path.endswith("/"):
-                    _add_directory(archive, path.rstrip("/"))
-                else:
-                    size = files.size(path) or 0
-                    _add(archive, path, _Reader(files, path, size), size)
-        return out.stat().st_size
-    except OSError as error:
-        raise RestoreError(f"{out} cannot be written: {error.strerror}", hint="is there room?") from None
+    file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with open(file, "wb") as stream, tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        _add_directory(archive, "checkpoint")
+        for name in _IMAGES:
+            if (data := read_whole(files, f"checkpoint/{name}", limits.dump_bytes)) is not None:
+                _add(archive, f"checkpoint/{name}", io.BytesIO(data), len(data))
+        _add(archive, "spec.dump", io.BytesIO(spec), len(spec))
+        for path in _outside(files, ""):
+            if path.endswith("/"):
+                _add_directory(archive, path.rstrip("/"))
+            else:
+                size = files.size(path) or 0
+                _add(archive, path, _Reader(files, path, size), size)
+    return out.stat().st_size
 
 
 def _spec(files: CheckpointFiles, config: Path, limits: Limits) -> bytes:
-    if files.size("checkpoint/inventory.img") is None:
-        raise FormatError("the image holds no checkpoint (no inventory.img)", hint="`ckptfs ls REF` shows what it has")
     raw = read_whole(files, "spec.dump", limits.dump_bytes)
     if raw is None or files.size("config.dump") is None:
         raise FormatError(

@@ -23,11 +23,12 @@ from typing import Any, Self
 
 from ckptfs import namespace
 from ckptfs.control.client import ensure_runtime_dir
-from ckptfs.errors import CkptfsError, MountError, RestoreError
+from ckptfs.errors import CkptfsError, MountError, RestoreError, UsageError
 from ckptfs.fuse.mountpoint import detach, mounts
 from ckptfs.mounting import umount
 from ckptfs.processes import alive
 from ckptfs.restore.runtimes import delete, remove_cgroups
+from ckptfs.settings import state_dir
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +61,8 @@ class Workplace:
                 fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for name in ("image", "base", "merged", "upper", "overlay", "bundle", "work"):
                 (self.path / name).mkdir(mode=0o755)
-        except FileExistsError:
-            hint = f"another restore has it, or left it: give --name, or run: rm -r {self.path}"
-            raise RestoreError(f"{self.path} exists", hint=hint) from None
+        except FileExistsError as error:
+            raise RestoreError(f"{error.filename} exists", hint=self._way_out()) from None
         except OSError as error:
             raise RestoreError(f"{self.path} cannot be made: {error.strerror}", hint="name a place: --dir") from None
         return self
@@ -70,14 +70,24 @@ class Workplace:
     def __exit__(self, *_: object) -> None:
         if self.kept:
             (self.path / _KEPT).touch()
-            below = [mount for mount in mounts() if Path(mount.path).is_relative_to(self.path)]
-            others = " ".join(mount.path for mount in reversed(below) if not mount.ours)
-            ours = " ".join(mount.path for mount in below if mount.ours)
-            how = [f"umount {others}"] * bool(others) + [f"ckptfs umount {ours}"] * bool(ours) + [f"rm -r {self.path}"]
-            log.warning("kept: %s; when you have seen it: %s", self.path, "; ".join(how))
+            log.warning("kept: %s; when you have seen it: %s", self.path, self._removal())
         else:
             clear(self.path)
         os.close(self._lock)
+
+    def _way_out(self) -> str:
+        """What to do about a path that is there: only what a restore has left may go, and only when it has ended."""
+        if (self.path / _STATE).is_file() and (self.path / _KEPT).is_file():
+            return f"a restore was kept there; when you have seen it: {self._removal()}"
+        return f"name another with {'--name' if self.path.parent == state_dir() / 'restores' else '--dir'}"
+
+    def _removal(self) -> str:
+        """The command line that removes a kept directory."""
+        below = [mount for mount in mounts() if Path(mount.path).is_relative_to(self.path)]
+        others = " ".join(mount.path for mount in reversed(below) if not mount.ours)
+        ours = " ".join(mount.path for mount in below if mount.ours)
+        how = [f"umount {others}"] * bool(others) + [f"ckptfs umount {ours}"] * bool(ours) + [f"rm -r {self.path}"]
+        return "; ".join(how)
 
     def record(self, **facts: object) -> None:
         """Note what runs from here (pid, lazy_pid, runtime, name): whoever finds the directory later must know."""
@@ -95,9 +105,9 @@ class Workplace:
 
 
 def check_name(name: str) -> str:
-    """A container's name as runtimes and paths take it. RestoreError."""
+    """A container's name as runtimes and paths take it. UsageError: another can always be given."""
     if not _NAME.fullmatch(name):
-        raise RestoreError(f"{name!r} cannot be a container's name", hint="letters, digits and . _ - only: --name")
+        raise UsageError(f"{name!r} cannot be a container's name", hint="letters, digits and . _ - only: --name")
     return name
 
 

@@ -274,8 +274,8 @@ def test_a_stub_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
                 tar = b"".join(member(name.encode(), data) for name, data in files.items()) + END
                 registry.add_image("repo", tag, [(TAR, tar)])
 
-            def stub(tag: str, mount: str) -> Result:
-                words = ["--out", out / "stub.tar", "--mount", tmp_path / mount, "--criu-dir", criu]
+            def stub(tag: str, mount: str, name: str = "stub.tar") -> Result:
+                words = ["--out", out / name, "--mount", tmp_path / mount, "--criu-dir", criu]
                 return ckptfs("stub", registry.reference(f"repo:{tag}"), *words, *cache)
 
             def state() -> dict[Path, object]:
@@ -288,12 +288,13 @@ def test_a_stub_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
             assert first[criu / "images"] == tmp_path / "first/checkpoint"
             for tag, code, said in (
                 ("none", 3, "no tag 'none'"),
-                ("other", 7, "holds no checkpoint"),
-                ("large", 8, "stub.tar cannot be written: No space left on device"),
+                ("other", 7, "is not a checkpoint"),
+                ("large", 8, "new.tar cannot be written: No space left on device"),
             ):
-                done = stub(tag, "second")
+                done = stub(tag, "second", "new.tar")
                 assert (done.code, state()) == (code, first) and said in done.line, done
-            assert (done := stub("small", "second")).code == 0, done.err
+            assert "exists" in stub("small", "second").line and state() == first
+            assert (done := stub("small", "second", "new.tar")).code == 0, done.err
             assert (criu / "images").readlink() == tmp_path / "second/checkpoint"
             command = ["stub", registry.reference("repo:small"), "--out", "x.tar", "--mount", "/mnt"]
             refused = as_nobody("ckptfs", *command, fuse=True)

@@ -6,6 +6,7 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,8 @@ from ckptfs.restore.runtimes import criu_complaint, write_criu_config
 from ckptfs.restore.supervise import Relay, Watch
 from ckptfs.restore.workplace import Workplace, check_name
 from ckptfs.settings import Settings
-from tests.support.tools import ROOT
+from tests.support.other_user import as_nobody
+from tests.support.tools import ROOT, require
 
 STATE = "ckptfs-restore.json"
 SPEC: dict[str, Any] = {
@@ -108,8 +110,24 @@ def test_a_directory_in_use_is_refused(place: Workplace) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code, place.path], capture_output=True, text=True, cwd=ROOT, check=False
     )
-    assert "RestoreError" in done.stderr and "exists; another restore has it" in done.stderr
+    assert "RestoreError" in done.stderr and f"{place.path} exists; name another with --dir\n" in done.stderr
     assert place.path.exists()
+
+
+def test_what_is_no_kept_restore_is_not_to_be_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A path of the user's own, of whatever kind, or above which there is no directory; and one that was kept."""
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for name, there in (("file", "file"), ("folder", "folder"), ("file/below", "file")):
+        with pytest.raises(RestoreError) as refused, Workplace(tmp_path / name):
+            pass
+        assert str(refused.value) == f"{tmp_path / there} exists; name another with --dir"
+    with Workplace(tmp_path / "kept", keep=True):
+        pass
+    with pytest.raises(RestoreError) as refused, Workplace(tmp_path / "kept"):
+        pass
+    assert str(refused.value).endswith(f"a restore was kept there; when you have seen it: rm -r {tmp_path / 'kept'}")
+    assert caplog.messages[0].endswith(f"when you have seen it: rm -r {tmp_path / 'kept'}")
 
 
 def test_restores_that_begin_together_after_a_crash(tmp_path: Path) -> None:
@@ -132,9 +150,20 @@ def test_restores_that_begin_together_after_a_crash(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_storage_that_is_closed_to_this_user_has_no_image() -> None:
+    require("setpriv", "unshare", root=True)
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as closed:
+        (Path(closed) / "storage").mkdir()
+        script = "import pathlib, shutil; from ckptfs.restore import image_store; shutil.which = str\n"
+        script += f"image_store._graph_root = lambda: pathlib.Path({closed!r}, 'storage')\n"
+        script += "print([image_store.local_image({'rootfsImageID': 'ab12'})])"
+        done = as_nobody(sys.executable, "-c", script, fuse=True)
+    assert (done.stdout, done.stderr) == ("['']\n", "")
+
+
 @pytest.mark.parametrize("name", ["", ".hidden", "a/b", "a b", "x" * 64])
 def test_names_that_no_runtime_takes(name: str) -> None:
-    with pytest.raises(RestoreError, match="--name"):
+    with pytest.raises(UsageError, match="--name"):
         check_name(name)
 
 
