@@ -6,41 +6,46 @@ is for accidents, not for forgers: the label is `transport`.
 """
 
 import struct
+import threading
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import xxhash
+import zstandard
 
 from ckptfs.errors import FormatError, IntegrityError, LimitExceeded
-from ckptfs.layers.compression import Bytes, unzstd_chunk
+from ckptfs.layers.compression import Bytes
 from ckptfs.layers.grid import Cuts
 from ckptfs.layers.protocols import Emit, Verification
 from ckptfs.layers.tar_scanner import TarScanner
 from ckptfs.model.blob import Blob
 from ckptfs.model.toc import Chunk, Entry, derived_key
-from ckptfs.settings import Settings
+from ckptfs.settings import KiB, Limits, Settings
 
 KIND = "frame"
 _SKIPPABLE = struct.Struct("<II")  # magic number, bytes that follow
 _FOOTER = struct.Struct("<IBI")  # frames, descriptor, magic number
 _SKIPPABLE_MAGIC, _FOOTER_MAGIC = 0x184D2A5E, 0x8F92EAB1
 _HAS_CHECKSUM, _RESERVED = 0x80, 0x7C
+_EMPTY_FRAMES, _EMPTY_BYTES = 16, 64 * KiB  # each is read before the layer is; writers end with one
+_UNDECLARED = -1  # zstandard.frame_content_size
 
 
 @dataclass(frozen=True, slots=True)
 class SeekTable:
     """Frame i are the blob's bytes [offsets[i], offsets[i+1]) and decoded [positions[i], positions[i+1]).
 
-    Frames that decode to nothing are left out of it. `checksums`: low halves of XXH64, or nothing. `raw`: the table as
-    it stands at the blob's end.
+    Frames that decode to nothing, as the table says, are left out: `empty` are their offsets and sizes. `checksums`:
+    low halves of XXH64, or nothing. `raw`: the table as it stands at the blob's end.
     """
 
     offsets: Sequence[int]
     sizes: Sequence[int]
     positions: Sequence[int]
     checksums: Sequence[int]
+    empty: Sequence[tuple[int, int]]
     raw: bytes
     settings: Settings
 
@@ -97,6 +102,9 @@ def _parsed(raw: bytes, width: int, end: int, settings: Settings) -> SeekTable:
     largest = max(max(decoded, default=0), max(encoded, default=0))
     if largest > settings.limits.chunk_bytes:
         raise LimitExceeded(f"the zstd seek table has a frame of {largest} bytes")
+    empty = [i for i, length in enumerate(decoded) if not length]
+    if len(empty) > _EMPTY_FRAMES or any(encoded[i] > _EMPTY_BYTES for i in empty):
+        raise LimitExceeded(f"the zstd seek table has {len(empty)} frames without contents")
     full = [i for i, length in enumerate(decoded) if length]
     offsets = list(accumulate(encoded, initial=0))
     checksums = numbers[2::width] if width == 3 else ()
@@ -105,9 +113,42 @@ def _parsed(raw: bytes, width: int, end: int, settings: Settings) -> SeekTable:
         array("I", (encoded[i] for i in full)),
         array("Q", accumulate((decoded[i] for i in full), initial=0)),
         array("I", (checksums[i] for i in full)) if checksums else (),
+        [(offsets[i], encoded[i]) for i in empty],
         raw,
         settings,
     )
+
+
+class _Frames(threading.local):
+    """A context of decompression for each thread."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=limits.zstd_window_bytes)
+
+    def decompress(self, data: Bytes, length: int) -> bytes:
+        """The `length` bytes of the one frame that `data` is. IntegrityError for any other.
+
+        Nothing vouches for the table: with fewer bytes than the frames have it would make another tar of them.
+        """
+        try:
+            # zstandard allocates what a frame declares, whatever is asked for: only after comparing.
+            if zstandard.frame_content_size(data) in (length, _UNDECLARED):
+                found = self._decompressor.decompress(data, max_output_size=length, allow_extra_data=False)
+                if len(found) == length:
+                    return found
+        except zstandard.ZstdError as error:
+            raise IntegrityError(f"a frame of a zstd seek table does not decompress ({error})") from None
+        raise IntegrityError(f"a frame does not have the {length} bytes that the zstd seek table says")
+
+    def require_nothing(self, data: Bytes) -> None:
+        """IntegrityError where `data`, frames of any kind, holds a byte."""
+        try:
+            with self._decompressor.stream_reader(data, read_across_frames=True) as reader:
+                found = reader.read(1)
+        except zstandard.ZstdError as error:
+            raise IntegrityError(f"a frame of a zstd seek table does not decompress ({error})") from None
+        if found:
+            raise IntegrityError("a frame has contents, and the zstd seek table says that it has none")
 
 
 class ZstdSeekableLayer:
@@ -124,11 +165,14 @@ class ZstdSeekableLayer:
         self._layer = layer
         self._settings = table.settings
         self._cuts = Cuts(table.positions, self._chunk)
+        self._frames = _Frames(table.settings.limits)
         self._checksums = dict(zip(table.offsets, table.checksums, strict=False))
 
     def scan(self, emit: Emit, *, attempt: int = 0) -> Iterator[Entry]:
         """Reads whole frames, so that nothing is fetched twice: one first and after each jump, then more at a time."""
         table, cuts = self._table, self._cuts
+        for offset, size in table.empty:
+            self._frames.require_nothing(self._blob.read_at(offset, size, attempt=attempt))
         end = table.positions[-1]
         scanner = TarScanner(cuts, self._settings.limits, end)
         number, window = 0, 1
@@ -149,7 +193,7 @@ class ZstdSeekableLayer:
         scanner.close()
 
     def decode(self, chunk: Chunk, data: memoryview) -> Bytes:
-        decoded = unzstd_chunk(data, chunk.length, self._settings.limits)
+        decoded = self._frames.decompress(data, chunk.length)
         checksum = self._checksums.get(chunk.offset)
         if checksum is not None and xxhash.xxh64_intdigest(decoded) & 0xFFFFFFFF != checksum:
             raise IntegrityError(f"the frame at byte {chunk.offset} of {self._blob.descriptor.digest} is damaged")

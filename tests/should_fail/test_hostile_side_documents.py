@@ -296,6 +296,7 @@ TABLES = {
     "too long": table([(len(FRAME) + 1, len(LAYER_TAR))]),
     "empty frame": table([(len(FRAME), len(LAYER_TAR)), (0, 5)]),
     "huge frame": table([(len(FRAME), 0xFFFFFFFF)]),
+    "empty frames without end": table([(len(FRAME) - 17, len(LAYER_TAR)), *[(1, 0)] * 17]),
     "reserved bits": table([(len(FRAME), len(LAYER_TAR))], descriptor=0x04),
     "more frames than bytes": table([(len(FRAME), len(LAYER_TAR))], count=3_000_000),
     "more frames than anybody has": table([(len(FRAME), len(LAYER_TAR))], count=0xFFFFFFFF),
@@ -315,23 +316,53 @@ def test_a_layer_without_a_seek_table_has_none() -> None:
 
 
 def test_frames_that_lie_about_their_size_are_no_wrong_bytes() -> None:
+    """Neither more nor less than the table says, whether the frame declares its size or not; and one frame, no two."""
     bomb = zstandard.compress(bytes(GiB // 4))
-    for decoded in (1000, len(LAYER_TAR)):
-        blob = blob_of(bomb + table([(len(bomb), decoded)]), TAR + "+zstd")
+    streamed = zstandard.ZstdCompressor(level=1).compressobj()
+    undeclared = streamed.compress(LAYER_TAR) + streamed.flush()
+    assert zstandard.frame_content_size(undeclared) == -1
+    for frame, decoded in (
+        (bomb, 1000),
+        (bomb, len(LAYER_TAR)),
+        (zstandard.compress(b"x" * 100), 5000),
+        (FRAME, len(LAYER_TAR) - 512),
+        (undeclared, len(LAYER_TAR) - 512),
+        (undeclared, len(LAYER_TAR) + 512),
+        (FRAME + zstandard.compress(LAYER_TAR), len(LAYER_TAR)),
+    ):
+        blob = blob_of(frame + table([(len(frame), decoded)]), TAR + "+zstd")
         document = read_seek_table(blob, SETTINGS)
         assert document is not None
-        found = scanned(blob, document)
-        assert found.entries == []
-    short = zstandard.compress(b"x" * 100)
-    blob = blob_of(short + table([(len(short), 5000)]), TAR + "+zstd")
-    document = read_seek_table(blob, SETTINGS)
-    assert document is not None
-    with pytest.raises(IntegrityError):
-        scanned(blob, document)
+        with pytest.raises(IntegrityError):
+            scanned(blob, document)
 
 
-def test_mutated_seek_tables_are_refused_or_harmless() -> None:
-    good = seekable(LAYER_TAR, 200_000)
+def test_frames_that_hold_nothing_are_looked_into() -> None:
+    """Writers end with one where the tar ends with a frame; others skip. A table that calls a full one empty lies."""
+    skippable = struct.pack("<II", 0x184D2A50, 100) + bytes(100)
+    streamed = zstandard.ZstdCompressor().compressobj()
+    undeclared = streamed.compress(LAYER_TAR) + streamed.flush()
+    for more, fits in (
+        (zstandard.compress(b""), True),
+        (skippable, True),
+        (zstandard.compress(b"x"), False),
+        (zstandard.compress(b"") + zstandard.compress(b"x"), False),
+        (b"rubbish, of course", False),
+    ):
+        rows = [(len(undeclared), len(LAYER_TAR)), (len(more), 0)]
+        blob = blob_of(undeclared + more + table(rows), TAR + "+zstd")
+        document = read_seek_table(blob, SETTINGS)
+        assert document is not None
+        if fits:
+            assert len(scanned(blob, document).entries) == 2
+        else:
+            with pytest.raises(IntegrityError):
+                scanned(blob, document)
+
+
+@pytest.mark.parametrize("checksum", [True, False])
+def test_mutated_seek_tables_are_refused_or_harmless(checksum: bool) -> None:
+    good = seekable(LAYER_TAR, 200_000, checksum=checksum)
     rng = random.Random(9)
     harmless = 0
     for bit in (
