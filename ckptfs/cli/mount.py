@@ -15,6 +15,7 @@ from ckptfs.cli.options import (
     metrics_option,
     reference_argument,
     registry_options,
+    verify_option,
 )
 from ckptfs.model.oci import Reference
 
@@ -40,13 +41,7 @@ if TYPE_CHECKING:
 )
 @click.option("--offline", is_flag=True, help="Send nothing; what the node's cache lacks is an I/O error.")
 @click.option("--ephemeral", is_flag=True, help="Keep nothing: a private cache that is removed at the end.")
-@click.option(
-    "--verify",
-    type=click.Choice(["auto", "strict"]),
-    default="auto",
-    show_default=True,
-    help="strict refuses layers that cannot be verified chunk by chunk.",
-)
+@verify_option
 @click.option("--prefetch", type=click.Choice(["auto", "none"]), default="auto", show_default=True)
 @click.option(
     "--background-fetch/--no-background-fetch",

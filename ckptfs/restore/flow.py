@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from ckptfs.interrupts import interruptible
 from ckptfs.model.oci import Reference
 from ckptfs.mounting import MountRequest, Pending, begin
 from ckptfs.restore import checking
-from ckptfs.restore.supervise import SIGNALS, interruptible
+from ckptfs.restore.supervise import SIGNALS
 from ckptfs.restore.workplace import Workplace, check_name
 from ckptfs.settings import Settings, state_dir
 
@@ -66,7 +67,7 @@ def begun(request: RestoreRequest, report: Report, *, base: bool) -> "Iterator[F
     """
     for finding in checking.tools(request.runtime, request.engine):
         finding.require()
-    with interruptible(), contextlib.ExitStack() as stack:
+    with interruptible(*SIGNALS), contextlib.ExitStack() as stack:
         try:
             yield Flow(request, report, stack, base=base)
         finally:

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from ckptfs.interrupts import interrupt_by
 from ckptfs.processes import wait_gone
 from ckptfs.restore.lazy_pages import LazyPages
 from ckptfs.restore.runtimes import children
@@ -27,17 +26,6 @@ log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 _PIECE = 64 * 1024
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """The first signal becomes KeyboardInterrupt; those that follow are ignored: cleaning up must not be disturbed."""
-    before = interrupt_by(*SIGNALS, once=True)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def become_subreaper() -> None:
