@@ -80,8 +80,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
                     terminalreporter.write_line(f"{'':13} {label}: {text}")
         passed = sum(row.outcome == "passed" for row in rows.values())
         terminalreporter.write_line(f"{passed} of {len(rows)} rows hold")
+    where = _where()  # before a document is changed
     for document in config.getoption("--rows-to"):
-        document.write_text(filled(document.read_text(), rows, DOCUMENT))
+        document.write_text(filled(document.read_text(), rows, DOCUMENT, where))
 
 
 def promises(document: str) -> dict[str, tuple[str, str]]:
@@ -92,7 +93,7 @@ def promises(document: str) -> dict[str, tuple[str, str]]:
     }
 
 
-def filled(document: str, rows: dict[str, Row], table: Path | None = None) -> str:
+def filled(document: str, rows: dict[str, Row], table: Path | None = None, where: str = "") -> str:
     """The document with what was measured in its table, and when and where.
 
     How many rows hold is counted in its own table, which keeps what a run of some tests has not measured again; in that
@@ -109,7 +110,7 @@ def filled(document: str, rows: dict[str, Row], table: Path | None = None) -> st
             lines[number] = f"| {' | '.join(cells)} |"
     if _STAMP in lines:
         results = _results(lines) or (_results(table.read_text().splitlines()) if table is not None else [])
-        said = f"{results.count('holds')} of {len(results)} rows hold. {_where()}."
+        said = f"{results.count('holds')} of {len(results)} rows hold. {where or _where()}."
         lines[lines.index(_STAMP) + 1] = said
     return "\n".join(lines) + "\n"
 
