@@ -36,6 +36,7 @@ from ckptfs.push.target import Target, open_target
 from ckptfs.settings import Settings
 from ckptfs.sources import Source
 from ckptfs.sources.archive import ArchiveSource
+from ckptfs.sources.files import translated
 
 __all__ = [
     "BaseImage",
@@ -95,18 +96,23 @@ def open_checkpoint(source: str, open_source: OpenSource, options: PushOptions) 
 @contextmanager
 def _opened(source: str, open_source: OpenSource, options: PushOptions) -> Iterator[Checkpoint]:
     path = Path(source.removeprefix("archive:"))
-    if not source.startswith("oci:") and path.is_dir() and not (path / "oci-layout").exists():
+    try:
+        is_directory, is_file = path.is_dir(), path.is_file()
+        is_layout = is_directory and (path / "oci-layout").exists()
+    except OSError as error:
+        raise translated(error, path) from None
+    if not source.startswith("oci:") and is_directory and not is_layout:
         yield read_directory(path)
         return
     with ExitStack() as stack:
         work = Work(options.work, stack)
         image: Source
-        if path.is_file():
+        if is_file:
             image = ArchiveSource(Reference("archive", path=str(path)))
-        elif source.startswith(("/", ".", "archive:")) and not path.is_dir():
+        elif source.startswith(("/", ".", "archive:")) and not is_directory:
             raise NotFoundError(f"there is no {path}", hint="name a directory, an archive, or an image")
         else:
-            image = open_source(_reference(f"oci:{path}" if path.is_dir() else source))
+            image = open_source(_reference(f"oci:{path}" if is_directory else source))
         raw = raw_index(image, work, options.settings)
         if raw is not None:
             yield Checkpoint(*raw)

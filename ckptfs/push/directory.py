@@ -9,17 +9,18 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from ckptfs.errors import FormatError, NotFoundError
+from ckptfs.errors import FormatError
 from ckptfs.layers.zstd_chunked_writer import Payload
 from ckptfs.model.times import within_reach
 from ckptfs.model.toc import Inode
 from ckptfs.push.checkpoint_files import Checkpoint, CheckpointFile, under_checkpoint
+from ckptfs.sources.files import translated
 
 _XATTRS = (b"user.", b"security.capability")  # labels and overlay marks belong to the host, not to the checkpoint
 
 
 def read_directory(top: Path) -> Checkpoint:
-    """All files under `top`. NotFoundError when it cannot be read, FormatError when it holds nothing."""
+    """All files under `top`. NotFoundError or AuthError when it cannot be read, FormatError when it holds nothing."""
     root = os.fsencode(top)
     files: list[CheckpointFile] = []
     seen: dict[tuple[int, int], bytes] = {}
@@ -30,7 +31,7 @@ def read_directory(top: Path) -> Checkpoint:
                 first = seen.setdefault((status.st_dev, status.st_ino), path)
             files.append(_file(os.path.join(root, path), path, first, status))
     except OSError as error:
-        raise NotFoundError(f"cannot read {os.fsdecode(error.filename or root)}: {error.strerror}") from None
+        raise translated(error, Path(os.fsdecode(error.filename or root))) from None
     if not files:
         raise FormatError(f"{top} is empty", hint="name the directory that holds inventory.img or checkpoint/")
     return Checkpoint(under_checkpoint(files))
@@ -72,7 +73,7 @@ def _open(path: bytes) -> Payload:
     try:
         return open(path, "rb", buffering=0)
     except OSError as error:
-        raise NotFoundError(f"cannot read {os.fsdecode(path)}: {error.strerror}") from None
+        raise translated(error, Path(os.fsdecode(path))) from None
 
 
 def _xattrs(path: bytes) -> dict[bytes, bytes]:

@@ -63,7 +63,7 @@ def open_file(path: Path) -> OpenFile:
     try:
         return OpenFile(os.open(path, _FLAGS), str(path))
     except OSError as error:
-        raise _translated(error, path) from None
+        raise translated(error, path) from None
 
 
 def open_inside(top: Path, *parts: str) -> OpenFile:
@@ -75,7 +75,7 @@ def open_inside(top: Path, *parts: str) -> OpenFile:
             fd = _step(fd, part, os.O_DIRECTORY)
         return OpenFile(_step(fd, parts[-1], 0), str(path))
     except OSError as error:
-        raise _translated(error, path) from None
+        raise translated(error, path) from None
 
 
 def _step(directory: int, name: str, flags: int) -> int:
@@ -85,7 +85,8 @@ def _step(directory: int, name: str, flags: int) -> int:
         os.close(directory)
 
 
-def _translated(error: OSError, path: Path) -> CkptfsError:
+def translated(error: OSError, path: Path) -> CkptfsError:
+    """What a file or directory that cannot be read means to whoever named it."""
     if isinstance(error, FileNotFoundError):
         return NotFoundError(f"there is no {path}", hint="check the path; is the image complete?")
     if isinstance(error, PermissionError):

@@ -67,3 +67,14 @@ def test_what_allow_other_needs_is_named() -> None:
     if admits_others():
         pytest.skip("/etc/fuse.conf has user_allow_other")
     assert done.returncode == 8 and "needs a line user_allow_other in /etc/fuse.conf" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    "source", ["$PWD/closed", "$PWD/closed/a.tar", "archive:$PWD/a.tar", "$PWD/a.tar", "$PWD/open"]
+)
+def test_a_source_that_may_not_be_read(source: str) -> None:
+    require("setpriv", "unshare", "fusermount3", root=True)
+    made = "mkdir -p closed open/checkpoint && touch a.tar && echo > open/checkpoint/inventory.img"
+    script = f'{made} && chmod 0 closed a.tar open/checkpoint/inventory.img; ckptfs push "$PWD/{source}" oci:$PWD/out:1'
+    done = as_nobody("sh", "-c", script, fuse=True)
+    assert done.returncode == 4 and "may not be read by this user" in done.stderr, done.stderr
