@@ -69,9 +69,7 @@ def test_what_allow_other_needs_is_named() -> None:
     assert done.returncode == 8 and "needs a line user_allow_other in /etc/fuse.conf" in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize(
-    "source", ["$PWD/closed", "$PWD/closed/a.tar", "archive:$PWD/a.tar", "$PWD/a.tar", "$PWD/open"]
-)
+@pytest.mark.parametrize("source", ["closed", "closed/a.tar", "a.tar", "open"])
 def test_a_source_that_may_not_be_read(source: str) -> None:
     require("setpriv", "unshare", "fusermount3", root=True)
     made = "mkdir -p closed open/checkpoint && touch a.tar && echo > open/checkpoint/inventory.img"
