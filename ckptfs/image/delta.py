@@ -106,6 +106,8 @@ class Unpacked:
             image.add_layer(blob, rank, tree=self._tree, prefix=self._directory, whiteouts=self._whiteouts)
         except CkptfsError as error:
             image.finish(self._tree, rank, error)
+            if error.retryable:
+                self.later()
 
     def _arrived(self, batch: list[Entry]) -> None:
         members = [within(entry, self._inode, self._directory) for entry in batch]

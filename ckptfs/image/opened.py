@@ -280,11 +280,11 @@ class OpenImage:
 
     def raise_broken(self, ranks: Collection[int] | None = None) -> None:
         """Raise what is wrong with a layer, with one of `ranks` if given; what may be well again is tried again."""
-        for rank, (until, error) in self._broken.items():
-            if ranks is None or rank in ranks:
-                if time.monotonic() < until:
-                    raise copy.copy(error)  # one that many raise would grow a traceback without end
-                self.run_on((rank,))
+        for rank in self._broken if ranks is None else self._broken.keys() & ranks:
+            (until, error), scan = self._broken[rank], self._scans.get(rank)
+            if time.monotonic() < until or scan is None or not scan.failed:
+                raise copy.copy(error)  # one that many raise would grow a traceback without end
+            scan.run_on()
 
     def quiesce(self) -> None:
         """The mount is about to end: nothing new is fetched unless somebody waits for it."""

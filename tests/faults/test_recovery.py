@@ -1,6 +1,7 @@
 """Rows N9, N12 and C5: what goes on by itself once a registry, or another process of the node, is well again."""
 
 import gzip
+import os
 import time
 from pathlib import Path
 from random import Random
@@ -18,10 +19,12 @@ from ckptfs.image import OpenImage
 from ckptfs.model.toc import Chunk
 from ckptfs.settings import KiB, MiB, Timeouts
 from tests.support.chunked import PAGES, add_chunked, read_file, with_image
+from tests.support.command import mounted
 from tests.support.fake_registry import FakeRegistry, Silent, Status
 from tests.support.faulty import BLOB, TAR, Record
 from tests.support.sources import client
 from tests.support.tars import tar_of
+from tests.support.tools import require, wait_for
 
 CHUNK = 64 * KiB
 DATA = Random(41).randbytes(4 * MiB)
@@ -55,6 +58,40 @@ def test_a_layer_is_scanned_again_after_an_outage(tmp_path: Path, record_propert
         seconds = with_image(c, tmp_path / "cache", work)
     record_property("figure", f"names known {seconds:.1f} s after the registry was well")
     assert seconds < 3
+
+
+@pytest.mark.fuse
+@pytest.mark.row("N9")
+def test_a_tar_inside_is_read_again_after_an_outage(tmp_path: Path) -> None:
+    require("fusermount3")
+    inner = tar_of({"etc/x": b"x" * 1000})
+    filler = {f"volumes/{n}": Random(n).randbytes(MiB) for n in range(3)}  # or the first request brings it all
+    files = {
+        "checkpoint/inventory.img": b"i",
+        "config.dump": b"{}",
+        **filler,
+        "rootfs-diff.tar": inner,
+        "last": b"l" * MiB,
+    }
+    with FakeRegistry() as registry:
+        add_chunked(registry, {name.encode(): data for name, data in files.items()}, CHUNK)
+        lazily = ("--prefetch", "none", "--no-background-fetch")
+        with mounted(registry.reference("repo:latest"), tmp_path, *lazily) as mount:
+            registry.script[BLOB, None] = Status(503)
+            for _ in range(2):
+                with pytest.raises(OSError, match="Input/output error"):
+                    os.listdir(mount.path / "rootfs-diff")
+                time.sleep(3.2)  # longer than an error is kept
+            registry.script.clear()
+            wait_for("names", lambda: listed(mount.path / "rootfs-diff") == ["etc"])
+            assert (mount.path / "rootfs-diff" / "etc" / "x").read_bytes() == b"x" * 1000
+
+
+def listed(path: Path) -> list[str]:
+    try:
+        return os.listdir(path)
+    except OSError:
+        return []
 
 
 @pytest.mark.row("N12")
