@@ -71,10 +71,8 @@ class Fetcher:
         self._quiet = False
         self._wake = trio.Event()
         self._waiting = Waiting()
-        limits = (
-            settings.timeouts
-        )  # as long as a connection of the other process may be silent, if our readers can wait
-        patience = min(limits.first_byte + limits.stall_window, limits.read_deadline / 3)
+        times = settings.timeouts  # another process may be as long without a byte as we; our readers wait longer
+        patience = min(times.first_byte + times.stall_window, times.read_deadline / 3)
         self._receiver = Receiver(cache, memory, self._waiting, self.link, patience, self._arrived)
         self._threads = trio.CapacityLimiter(4 * settings.sizes.jobs)
 

@@ -73,11 +73,6 @@ class LayerScan:
 
     # -- in the event loop ---------------------------------------------------------------------------------------------
 
-    @property
-    def failed(self) -> bool:
-        """Whether it has run, and could not learn all; it runs again when it is asked to."""
-        return self.error is not None and not self.complete
-
     async def run(self) -> None:
         """Scan, and again whenever it is needed; ends when all is known of a layer with random access."""
         self._token = trio.lowlevel.current_trio_token()

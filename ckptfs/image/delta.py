@@ -105,9 +105,7 @@ class Unpacked:
             blob = InodeBlob(image.reader, self._inode, f"{_TAR}+{'gzip' if magic[:2] == _GZIP else 'zstd'}")
             image.add_layer(blob, rank, tree=self._tree, prefix=self._directory, whiteouts=self._whiteouts)
         except CkptfsError as error:
-            image.finish(self._tree, rank, error)
-            if error.retryable:
-                self.later()
+            image.finish(self._tree, rank, error, self.now)
 
     def _arrived(self, batch: list[Entry]) -> None:
         members = [within(entry, self._inode, self._directory) for entry in batch]
@@ -117,7 +115,7 @@ class Unpacked:
         if error is None and self._deleted is not None:
             self._image.nursery.start_soon(self._delete, self._deleted)
         else:
-            self._image.finish(self._tree, self._rank, error)
+            self._image.finish(self._tree, self._rank, error, self._scan.run_on)
 
     async def _delete(self, name: bytes) -> None:
         """The list of deleted files becomes whiteouts; what the tar has again wins."""

@@ -76,7 +76,7 @@ class LayerDirectories:
             self._ours.add(raw)
             tree.add([Entry(_in(directory, BLOB), raw)], self._infos + rank)
             tree.begin(self._infos + rank, _in(directory, INFO))
-            self._tell_later(directory)
+            image.dormant[_in(directory, INFO)] = partial(image.nursery.start_soon, self._tell, directory)
 
     def __contains__(self, directory: bytes) -> bool:
         return directory in self._layers
@@ -112,12 +112,8 @@ class LayerDirectories:
 
     # -- info ----------------------------------------------------------------------------------------------------------
 
-    def _tell_later(self, directory: bytes) -> None:
-        """Make up info when somebody looks for it."""
-        start = partial(self._image.nursery.start_soon, self._tell, directory)
-        self._image.dormant[_in(directory, INFO)] = start
-
     async def _tell(self, directory: bytes) -> None:
+        """Make up info, when somebody has looked for it."""
         image, (rank, blob, diff_id), path = self._image, self._layers[directory], _in(directory, INFO)
         failure: CkptfsError | None = None
         try:
@@ -128,9 +124,8 @@ class LayerDirectories:
             image.tree.add([Entry(path, inode)], self._infos + rank)
         except CkptfsError as error:
             failure = error
-        image.finish(image.tree, self._infos + rank, failure)
-        if failure is not None and failure.retryable:
-            self._tell_later(directory)
+        again = partial(image.nursery.start_soon, self._tell, directory)
+        image.finish(image.tree, self._infos + rank, failure, again)
 
     async def _decoded_size(self, root: Node, blob: Blob) -> int:
         """Bytes of the layer's tar: exact where something tells, else what its files would take in a plain one.

@@ -4,9 +4,7 @@ The composition root below the commands: here sources, layers, cache, engine and
 of an image goes through `OpenImage`; who asks (FUSE, ls, cat, inspect) makes no difference.
 """
 
-import copy
 import logging
-import math
 import stat
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
@@ -22,6 +20,7 @@ from ckptfs.engine.reader import Handle, Reader
 from ckptfs.engine.scan import LayerScan
 from ckptfs.engine.shared_cells import SharedCells
 from ckptfs.errors import CkptfsError, IntegrityError, UnavailableError
+from ckptfs.image.broken import Again, Broken
 from ckptfs.image.indexed import ChunkTables
 from ckptfs.image.inner import InodeBlob
 from ckptfs.image.remembered import LayerMemory
@@ -103,7 +102,7 @@ class OpenImage:
         self.dormant: dict[bytes, Callable[[], None]] = {}  # directory -> what starts to fill it once it is looked into
         self.progress = trio.Event()  # replaced and set whenever more is known
         self._scans: dict[int, LayerScan] = {}  # rank -> scan
-        self._broken: dict[int, tuple[float, CkptfsError]] = {}  # until when, monotonic, nothing else is tried
+        self._broken = Broken(options.settings.timeouts.retry_cap)
         self._layers: dict[int, tuple[Descriptor, Layer]] = {}  # by the fetcher's number
         self._whole: set[Digest] = set()  # layers without digests for chunks that have been hashed from end to end
 
@@ -179,7 +178,7 @@ class OpenImage:
                 self.nursery.start_soon(self.memory.keep, entries, layer, descriptor)
                 if layer.sequential and not descriptor.synthetic:
                     self._whole.add(descriptor.digest)  # its scan has hashed all of it
-            self.finish(tree, rank, error)
+            self.finish(tree, rank, error, scan.run_on)
 
         # With the background switched off, a stream runs only as far as somebody waits for it.
         eager = self.options.background or not layer.sequential
@@ -219,26 +218,24 @@ class OpenImage:
             self._fail(rank, error)
         self.notify()
 
-    def finish(self, tree: Tree, rank: int, error: CkptfsError | None) -> None:
-        """The layer is complete, or will never be."""
+    def finish(self, tree: Tree, rank: int, error: CkptfsError | None, again: Again | None = None) -> None:
+        """The layer is complete, or is not; `again` begins another try, for an error that another try can help."""
         if error is None:
             try:
                 tree.finish(rank)
             except CkptfsError as bad:
                 error = bad
         if error is not None:
-            self._fail(rank, error)
-        elif rank in self._broken and self._broken[rank][1].retryable:  # not what was wrong with its entries
-            del self._broken[rank]
+            self._fail(rank, error, again)
+        else:
+            self._broken.mended(rank)
         self.notify()
 
-    def _fail(self, rank: int, error: CkptfsError) -> None:
+    def _fail(self, rank: int, error: CkptfsError, again: Again | None = None) -> None:
         if rank not in self._broken:
             log.error("layer %d: %s", rank, error)
             self.errors.append(str(error))
-        error.__traceback__ = None  # it is kept: the frames would keep what they have read
-        hold = self.options.settings.timeouts.retry_cap if error.retryable else math.inf
-        self._broken[rank] = time.monotonic() + hold, error
+        self._broken.add(rank, error, again)
         if isinstance(error, IntegrityError) and self.distrusted is not None:
             self.distrusted()
 
@@ -280,11 +277,7 @@ class OpenImage:
 
     def raise_broken(self, ranks: Collection[int] | None = None) -> None:
         """Raise what is wrong with a layer, with one of `ranks` if given; what may be well again is tried again."""
-        for rank in self._broken if ranks is None else self._broken.keys() & ranks:
-            (until, error), scan = self._broken[rank], self._scans.get(rank)
-            if time.monotonic() < until or scan is None or not scan.failed:
-                raise copy.copy(error)  # one that many raise would grow a traceback without end
-            scan.run_on()
+        self._broken.require(ranks)
 
     def quiesce(self) -> None:
         """The mount is about to end: nothing new is fetched unless somebody waits for it."""
