@@ -13,15 +13,12 @@ from functools import lru_cache
 
 from ckptfs.errors import FormatError, LimitExceeded
 from ckptfs.model.paths import show
+from ckptfs.model.times import BILLION, MOST
 from ckptfs.settings import Limits
 
 BLOCK = 512
 _HEADER = struct.Struct("100s8s8s8s12s12s8s1s100s8s32s32s8s8s155s12s")
 _USTAR = b"ustar\0"  # and a version, which neither GNU tar nor Go looks at; GNU's own headers have a space here
-
-# mtime is kept in nanoseconds; 2**40 seconds is the year 36812. Real files stay below, hostile ones would overflow
-# the 64-bit time_t of whoever reads them.
-_MAX_SECONDS = 1 << 40
 _MAX_ID = (1 << 32) - 1
 
 
@@ -113,7 +110,7 @@ def owner(value: int) -> int:
 
 def nanoseconds(seconds: int, fraction: int) -> int:
     """Whole seconds since the epoch and a positive fraction, as nanoseconds."""
-    if not -_MAX_SECONDS < seconds < _MAX_SECONDS:
+    if not -MOST < seconds * BILLION < MOST:
         raise FormatError(f"a tar header has the time {seconds}")
     return seconds * 1_000_000_000 + fraction
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 BILLION = 1_000_000_000
 # 2**40 seconds is the year 36812. Real files stay below, hostile ones would overflow the 64-bit time_t of whoever reads
-# them. As in layers/tar_header.py.
+# them.
 MOST = (1 << 40) * BILLION
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _FIRST, _LAST = ((end.replace(tzinfo=UTC) - _EPOCH) // timedelta(seconds=1) for end in (datetime.min, datetime.max))

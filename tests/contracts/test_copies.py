@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.command import Result, ckptfs
+from tests.support.disks import disk_of
 from tests.support.fake_registry import FakeRegistry, Silent
 from tests.support.other_user import as_nobody
-from tests.support.tools import ROOT, require, run
+from tests.support.tools import ROOT, require
 
 CORPUS = ROOT / "tests" / "data" / "corpus" / "counter" / "k8s-zstdchunked.oci"
 
@@ -62,17 +63,11 @@ def test_what_is_not_permitted() -> None:
     "words", [("cp", "checkpoint"), ("cp", "checkpoint/pages-1.img"), ("memparse", "--pid", "1", "--output")]
 )
 def test_a_full_disk_leaves_nothing(words: tuple[str, ...], tmp_path: Path) -> None:
-    require(root=True)
-    small = tmp_path / "small"
-    small.mkdir()
-    run("mount", "-t", "tmpfs", "-o", "size=40k", "none", small)
-    try:
+    with disk_of(tmp_path / "small", "size=40k") as small:
         name, *others = words
         done = ckptfs(name, f"oci:{CORPUS}", *others, small / "new", "--cache-dir", tmp_path / "cache")
         assert done.code == 8 and "new cannot be written: No space left on device; name" in done.line
         assert os.listdir(small) == []
-    finally:
-        run("umount", small)
 
 
 @pytest.mark.parametrize("path", ["checkpoint", "checkpoint/pages-1.img"])

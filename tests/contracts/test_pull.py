@@ -16,6 +16,7 @@ from ckptfs.pull import contents
 from tests.support import golden
 from tests.support.blobs import TAR
 from tests.support.command import Result, ckptfs, mounted
+from tests.support.disks import disk_of
 from tests.support.docker_registry import DockerRegistry
 from tests.support.fake_registry import FakeRegistry, Flip
 from tests.support.other_user import as_nobody
@@ -272,14 +273,9 @@ def test_what_cannot_be_pulled(reference: str, code: int, registry: DockerRegist
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
-    require(root=True)
-    (tmp_path / "small").mkdir()
-    run("mount", "-t", "tmpfs", "-o", "size=300k", "none", tmp_path / "small")
-    try:
-        result = failed(tmp_path / "small", f"oci:{CORPUS}/counter/k8s-zstdchunked.oci", tmp_path / "small" / "out")
+    with disk_of(tmp_path / "small", "size=300k") as small:
+        result = failed(small, f"oci:{CORPUS}/counter/k8s-zstdchunked.oci", small / "out")
         assert result.code == 8 and "No space left" in result.line
-    finally:
-        run("umount", tmp_path / "small")
 
 
 def test_ctrl_c_leaves_nothing(registry: DockerRegistry, tmp_path: Path) -> None:

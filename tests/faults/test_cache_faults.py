@@ -21,6 +21,7 @@ from tests.support.cache_load import ROOT, chunk, item, key, right, start, used
 from tests.support.chunked import PAGES, add_chunked
 from tests.support.command import mounted
 from tests.support.disk_faults import FailAt, FakeClock, FaultyDisk, Refusing
+from tests.support.disks import disk_of
 from tests.support.fake_registry import FakeRegistry
 from tests.support.tools import require
 
@@ -108,14 +109,8 @@ def test_torn_files_are_misses(path: Path, damage: str) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 16 MiB."""
-    require(root=True)  # to mount a tmpfs
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m,mode=755", "tmpfs", disk], check=True)
-    try:
+    with disk_of(tmp_path / "disk", "size=16m,mode=755") as disk:
         yield disk
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> int:
@@ -270,22 +265,17 @@ def test_a_disk_that_refuses_at_random(path: Path, record_property: Figure) -> N
 def test_a_mount_with_a_disk_of_a_quarter_of_the_image(tmp_path: Path, record_property: Figure) -> None:
     """64 MiB for 256 MiB, and then others fill what is left."""
     require("fusermount3", root=True)
-    disk, data = tmp_path / "disk", b"".join(random.Random(n).randbytes(64 * MiB) for n in range(4))
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m,mode=700", "tmpfs", disk], check=True)
-    try:
-        with FakeRegistry() as registry:
-            add_chunked(registry, {PAGES: data}, 256 * KiB)
-            with mounted(registry.reference("repo:latest"), tmp_path, cache=disk / "cache") as mount:
-                wrong = differences(mount.path / PAGES.decode(), data)
-                held = used(disk)
-                with (disk / "other").open("wb", buffering=0) as other, suppress(OSError):
-                    while True:
-                        other.write(bytes(1 * MiB))
-                wrong += differences(mount.path / PAGES.decode(), data)
-                errors = mount.status()["errors"]
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
+    data = b"".join(random.Random(n).randbytes(64 * MiB) for n in range(4))
+    with disk_of(tmp_path / "disk", "size=64m,mode=700") as disk, FakeRegistry() as registry:
+        add_chunked(registry, {PAGES: data}, 256 * KiB)
+        with mounted(registry.reference("repo:latest"), tmp_path, cache=disk / "cache") as mount:
+            wrong = differences(mount.path / PAGES.decode(), data)
+            held = used(disk)
+            with (disk / "other").open("wb", buffering=0) as other, suppress(OSError):
+                while True:
+                    other.write(bytes(1 * MiB))
+            wrong += differences(mount.path / PAGES.decode(), data)
+            errors = mount.status()["errors"]
     record_property(
         "figure", f"256 MiB twice over a disk of 64: {wrong} wrong, {len(errors)} errors, {held >> 20} MiB kept"
     )

@@ -13,7 +13,8 @@ import pytest
 
 from ckptfs.bench.results import Sample, Series, Stamp, read_results
 from tests.support.command import ckptfs
-from tests.support.tools import require, run, wait_for
+from tests.support.disks import disk_of
+from tests.support.tools import require, wait_for
 
 pytestmark = [pytest.mark.fuse, pytest.mark.registry]
 
@@ -72,16 +73,10 @@ def test_what_cannot_be_measured_is_said_in_one_line(
 
 def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:
     """What a command that bench runs has logged before its error is not part of ours."""
-    require("mount", root=True)
-    out = tmp_path / "out"
-    out.mkdir()
-    run("mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", out)
-    try:
+    with disk_of(tmp_path / "out", "size=1200k") as out:
         done = ckptfs("bench", f"oci:{LAYOUT}", "--out", out, "--runs", 1, "--rtt", "1ms", "--rate", 0)
         assert (done.code, list(out.iterdir())) == (8, []), done.err
         assert re.fullmatch(r"ckptfs: cannot write \S+: No space left on device; [^:]*", done.line), done.line
-    finally:
-        run("umount", out)
 
 
 @pytest.mark.parametrize("moment", ["mounting", "reading"])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.command import Result, ckptfs, mounted
+from tests.support.disks import disk_of
 from tests.support.fake_registry import FakeRegistry
 from tests.support.tools import require, wait_for
 
@@ -111,14 +112,8 @@ def test_an_encrypted_cache_is_kept_in_order_without_its_key(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 600 KiB."""
-    require(root=True)
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k,mode=700", "tmpfs", disk], check=True)
-    try:
+    with disk_of(tmp_path / "disk", "size=600k,mode=700") as disk:
         yield disk
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def fill(path: Path) -> None:
