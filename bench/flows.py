@@ -118,6 +118,7 @@ def restoring(
 
 def eagerly(lab: Lab, image: Image, shape: LinkShape) -> Restored:
     """skopeo copies the image, tar unpacks it, criu restores from the disk."""
+    image = lab.conventional(image)
     with lab.room() as room, lab.link(shape) as link:
         lab.cold(image.repository)
         before = children_cpu()

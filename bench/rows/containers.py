@@ -123,9 +123,10 @@ def _by_podman(lab: Lab, container: _Container) -> float:
 def _eagerly(lab: Lab, container: _Container) -> float:
     """Seconds until podman says that it runs, which takes the whole image first."""
     podman = container.podman
+    image = lab.recompressed(_IMAGE)  # as podman pushes it
     with lab.link(SLOW) as link:
-        _cold(lab, container, _IMAGE)
-        reference = f"{link.address}/{_IMAGE}"
+        _cold(lab, container, image)
+        reference = f"{link.address}/{image}"
         began = time.monotonic()
         try:
             podman("pull", "--quiet", "--tls-verify=false", reference)

@@ -26,6 +26,7 @@ def _measure(lab: Lab) -> None:
             points = run.watcher.points
         marks = {"mounted": run.ready, "first tick": first, "all pages there": resident}
         lab.add(Series("timeline", flow, conditions, Watcher.columns, points, marks))
+    image = lab.conventional(image)
     with lab.room() as room, lab.link(SLOW) as link:
         lab.cold(image.repository)
         with Watcher(link) as watcher:

@@ -82,6 +82,7 @@ def _until_touched(lab: Lab, image: Image, flow: str, number: int) -> float:
 
 
 def _eagerly(lab: Lab, image: Image, number: int) -> float:
+    image = lab.conventional(image)
     with lab.room() as room, lab.link(SLOW) as link:
         lab.cold(image.repository)
         began = time.time()
