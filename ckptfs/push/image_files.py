@@ -40,7 +40,7 @@ class LayerFiles:
 
     def __init__(self, blobs: Sequence[Blob], work: Path, settings: Settings, *, names_only: bool = False) -> None:
         """Scans all layers; streams are unpacked into `work`, unless only the names are asked for."""
-        self.tree = Tree()
+        self.tree = Tree(limits=settings.limits)
         self._stack = ExitStack()
         self._readers: list[_ChunkReader] = []
         try:
