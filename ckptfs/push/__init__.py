@@ -13,13 +13,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ckptfs.errors import FormatError, NotFoundError, UsageError
+from ckptfs.image.resolve import find_image
 from ckptfs.layers.zstd_chunked_writer import Member, WrittenLayer, write_layer
 from ckptfs.model.annotations import BASE_DIGEST, BASE_NAME, PARENT, ROLE, ROOTFS_DIGEST
 from ckptfs.model.blob import MemoryBlob
 from ckptfs.model.index import ANNOTATION_INDEX
-from ckptfs.model.oci import OCI_MANIFEST, Descriptor, Digest, Reference
+from ckptfs.model.oci import OCI_MANIFEST, Descriptor, Digest, Index, Reference
 from ckptfs.push.checkpoint_files import Checkpoint, CheckpointFile, under_checkpoint
-from ckptfs.push.containerd import nested, raw_index
+from ckptfs.push.containerd import nested, raw_blobs
 from ckptfs.push.directory import read_directory
 from ckptfs.push.facts import read_facts
 from ckptfs.push.image_files import LayerFiles, read_image, select_manifest
@@ -113,14 +114,13 @@ def _opened(source: str, open_source: OpenSource, options: PushOptions) -> Itera
             raise NotFoundError(f"there is no {path}", hint="name a directory, an archive, or an image")
         else:
             image = open_source(_reference(f"oci:{path}" if is_directory else source))
-        raw = raw_index(image, work, options.settings)
-        if raw is not None:
-            yield Checkpoint(*raw)
+        found = find_image(image.resolve(), image.fetch, options.settings.limits)
+        if isinstance(found, Index):
+            yield Checkpoint(*raw_blobs(found, image, work, options.settings))
             return
-        manifest = select_manifest(image, options.settings)
-        blobs = [image.blob(layer) for layer in manifest.layers]
+        blobs = [image.blob(layer) for layer in found.layers]
         layers = work.enter(LayerFiles(blobs, options.work, options.settings))
-        yield _arranged(read_image(image, manifest, layers), work, options)
+        yield _arranged(read_image(image, found, layers), work, options)
 
 
 def _reference(source: str) -> Reference:

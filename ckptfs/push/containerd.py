@@ -33,7 +33,6 @@ from ckptfs.sources import Source
 
 _LAYER = "application/vnd.oci.image.layer.v1.tar"
 
-
 Found = tuple[list[CheckpointFile], Mapping[str, str]]
 
 
@@ -70,19 +69,9 @@ def nested(files: Sequence[CheckpointFile], work: Work, settings: Settings) -> F
     return None
 
 
-def raw_index(source: Source, work: Work, settings: Settings) -> tuple[list[CheckpointFile], Mapping[str, str]] | None:
-    """Files and annotations of an index of raw blobs in a layout; None when the source is an ordinary image."""
-    document = source.resolve()
-    for _ in range(settings.limits.index_depth):
-        if not isinstance(document, Index):
-            return None
-        if is_checkpoint_index(document.manifests):
-            return _flat(document.manifests, source.blob, 0, work, settings), _annotations(document)
-        if len(document.manifests) != 1:
-            return None
-        (only,) = document.manifests
-        document = parse_document(source.fetch(only), only.media_type)
-    return None
+def raw_blobs(index: Index, source: Source, work: Work, settings: Settings) -> Found:
+    """Files and annotations of the checkpoint whose raw blobs `index` lists."""
+    return _flat(index.manifests, source.blob, 0, work, settings), _annotations(index)
 
 
 def _flat(
