@@ -19,9 +19,8 @@ from datetime import UTC, datetime
 from typing import Any, NoReturn
 
 from ckptfs.errors import FormatError, LimitExceeded
-from ckptfs.layers.tar_header import check_xattr
 from ckptfs.model.packed import OnlyExtent, PackedExtents
-from ckptfs.model.paths import normalise, symlink_target
+from ckptfs.model.paths import check_xattr, normalise, symlink_target
 from ckptfs.model.toc import Chunk, Entry, Extent, Inode
 from ckptfs.settings import KiB, Limits
 
