@@ -187,11 +187,9 @@ def _dress(target: Path, inode: Any) -> None:
 
 def _facts(node: Any, name: bytes) -> dict[str, Any]:
     inode = node.inode
-    kinds = {stat.S_IFDIR: "dir", stat.S_IFREG: "file", stat.S_IFLNK: "symlink", stat.S_IFCHR: "char"}
-    kinds |= {stat.S_IFBLK: "block", stat.S_IFIFO: "fifo", stat.S_IFSOCK: "socket"}
     facts = {
         "name": os.fsdecode(name),
-        "type": kinds.get(stat.S_IFMT(inode.mode), "?"),
+        "type": inode.type_name,
         "mode": stat.filemode(inode.mode),
         "uid": inode.uid,
         "gid": inode.gid,

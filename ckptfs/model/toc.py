@@ -17,6 +17,8 @@ from ckptfs.errors import IntegrityError
 
 UNKNOWN = -2  # the layer of chunks that stand for what has not been learnt yet (index_table.py): it has none such
 _NO_XATTRS: Mapping[bytes, bytes] = {}
+_TYPES = {stat.S_IFDIR: "dir", stat.S_IFREG: "file", stat.S_IFLNK: "symlink", stat.S_IFCHR: "char"}
+_TYPES |= {stat.S_IFBLK: "block", stat.S_IFIFO: "fifo", stat.S_IFSOCK: "socket"}
 
 
 class Chunk(NamedTuple):
@@ -83,6 +85,11 @@ class Inode:
     @property
     def is_file(self) -> bool:
         return stat.S_ISREG(self.mode)
+
+    @property
+    def type_name(self) -> str:
+        """As commands tell it."""
+        return _TYPES.get(stat.S_IFMT(self.mode), "?")
 
 
 class Entry(NamedTuple):
