@@ -142,12 +142,18 @@ class MadeExtents(Sequence[Extent]):
         return self.at(index)
 
 
+def index_at(extents: Sequence[Extent], offset: int) -> int:
+    """Number of the last extent that starts at or before `offset`; -1 when there is none."""
+    if isinstance(extents, MadeExtents):
+        return extents.index_at(offset)
+    return bisect.bisect_right(extents, offset, key=_start) - 1
+
+
 def overlapping(extents: Sequence[Extent], offset: int, length: int) -> Iterator[Extent]:
     """The extents that overlap file bytes [offset, offset + length), whole."""
     end = offset + length
     made = extents if isinstance(extents, MadeExtents) else None
-    first = made.index_at(offset) if made is not None else bisect.bisect_right(extents, offset, key=_start) - 1
-    for index in range(max(first, 0), len(extents)):
+    for index in range(max(index_at(extents, offset), 0), len(extents)):
         extent = made.at(index) if made is not None else extents[index]
         if extent.start >= end:
             return
