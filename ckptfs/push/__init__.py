@@ -34,7 +34,7 @@ from ckptfs.push.publisher import Progress, Publisher
 from ckptfs.push.rootfs import BaseImage, RootfsImage
 from ckptfs.push.spool import Spool, Work
 from ckptfs.push.target import Target, open_target
-from ckptfs.settings import Settings
+from ckptfs.settings import Limits, Settings
 from ckptfs.sources import Source
 from ckptfs.sources.archive import ArchiveSource
 from ckptfs.sources.files import translated
@@ -161,22 +161,13 @@ def push(
     limits = options.settings.limits
     facts = read_facts(checkpoint, options.name, limits)
     pages = find_pages(checkpoint.files, limits)
+    increment: Increment | None = None
     begun = Progress()
-    increment = None
     if parent is not None:
-        begun = replace(begun, to_compare=sum(described.file.inode.size for described in pages.values()))
-
-        def compared(count: int) -> None:
-            nonlocal begun
-            begun = replace(begun, compared=begun.compared + count)
-            if progress is not None:
-                progress(begun)
-
-        increment = make_increment(checkpoint, pages, parent, limits, compared)
-        begun = replace(begun, compared=begun.to_compare)
-    if increment is not None and increment.layers:
-        checkpoint = increment.checkpoint
-        pages = find_pages(checkpoint.files, limits)
+        increment, begun = _compared(checkpoint, pages, parent, limits, progress)
+        if increment.layers:
+            checkpoint = increment.checkpoint
+            pages = find_pages(checkpoint.files, limits)
     reused = increment.layers if increment is not None else ()
     total = sum(file.inode.size for file in checkpoint.files if file.is_regular)
     with ExitStack() as stack, Publisher(target, replace(begun, total=total), progress) as publisher:
@@ -224,6 +215,26 @@ def push(
             Descriptor(OCI_MANIFEST, Digest.of(rootfs.raw), len(rootfs.raw)) if rootfs is not None else None,
             increment,
         )
+
+
+def _compared(
+    checkpoint: Checkpoint,
+    pages: Mapping[bytes, PagesFile],
+    parent: ParentImage,
+    limits: Limits,
+    progress: Callable[[Progress], None] | None,
+) -> tuple[Increment, Progress]:
+    """What `parent` can save, and how far that has brought the push."""
+    begun = Progress(to_compare=sum(described.file.inode.size for described in pages.values()))
+
+    def compared(count: int) -> None:
+        nonlocal begun
+        begun = replace(begun, compared=begun.compared + count)
+        if progress is not None:
+            progress(begun)
+
+    increment = make_increment(checkpoint, pages, parent, limits, compared)
+    return increment, replace(begun, compared=begun.to_compare)
 
 
 def open_base(checkpoint: Checkpoint, reference: str, open_source: OpenSource, options: PushOptions) -> BaseImage:
