@@ -31,6 +31,7 @@ class Limits(NamedTuple):
     toc_entries: int = 4_000_000
     kept_chunks: int = 1_000_000  # of a layer that a node remembers: 256 GiB of plain tar, 16 s to write down
     layers: int = 256
+    image_bytes: int = 1 << 40  # all layers as they are stored: four million chunks if they are plain tar
     path_bytes: int = 4096  # PATH_MAX
     name_bytes: int = 255  # NAME_MAX
     path_depth: int = 256

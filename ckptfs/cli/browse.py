@@ -11,18 +11,10 @@ from typing import Any
 import click
 
 from ckptfs.cli.opening import Progress, image_options, with_image
-from ckptfs.cli.options import F, RegistryReference, reference_argument
+from ckptfs.cli.options import reference_argument, view_options
 from ckptfs.model.oci import Reference
 from ckptfs.model.times import as_datetime
 from ckptfs.terminal import printable
-
-_base = click.option("--base", type=RegistryReference(), help="The base image of the rootfs view.")
-_views = click.Choice(["checkpoint", "raw", "rootfs"])
-_view_only = click.option("--view", type=_views, default="checkpoint", show_default=True)
-
-
-def _view(function: F) -> F:
-    return _view_only(_base(function))
 
 
 @click.command()
@@ -31,7 +23,7 @@ def _view(function: F) -> F:
 @click.option("-l", "--long", "long", is_flag=True, help="Modes, owners, sizes and times.")
 @click.option("-R", "--recursive", is_flag=True, help="Everything below as well.")
 @click.option("--json", "as_json", is_flag=True, help="A list of objects.")
-@_view
+@view_options
 @image_options
 def ls(reference: Reference, path: str, long: bool, recursive: bool, as_json: bool, **options: Any) -> None:
     """List a directory of the image.
@@ -80,7 +72,7 @@ def _show(line: str) -> None:
 @click.command()
 @reference_argument
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True)
-@_view
+@view_options
 @image_options
 def cat(reference: Reference, paths: tuple[str, ...], **options: Any) -> None:
     """Write files of the image to standard output.
@@ -104,7 +96,7 @@ def cat(reference: Reference, paths: tuple[str, ...], **options: Any) -> None:
 @reference_argument
 @click.argument("path")
 @click.argument("target", type=click.Path(path_type=Path))
-@_view
+@view_options
 @image_options
 def cp(reference: Reference, path: str, target: Path, **options: Any) -> None:
     """Copy a file, or a directory with all below it, out of the image.
@@ -187,11 +179,9 @@ def _dress(target: Path, inode: Any) -> None:
 
 def _facts(node: Any, name: bytes) -> dict[str, Any]:
     inode = node.inode
-    kinds = {stat.S_IFDIR: "dir", stat.S_IFREG: "file", stat.S_IFLNK: "symlink", stat.S_IFCHR: "char"}
-    kinds |= {stat.S_IFBLK: "block", stat.S_IFIFO: "fifo", stat.S_IFSOCK: "socket"}
     facts = {
         "name": os.fsdecode(name),
-        "type": kinds.get(stat.S_IFMT(inode.mode), "?"),
+        "type": inode.type_name,
         "mode": stat.filemode(inode.mode),
         "uid": inode.uid,
         "gid": inode.gid,

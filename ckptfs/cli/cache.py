@@ -16,7 +16,6 @@ import click
 from ckptfs.cli.options import (
     ByteSize,
     F,
-    RegistryReference,
     cache_dir_option,
     config_option,
     configure_logging,
@@ -25,6 +24,7 @@ from ckptfs.cli.options import (
     registry_options,
     verbosity_options,
     verify_option,
+    view_options,
 )
 from ckptfs.errors import CacheError, IntegrityError, NotFoundError
 from ckptfs.model.oci import Reference
@@ -138,8 +138,7 @@ def clear(force: bool, as_json: bool, cache_dir: Path | None, verbose: int, quie
 @cache.command()
 @reference_argument
 @click.option("--metadata", is_flag=True, help="Only the small files that every restore reads, not the pages.")
-@click.option("--view", type=click.Choice(["checkpoint", "raw", "rootfs"]), default="checkpoint", show_default=True)
-@click.option("--base", type=RegistryReference(), help="The base image of the rootfs view.")
+@view_options
 @click.option("--json", "as_json", is_flag=True, help="One object.")
 @verify_option
 @registry_options

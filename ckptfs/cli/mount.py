@@ -9,13 +9,13 @@ import click
 
 from ckptfs.cli.options import (
     RegistryOptions,
-    RegistryReference,
     configure_logging,
     deadline,
     metrics_option,
     reference_argument,
     registry_options,
     verify_option,
+    view_options,
 )
 from ckptfs.model.oci import Reference
 
@@ -27,18 +27,7 @@ if TYPE_CHECKING:
 @reference_argument
 @click.argument("directory", metavar="DIR", type=click.Path())
 @click.option("-f", "--foreground", is_flag=True, help="Stay; end with Ctrl-C or `ckptfs umount`.")
-@click.option(
-    "--view",
-    type=click.Choice(["checkpoint", "raw", "rootfs"]),
-    default="checkpoint",
-    show_default=True,
-    help="checkpoint: the same tree whatever the producer; raw: exactly the image; rootfs: the container's root.",
-)
-@click.option(
-    "--base",
-    type=RegistryReference(),
-    help="The base image, if the image names none: of the rootfs view, and of rootfs-diff/'s directories.",
-)
+@view_options
 @click.option("--offline", is_flag=True, help="Send nothing; what the node's cache lacks is an I/O error.")
 @click.option("--ephemeral", is_flag=True, help="Keep nothing: a private cache that is removed at the end.")
 @verify_option

@@ -136,6 +136,22 @@ def transfer_options(function: F) -> F:
     return verbosity_options(config_option(plain_http_option(ignored(function))))
 
 
+def view_options(function: F) -> F:
+    """--view and --base: what of an image is shown."""
+    function = click.option(
+        "--base",
+        type=RegistryReference(),
+        help="The base image, if the image names none: of the rootfs view, and of rootfs-diff/'s directories.",
+    )(function)
+    return click.option(
+        "--view",
+        type=click.Choice(["checkpoint", "raw", "rootfs"]),
+        default="checkpoint",
+        show_default=True,
+        help="checkpoint: the same tree whatever the producer; raw: exactly the image; rootfs: the container's root.",
+    )(function)
+
+
 def verify_option(function: F) -> F:
     """--verify: what is done with images whose bytes can be handed out before anything has vouched for them."""
     return click.option(

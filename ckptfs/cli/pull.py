@@ -9,11 +9,11 @@ from pathlib import Path
 import click
 
 from ckptfs.cli.options import (
-    RegistryReference,
     configure_logging,
     make_settings,
     reference_argument,
     transfer_options,
+    view_options,
 )
 from ckptfs.model.oci import Reference
 from ckptfs.telemetry import NetworkCounters
@@ -23,14 +23,7 @@ from ckptfs.terminal import size_text
 @click.command()
 @reference_argument
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
-@click.option(
-    "--view",
-    type=click.Choice(["checkpoint", "raw", "rootfs"]),
-    default="checkpoint",
-    show_default=True,
-    help="checkpoint: the same tree whatever the producer; raw: exactly the image; rootfs: the container's root.",
-)
-@click.option("--base", type=RegistryReference(), help="The base image of the rootfs view, if the image names none.")
+@view_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @transfer_options
 def pull(

@@ -73,8 +73,8 @@ class Speeds:
         return float(facts["network"]["bytes"] / facts["seconds"]) if facts["seconds"] else 0.0
 
     def left(self, facts: Facts) -> str:
-        """Until all is here, for people; what nobody fetches has no end, and a layer store none at all."""
-        if "cached_bytes" not in facts:
+        """Until all is here, for people; what nobody fetches has no end, a layer store none: its images come and go."""
+        if "images" in facts:
             return "a layer store"
         missing = facts["image_bytes"] - facts["cached_bytes"]
         if not missing:
@@ -107,10 +107,9 @@ def line_of(facts: Facts, speeds: Speeds) -> str:
 
 
 def _share(facts: Facts) -> list[str]:
-    if "cached_bytes" not in facts:
-        return [f"{len(facts['images'])} images, {size_text(facts['image_bytes'])}"]
+    images = [f"{len(facts['images'])} images"] if "images" in facts else []
     cached, size = facts["cached_bytes"], facts["image_bytes"]
-    return [_percent(cached, size), f"{size_text(cached)} of {size_text(size)}"]
+    return [*images, _percent(cached, size), f"{size_text(cached)} of {size_text(size)}"]
 
 
 def _each(found: list[Facts], look: Look, interval: float, show: Callable[[list[Facts]], None]) -> None:
@@ -218,9 +217,10 @@ def _bars(facts: Facts, speeds: Speeds, width: int) -> "Table":
     from rich.table import Table
 
     parts: list[tuple[str, int | None, int, str]] = [
-        ("image", facts.get("cached_bytes"), facts["image_bytes"], speeds.left(facts))
+        ("image", facts["cached_bytes"], facts["image_bytes"], speeds.left(facts))
     ]
-    parts += [(safe(image["reference"]), None, image["image_bytes"], "") for image in facts.get("images", ())]
+    images = facts.get("images", ())  # of a layer store
+    parts += [(safe(image["reference"]), image["cached_bytes"], image["image_bytes"], "") for image in images]
     roles = facts["roles"].items()
     parts += [(name, role["cached_bytes"], role["bytes"], "") for name, role in roles if len(roles) > 1]
     if not roles:

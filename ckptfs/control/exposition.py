@@ -64,7 +64,7 @@ def _lines(mounts: Sequence[dict[str, Any]]) -> Iterator[str]:
             for key in metric.path:
                 value = value.get(key) if value is not None else None
             if value is None:
-                continue  # ready_ms before the mount is ready; a layer store is never complete
+                continue  # ready_ms before the mount is ready, and of a layer store
             yield f"{metric.name}{_labels(mount)} {value / metric.divisor if metric.divisor > 1 else int(value)}"
     name = "ckptfs_read_wait_seconds"
     yield from _head(name, "summary", "How long reads waited for the network; quantiles are of the last 4096.")

@@ -1,7 +1,8 @@
 """What the background could not have, and when it is asked for again.
 
 A registry that is down for an hour is asked for a few chunks each minute, not for all of an image again and again; one
-that is back is asked for everything. Pure: no clock, no I/O. Used by fetch.py.
+that is back is asked for everything. Pure: no clock, no I/O. Used by fetch.py; `longer` also by image/ahead.py, which
+asks before it knows what there is to fetch.
 """
 
 from collections.abc import Iterable
@@ -13,10 +14,15 @@ _FEW = 8  # chunks, mostly one request, that tell whether there are more to be h
 _LONGEST = 60.0  # seconds between two such requests
 
 
+def longer(pause: float, first: float) -> float:
+    """The pause behind one more failure: `first` seconds, then always twice as long as before, at most a minute."""
+    return min(2 * pause or first, _LONGEST)
+
+
 class Owed:
     """Chunks by key; all times are monotonic seconds.
 
-    first   the pause after the first failure; each further one doubles it.
+    first   the pause after the first failure; see `longer`.
     until   nothing more is asked for in the background before.
     """
 
@@ -35,7 +41,7 @@ class Owed:
         before = len(self._chunks)
         self._chunks.update((chunk.key, chunk) for chunk in chunks)
         if len(self._chunks) > before and (self._asking or now >= self.until):
-            self._pause = min(2 * self._pause or self._first, _LONGEST)
+            self._pause = longer(self._pause, self._first)
             self.until = now + self._pause
             self._asking = False
 

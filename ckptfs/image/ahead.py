@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from ckptfs.engine.owed import longer
 from ckptfs.engine.schedule import Priority
 from ckptfs.errors import CkptfsError, UnavailableError
 from ckptfs.image.opened import OpenImage
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 _WORTH = 2  # times its own size that a table of cells must save, before it is fetched
 _BATCH = 512  # chunks of a profile between two looks at what else there is to do
-_LONGEST_PAUSE = 60.0  # seconds between two tries to learn what there is to fetch
 _BACKGROUND_DELAY = 1.0  # seconds; a restore with lazy pages has its first tick before the rest is fetched
 
 
@@ -112,7 +112,7 @@ async def fetch_rest(image: OpenImage) -> None:
     """The rest, a little later or as soon as somebody reads pages from front to back."""
     with trio.move_on_after(_BACKGROUND_DELAY):
         await image.reader.sequential.wait()
-    pause = image.options.settings.timeouts.retry_cap
+    pause = 0.0
     while True:
         image.run_on()
         try:
@@ -121,8 +121,8 @@ async def fetch_rest(image: OpenImage) -> None:
         except CkptfsError as error:
             if not error.retryable:
                 return
+        pause = longer(pause, image.options.settings.timeouts.retry_cap)
         await trio.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE)
 
 
 async def _fetch_rest(image: OpenImage) -> None:

@@ -140,10 +140,7 @@ async def _find_earlier(image: OpenImage, index: ImageIndex) -> None:
 
 async def _unnest(image: OpenImage) -> None:
     """containerd's OCI layout inside the image: its blobs become checkpoint/, rootfs-diff/ and spec.dump."""
-    while not image.tree.complete():
-        image.raise_broken()
-        image.run_on()
-        await image.progress.wait()
+    await image.listing(image.tree.root)  # all names are known
     raw = image.tree
     index = raw.find(b"index.json")
     blobs: list[Descriptor] = []

@@ -20,8 +20,6 @@ from ckptfs.model.toc import Entry, Inode
 from ckptfs.model.tree import WHITEOUT, Tree, Whiteouts
 
 _TAR = "application/vnd.oci.image.layer.v1.tar"
-_GZIP = b"\x1f\x8b"
-_ZSTD = b"\x28\xb5\x2f\xfd"
 
 
 class DerivedTars:
@@ -96,13 +94,15 @@ class Unpacked:
         self._image.nursery.start_soon(self._read)
 
     async def _read(self) -> None:
+        from ckptfs.layers.compression import MAGIC_BYTES, sniff
+
         image, rank = self._image, self._rank
         try:
-            magic = await image.read(self._inode, 0, 4)
-            if magic[:2] != _GZIP and magic != _ZSTD:
+            compression = sniff(await image.read(self._inode, 0, MAGIC_BYTES))
+            if compression == "none":
                 await self._scan.run()
                 return
-            blob = InodeBlob(image.reader, self._inode, f"{_TAR}+{'gzip' if magic[:2] == _GZIP else 'zstd'}")
+            blob = InodeBlob(image.reader, self._inode, f"{_TAR}+{compression}")
             image.add_layer(blob, rank, tree=self._tree, prefix=self._directory, whiteouts=self._whiteouts)
         except CkptfsError as error:
             image.finish(self._tree, rank, error, self.now)

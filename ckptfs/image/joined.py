@@ -33,10 +33,7 @@ _FEW = 10_000  # windows that are made at once, in 20 ms; more when the file is 
 
 async def join(image: OpenImage) -> None:
     """Before anybody has looked at the tree. What cannot be joined stays as it is, for criu to judge."""
-    while not image.tree.complete():
-        image.raise_broken()
-        image.run_on()
-        await image.progress.wait()
+    await image.listing(image.tree.root)  # all names are known
     for container in containers(image.tree):
         directory = container.children.get(b"checkpoint")
         whole = directory.children.get(b"whole") if directory is not None else None

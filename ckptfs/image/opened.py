@@ -113,7 +113,8 @@ class OpenImage:
         return self.tree
 
     def _new_tree(self) -> Tree:
-        return Tree(lambda ino, name: self.changed(ino, name) if self.changed else None)
+        limits = self.options.settings.limits
+        return Tree(lambda ino, name: self.changed(ino, name) if self.changed else None, limits=limits)
 
     # -- layers --------------------------------------------------------------------------------------------------------
 

@@ -73,7 +73,8 @@ class LayerMemory:
         from ckptfs.model.toc_document import decode_toc
 
         try:
-            toc = decode_toc(document, layer=number, layer_digest=str(descriptor.digest))
+            limits = self._settings.limits
+            toc = decode_toc(document, layer=number, layer_digest=str(descriptor.digest), limits=limits)
         except FormatError as error:
             log.warning("%s; reading the layer's own again", error)
             self._cache.delete_document(_toc_key(descriptor))

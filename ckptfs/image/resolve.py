@@ -5,13 +5,13 @@ network, and a tag can still be mounted while its registry is away if the user s
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
 import trio
 
-from ckptfs.errors import FormatError, NotFoundError, UnavailableError
+from ckptfs.errors import FormatError, LimitExceeded, NotFoundError, UnavailableError
 from ckptfs.image.views import is_checkpoint_index
 from ckptfs.model.oci import Descriptor, Digest, Index, Manifest, Reference, parse_document
 from ckptfs.settings import Limits
@@ -70,18 +70,30 @@ def find_image(document: Manifest | Index, fetch: Callable[[Descriptor], bytes],
     """From what a reference names, through indexes, to the manifest for this machine.
 
     containerd's checkpoint index, which names no image, is returned itself. `fetch` gets a manifest or an index whole.
-    FormatError when there is none for this machine, or too deep, or with too many layers.
+    FormatError when there is none for this machine, or too deep, or with too many layers or bytes: a manifest may claim
+    any number, and of a plain tar each chunk is gone through one by one.
     """
     for _ in range(limits.index_depth):
         if isinstance(document, Manifest):
-            if len(document.layers) > limits.layers:
-                raise FormatError(f"the image has {len(document.layers)} layers, more than {limits.layers}")
+            _check_limits(document.layers, limits)
             return document
         if is_checkpoint_index(document.manifests):
+            _check_limits(document.manifests, limits)
             return document
         chosen = document.select()
         document = parse_document(fetch(chosen), chosen.media_type)
     raise FormatError(f"the index nests deeper than {limits.index_depth} levels")
+
+
+def _check_limits(layers: Sequence[Descriptor], limits: Limits) -> None:
+    size = sum(layer.size for layer in layers)
+    if len(layers) > limits.layers:
+        raise LimitExceeded(f"the image has {len(layers)} layers, more than {limits.layers}")
+    if size > limits.image_bytes:
+        raise LimitExceeded(
+            f"the manifest says that the layers have {size} bytes, more than {limits.image_bytes}",
+            hint="no registry holds so much for one image; the manifest is wrong",
+        )
 
 
 async def resolve_in_thread(

@@ -72,7 +72,7 @@ async def base_directories(image: OpenImage, open_source: OpenSource | None, bas
 
 
 def _names(source: Source, layers: Sequence[Descriptor], settings: Settings) -> Tree:
-    tree = Tree()
+    tree = Tree(limits=settings.limits)
     for rank, descriptor in enumerate(layers, start=1):
         tree.begin(rank)
         layer = select_format(descriptor).open(source.blob(descriptor), 0, settings)

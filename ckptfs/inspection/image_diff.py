@@ -38,8 +38,6 @@ from ckptfs.settings import MiB
 log = logging.getLogger(__name__)
 
 _PIECE = 1 * MiB  # of a file that is compared at once
-_TYPES = {stat.S_IFDIR: "dir", stat.S_IFREG: "file", stat.S_IFLNK: "symlink", stat.S_IFCHR: "char"}
-_TYPES |= {stat.S_IFBLK: "block", stat.S_IFIFO: "fifo", stat.S_IFSOCK: "socket"}
 
 
 async def diff_images(before: OpenImage, after: OpenImage, *, memory: bool = True) -> Difference:
@@ -166,9 +164,8 @@ def _facts(inode: Inode, other_content: bool = False) -> FileFacts:
     target = os.fsdecode(inode.target)
     if inode.rdev:
         target = f"{os.major(inode.rdev)}:{os.minor(inode.rdev)}"
-    kind = _TYPES.get(stat.S_IFMT(inode.mode), "?")
     size = 0 if inode.is_dir else inode.size
-    return FileFacts(kind, stat.S_IMODE(inode.mode), inode.uid, inode.gid, size, other_content, target)
+    return FileFacts(inode.type_name, stat.S_IMODE(inode.mode), inode.uid, inode.gid, size, other_content, target)
 
 
 def second_pull(before: OpenImage, after: OpenImage) -> int:

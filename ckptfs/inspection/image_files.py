@@ -25,8 +25,6 @@ from ckptfs.model.toc import Chunk, Inode
 
 T = TypeVar("T")
 
-_LINKS = 40  # symlinks on one path, as in Linux (MAXSYMLINKS)
-
 
 async def in_thread(image: OpenImage, work: Callable[["ImageFiles"], T]) -> T:
     """`work` in a worker thread, with the files of `image`."""
@@ -119,7 +117,7 @@ class ImageFiles:
                 node = child
                 continue
             target, links = _inode(child).target, links + 1
-            if links > _LINKS or target.startswith(b"/"):
+            if links > self.image.options.settings.limits.path_links or target.startswith(b"/"):
                 return None
             names.extendleft(reversed(target.split(b"/")))
         return node

@@ -1,7 +1,7 @@
 """gzip and zstd: streams cut to a grid, and single chunks, all of bounded size.
 
-Owns the two libraries (zlib-ng, zstandard): their errors do not leave this module. Streams raise FormatError, chunks
-IntegrityError (see `Layer.decode`). Any thread may call the chunk functions.
+Streams raise FormatError, chunks IntegrityError (see `Layer.decode`), none of them an error of zlib-ng or
+zstandard. Any thread may call the chunk functions.
 """
 
 import threading
@@ -23,7 +23,7 @@ _ZSTD = b"\x28\xb5\x2f\xfd"
 _ZSTD_SKIPPABLE = b"\x2a\x4d\x18"  # behind a byte of 0x50 to 0x5f
 _WBITS_GZIP = 31
 MAGIC_BYTES = 10
-_ZlibError: type[Exception] = zlib_ng.error  # type: ignore[assignment]  # its stub says that this is an instance
+ZlibError: type[Exception] = zlib_ng.error  # type: ignore[assignment]  # its stub says that this is an instance
 # zlib-ng copies what it could not use out of its input on every call: small inputs make small copies.
 _INFLATE_STEP = 64 * KiB
 
@@ -78,7 +78,7 @@ def gunzipped(pieces: Iterator[Bytes], unit: int, limits: Limits) -> Iterator[by
                 asked = missing
                 try:
                     part = inflater.decompress(data, asked)
-                except _ZlibError as error:
+                except ZlibError as error:
                     raise FormatError(f"the gzip stream is damaged ({error})") from None
                 if part:
                     parts.append(part)

@@ -14,7 +14,7 @@ from typing import Any
 from zlib_ng import zlib_ng
 
 from ckptfs.errors import FormatError, IntegrityError
-from ckptfs.layers.compression import Bytes, gunzipped
+from ckptfs.layers.compression import Bytes, ZlibError, gunzipped
 from ckptfs.settings import Limits
 
 WINDOW = 32 * 1024  # RFC 1951, 2: the farthest distance
@@ -24,7 +24,6 @@ _TRAILER = 8  # CRC-32 and size behind the last block of a gzip member, RFC 1952
 _LOW = bytes(range(256)) * (WINDOW // 256)
 _LITTLE = int(sys.byteorder == "little")
 _MARKS = (_LOW, _LOW[::-1], b"".join(bytes((page,)) * 256 for page in range(WINDOW // 256)))
-_ZlibError: type[Exception] = zlib_ng.error  # type: ignore[assignment]  # its stub says that this is an instance
 
 
 def inflate_from(window: Bytes, bits: int, data: memoryview, skip: int, length: int, limits: Limits) -> bytes:
@@ -42,7 +41,7 @@ def inflate_from(window: Bytes, bits: int, data: memoryview, skip: int, length: 
             part = decoder.decompress(data, wanted)
             data, wanted = memoryview(decoder.unused_data), wanted - len(part)
             parts.append(part)
-    except _ZlibError as error:
+    except ZlibError as error:
         raise IntegrityError(f"a chunk does not inflate ({error})") from None
     if wanted and decoder.eof:
         parts.append(_next_members(data[_TRAILER:], wanted, limits))

@@ -16,11 +16,10 @@ from ckptfs.layers.compression import DECOMPRESS, MAGIC_BYTES, Bytes, sniff
 from ckptfs.layers.deflate import inflate_from
 from ckptfs.layers.grid import Grid
 from ckptfs.layers.protocols import Emit, Verification
-from ckptfs.layers.tar_header import check_xattr
 from ckptfs.model.blob import Blob
 from ckptfs.model.layer_index import LayerIndex, decode_layer_index, segments, unpack_window
 from ckptfs.model.oci import Descriptor
-from ckptfs.model.paths import plain, show, symlink_target
+from ckptfs.model.paths import check_xattr, plain, show, symlink_target
 from ckptfs.model.times import MOST
 from ckptfs.model.toc import Chunk, Entry, Inode
 from ckptfs.settings import Limits, Settings

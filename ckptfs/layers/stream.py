@@ -10,14 +10,14 @@ from dataclasses import replace
 from itertools import chain
 from typing import Literal, NamedTuple
 
-from ckptfs.errors import FormatError, IntegrityError
+from ckptfs.errors import FormatError
 from ckptfs.layers.compression import DECOMPRESS, MAGIC_BYTES, Bytes, sniff
 from ckptfs.layers.grid import Grid, segments_of, stream_unit
 from ckptfs.layers.gzip_index import PointFinder, can_find_points
 from ckptfs.layers.media_types import compression_of
 from ckptfs.layers.protocols import Emit, Verification
 from ckptfs.layers.tar_scanner import TarScanner
-from ckptfs.model.blob import Blob
+from ckptfs.model.blob import Blob, HashedStream
 from ckptfs.model.layer_index import Compression, GzipAccess, LayerIndex, runs
 from ckptfs.model.oci import Descriptor
 from ckptfs.model.toc import Chunk, Entry
@@ -58,7 +58,7 @@ class StreamLayer:
 
     def scan(self, emit: Emit, *, attempt: int = 0) -> Iterator[Entry]:
         blob, grid, limits = self._blob, self._grid, self._settings.limits
-        source = _Hashed(blob.stream(0, blob.size, attempt=attempt), blob.descriptor)
+        source = HashedStream(blob, attempt=attempt)
         scanner = TarScanner(grid, limits)
         digests, length = bytearray(), 0
         finder = PointFinder(sparse=self._sparse)
@@ -118,28 +118,6 @@ def _as_run(entry: Entry, layer_digest: str) -> Entry:
     if inode is None or not inode.extents:
         return entry
     return Entry(entry.path, replace(inode, extents=runs(segments_of(inode.extents), layer_digest)), entry.link)
-
-
-class _Hashed:
-    """Pieces of a blob, hashed as they pass."""
-
-    def __init__(self, pieces: Iterator[Bytes], descriptor: Descriptor) -> None:
-        self._pieces = pieces
-        self._descriptor = descriptor
-        self._hash = hashlib.new(descriptor.digest.algorithm)
-
-    def __iter__(self) -> Iterator[Bytes]:
-        for piece in self._pieces:
-            self._hash.update(piece)
-            yield piece
-
-    def check(self) -> None:
-        """Hash what nobody asked for, then compare: IntegrityError unless this is the blob."""
-        for piece in self._pieces:
-            self._hash.update(piece)
-        digest, actual = self._descriptor.digest, self._hash.hexdigest()
-        if actual != digest.hex and not self._descriptor.synthetic:
-            raise IntegrityError(f"layer {digest} arrived with digest {digest.algorithm}:{actual}")
 
 
 def _sniffed(pieces: Iterator[Bytes]) -> tuple[Compression, Iterator[Bytes]]:

@@ -2,7 +2,7 @@
 
 Owns the writing of headers (POSIX.1-2008, pax; xattrs as SCHILY.xattr.* as GNU tar and libarchive write them). No user
 or group names, no access and change times, no device of origin: nothing that differs between two machines. Called by
-layers/zstd_chunked_writer.py and push/; reading headers is layers/tar.py.
+layers/zstd_chunked_writer.py and push/; reading headers is layers/tar_header.py.
 """
 
 import os

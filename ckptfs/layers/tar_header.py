@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ckptfs.errors import FormatError, LimitExceeded
-from ckptfs.model.paths import show
+from ckptfs.errors import FormatError
+from ckptfs.model.paths import check_xattr, show
 from ckptfs.model.times import BILLION, MOST
 from ckptfs.settings import Limits
 
@@ -167,14 +167,6 @@ def pax_xattrs(records: Sequence[tuple[bytes, bytes]], limits: Limits) -> dict[b
     for name, value in found.items():
         check_xattr(name, value, limits)
     return found
-
-
-def check_xattr(name: bytes, value: bytes, limits: Limits) -> None:
-    """What setxattr(2) would refuse."""
-    if not name or b"\0" in name:
-        raise FormatError(f"an extended attribute is called {show(name)}")
-    if len(name) > limits.name_bytes or len(value) > limits.xattr_bytes:
-        raise LimitExceeded(f"the extended attribute {show(name)} has {len(value)} bytes")
 
 
 # Sparse files: the map is a list of (offset in the file, bytes), the payload those bytes one after another.

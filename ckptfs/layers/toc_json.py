@@ -19,9 +19,8 @@ from datetime import UTC, datetime
 from typing import Any, NoReturn
 
 from ckptfs.errors import FormatError, LimitExceeded
-from ckptfs.layers.tar_header import check_xattr
-from ckptfs.model.packed import OnlyExtent, PackedExtents
-from ckptfs.model.paths import normalise, symlink_target
+from ckptfs.model.packed import OnlyExtent, PackedExtents, packed
+from ckptfs.model.paths import check_xattr, normalise, symlink_target
 from ckptfs.model.toc import Chunk, Entry, Extent, Inode
 from ckptfs.settings import KiB, Limits
 
@@ -38,7 +37,6 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MAX_INT = (1 << 63) - 1
 _SLACK = 132 * KiB  # a zstd block, which is decoded as a whole, holds at most 128 KiB (RFC 8878, 3.1.1.2.4)
 _UNUSUAL = frozenset(("chunkOffset", "chunkType", "innerOffset"))  # a file that is one chunk has none of these
-_PACK = 64  # files of more chunks than this keep them as columns: 16 times less memory
 
 # offset, inner, start in the file, length, digest; chunks of zeros are rows of length 0 that only end the one before
 _Row = tuple[int, int, int, int, bytes]
@@ -208,14 +206,7 @@ class _Parser:
     def _place(self, inode: Inode, rows: list[_Row], ends: list[int]) -> None:
         """Extents from rows and from where their encoded bytes end."""
         extents = [self._extent(row, end) for row, end in zip(rows, ends, strict=True) if row[3]]
-        if len(extents) <= _PACK or any(row[1] for row in rows):
-            inode.extents = tuple(extents)
-            return
-        packed = PackedExtents(self._layer)
-        for extent in extents:
-            chunk = extent.chunk
-            packed.append(extent.start, extent.length, chunk.offset, chunk.size, chunk.key)
-        inode.extents = packed
+        inode.extents = tuple(extents) if any(row[1] for row in rows) else packed(extents)
 
     def _extent(self, row: _Row, end: int) -> Extent:
         offset, inner, start, length, digest = row

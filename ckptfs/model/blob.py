@@ -1,9 +1,11 @@
 """Blob: bytes at an offset, wherever they lie."""
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from ckptfs.errors import IntegrityError
 from ckptfs.model.oci import Descriptor
 from ckptfs.settings import MiB
 
@@ -76,3 +78,25 @@ class MemoryBlob(DescribedBlob):
 
     def read_at(self, offset: int, length: int, *, attempt: int = 0) -> bytes:
         return self._data[offset : offset + length]
+
+
+class HashedStream:
+    """All of a blob in pieces, hashed as they pass."""
+
+    def __init__(self, blob: Blob, *, attempt: int = 0) -> None:
+        self._descriptor = blob.descriptor
+        self._pieces = blob.stream(0, blob.size, attempt=attempt)
+        self._hash = hashlib.new(blob.descriptor.digest.algorithm)
+
+    def __iter__(self) -> Iterator[bytes | memoryview]:
+        for piece in self._pieces:
+            self._hash.update(piece)
+            yield piece
+
+    def check(self) -> None:
+        """Hash what nobody has asked for, then compare: IntegrityError unless this is the blob."""
+        for _ in self:
+            pass
+        digest, actual = self._descriptor.digest, self._hash.hexdigest()
+        if actual != digest.hex and not self._descriptor.synthetic:
+            raise IntegrityError(f"blob {digest} arrived with digest {digest.algorithm}:{actual}")

@@ -27,7 +27,7 @@ from ckptfs.model.index_table import Table as Table
 from ckptfs.model.index_table import decompress
 from ckptfs.model.index_table import encode_table as encode_table
 from ckptfs.model.oci import Digest, Manifest, parse_json
-from ckptfs.model.paths import plain, symlink_target
+from ckptfs.model.paths import check_xattr, plain, symlink_target
 from ckptfs.model.times import MOST
 from ckptfs.model.toc import Entry, Extent, Inode
 from ckptfs.settings import Limits, MiB
@@ -338,16 +338,13 @@ def _xattrs(value: object, limits: Limits) -> dict[bytes, bytes]:
     if not isinstance(value, dict):
         raise FormatError("the index has extended attributes that are no object")
     out: dict[bytes, bytes] = {}
-    total = 0
     for key, text in value.items():
         try:
             data = base64.b64decode(text, validate=True)
         except (ValueError, TypeError):
             raise FormatError("the index has an extended attribute that is not base64") from None
         name = _bytes(key)
-        total += len(name) + len(data)
-        if total > limits.xattr_bytes or len(name) > limits.name_bytes or not name or b"\0" in name:
-            raise LimitExceeded("the index has extended attributes that no file system could hold")
+        check_xattr(name, data, limits)
         out[name] = data
     return out
 

@@ -7,12 +7,13 @@ sequence of Extent.
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 from ckptfs.model.toc import Chunk, Extent, MadeExtents
 
 _DIGEST = 32
+_FEW = 64  # chunks of a file that stay objects; more are kept as columns, which take 16 times less memory
 
 
 class PackedExtents(MadeExtents):
@@ -103,3 +104,13 @@ class OnlyExtent(MadeExtents):
 
     def at(self, index: int) -> Extent:
         return self._columns.at(self._at)
+
+
+def packed(extents: Sequence[Extent]) -> Sequence[Extent]:
+    """Extents that are whole chunks with digests, as columns if they are many."""
+    if len(extents) <= _FEW:
+        return tuple(extents)
+    columns = PackedExtents(extents[0].chunk.layer)
+    for start, length, chunk, _ in extents:
+        columns.append(start, length, chunk.offset, chunk.size, chunk.key)
+    return columns

@@ -1,7 +1,7 @@
 """Names out of archives, TOCs, indexes and profiles made into paths of entries: the one place where a path is judged.
 
 Every format passes every path through `normalise` or, where it was written by us, `plain`; once: nobody behind them
-looks for `..` again.
+looks for `..` again. So it is with what else has limits of the kernel: links and extended attributes.
 """
 
 from collections.abc import Iterator
@@ -78,6 +78,14 @@ def symlink_target(target: bytes, path: bytes, limits: Limits) -> bytes:
     if len(target) >= limits.path_bytes:
         raise LimitExceeded(f"the target of the symbolic link {show(path)} has {len(target)} bytes")
     return target
+
+
+def check_xattr(name: bytes, value: bytes, limits: Limits) -> None:
+    """What setxattr(2) would refuse. FormatError, LimitExceeded."""
+    if not name or b"\0" in name:
+        raise FormatError(f"an extended attribute is called {show(name)}")
+    if len(name) > limits.name_bytes or len(value) > limits.xattr_bytes:
+        raise LimitExceeded(f"the extended attribute {show(name)} has {len(value)} bytes")
 
 
 def show(name: bytes) -> str:

@@ -17,6 +17,8 @@ from ckptfs.errors import IntegrityError
 
 UNKNOWN = -2  # the layer of chunks that stand for what has not been learnt yet (index_table.py): it has none such
 _NO_XATTRS: Mapping[bytes, bytes] = {}
+_TYPES = {stat.S_IFDIR: "dir", stat.S_IFREG: "file", stat.S_IFLNK: "symlink", stat.S_IFCHR: "char"}
+_TYPES |= {stat.S_IFBLK: "block", stat.S_IFIFO: "fifo", stat.S_IFSOCK: "socket"}
 
 
 class Chunk(NamedTuple):
@@ -84,6 +86,11 @@ class Inode:
     def is_file(self) -> bool:
         return stat.S_ISREG(self.mode)
 
+    @property
+    def type_name(self) -> str:
+        """As commands tell it."""
+        return _TYPES.get(stat.S_IFMT(self.mode), "?")
+
 
 class Entry(NamedTuple):
     """One entry of a layer: a path and either an inode or, for a hard link, the path that it links to.
@@ -135,12 +142,18 @@ class MadeExtents(Sequence[Extent]):
         return self.at(index)
 
 
+def index_at(extents: Sequence[Extent], offset: int) -> int:
+    """Number of the last extent that starts at or before `offset`; -1 when there is none."""
+    if isinstance(extents, MadeExtents):
+        return extents.index_at(offset)
+    return bisect.bisect_right(extents, offset, key=_start) - 1
+
+
 def overlapping(extents: Sequence[Extent], offset: int, length: int) -> Iterator[Extent]:
     """The extents that overlap file bytes [offset, offset + length), whole."""
     end = offset + length
     made = extents if isinstance(extents, MadeExtents) else None
-    first = made.index_at(offset) if made is not None else bisect.bisect_right(extents, offset, key=_start) - 1
-    for index in range(max(first, 0), len(extents)):
+    for index in range(max(index_at(extents, offset), 0), len(extents)):
         extent = made.at(index) if made is not None else extents[index]
         if extent.start >= end:
             return

@@ -21,13 +21,12 @@ import zstandard
 
 from ckptfs.errors import FormatError, LimitExceeded
 from ckptfs.model.oci import parse_json
-from ckptfs.model.packed import OnlyExtent, PackedExtents
+from ckptfs.model.packed import OnlyExtent, PackedExtents, packed
 from ckptfs.model.toc import Chunk, Entry, Extent, Inode, derived_key
 from ckptfs.settings import Limits
 
 _MAGIC = b"CKPTTOC1"
 _LEVEL = 3
-_PACK = 64  # a file of more whole chunks keeps them as columns in memory, too
 _KINDS = ("raw", "grid", "frame")  # of derived keys; a chunk's flag is the index, or one of:
 _HAS_DIGEST = 254
 _HAS_KEY = 255
@@ -318,12 +317,7 @@ class _ExtentColumns:
         self._row = row
         if end > size:
             raise _damaged("extents that reach beyond their file")
-        if not whole or count <= _PACK:
-            return tuple(found)
-        packed = PackedExtents(found[0].chunk.layer)
-        for extent in found:
-            packed.append(extent.start, extent.length, extent.chunk.offset, extent.chunk.size, extent.chunk.key)
-        return packed
+        return packed(found) if whole else tuple(found)
 
     def _only(self, i: int, size: int) -> OnlyExtent | None:
         """Row `i` of a file of `size` bytes that is all in one chunk; None when it is anything else."""

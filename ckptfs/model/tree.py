@@ -17,6 +17,7 @@ from ckptfs.model.node import CHILDLESS, Node
 from ckptfs.model.paths import show
 from ckptfs.model.symlinks import Symlinks
 from ckptfs.model.toc import Entry, Inode
+from ckptfs.settings import Limits
 
 ROOT_INO = 1
 Whiteouts = Literal["merge", "overlay", "plain"]
@@ -30,11 +31,12 @@ _AUFS = b".wh..wh."  # aufs' own files (.wh..wh.plnk, .wh..wh.aufs): metadata of
 class Tree:
     """`changed(parent_ino, name)` is called when a name that was visible shows another inode (a repeated tar entry)."""
 
-    def __init__(self, changed: Callable[[int, bytes], None] | None = None) -> None:
+    def __init__(self, changed: Callable[[int, bytes], None] | None = None, *, limits: Limits | None = None) -> None:
         self.inodes: dict[int, Inode] = {}
         self.directories: dict[int, Node] = {}
         self._next_ino = ROOT_INO
         self._changed = changed
+        self._limits = limits or Limits()
         self._open: dict[int, bytes] = {}  # rank -> prefix, of layers that are still arriving
         self._undescribed: dict[int, bytes] = {}  # the same, of those whose first entry may describe that directory
         self._hidden = Hidden()
@@ -51,7 +53,7 @@ class Tree:
     def begin(self, rank: int, prefix: bytes = b"") -> None:
         """A layer starts to arrive; all its paths lie under `prefix`. Ranks are 1 and up, and unique."""
         self._open[rank] = prefix
-        self._symlinks[rank] = Symlinks(prefix)
+        self._symlinks[rank] = Symlinks(self._limits, prefix)
         if prefix:
             self._undescribed[rank] = prefix
 

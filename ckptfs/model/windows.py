@@ -8,7 +8,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 
-from ckptfs.model.toc import Extent, MadeExtents
+from ckptfs.model.toc import Extent, MadeExtents, index_at
 
 
 class WindowExtents(MadeExtents):
@@ -28,7 +28,7 @@ class WindowExtents(MadeExtents):
         position = 0
         for which, offset, length in places:
             source, end = sources[which], offset + length
-            for number in range(max(_index_at(source, offset), 0), len(source)):
+            for number in range(max(index_at(source, offset), 0), len(source)):
                 extent = source[number]
                 low, high = max(extent.start, offset), min(extent.start + extent.length, end)
                 if extent.start >= end:
@@ -54,10 +54,3 @@ class WindowExtents(MadeExtents):
         start, end = self._starts[2 * index], self._starts[2 * index + 1]
         extent = self._sources[self._which[index]][self._numbers[index]]
         return Extent(start, end - start, extent.chunk, extent.skip + self._skips[index])
-
-
-def _index_at(extents: Sequence[Extent], offset: int) -> int:
-    """Number of the last extent that starts at or before `offset`."""
-    if isinstance(extents, MadeExtents):
-        return extents.index_at(offset)
-    return bisect_right(extents, offset, key=lambda extent: extent.start) - 1

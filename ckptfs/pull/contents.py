@@ -6,7 +6,6 @@ before. What came while layers were scanned (gzip and zstd, which are streams) l
 names: destination.py makes the files.
 """
 
-import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +15,7 @@ from ckptfs.engine.disk import Buffer
 from ckptfs.engine.fetch import Fetcher
 from ckptfs.errors import IntegrityError
 from ckptfs.layers import Layer, right_as_a_whole
-from ckptfs.model.blob import Blob
+from ckptfs.model.blob import Blob, HashedStream
 from ckptfs.model.toc import Chunk, Inode, piece_of
 from ckptfs.pull.destination import Destination, Directories, translated
 from ckptfs.settings import MiB, Sizes
@@ -92,7 +91,7 @@ class Contents:
                 # Also where no file has bytes in it: names, modes and links came out of it.
                 items: dict[Chunk, list[Piece]] = {chunk: [] for chunk in layer.chunks() if self._fetcher.has(chunk)}
                 items |= chunks
-                jobs.append(_HashedStream(self, blob, layer, sorted(items.items(), key=_place)))
+                jobs.append(_Whole(self, blob, layer, sorted(items.items(), key=_place)))
                 continue
             local = [item for item in chunks.items() if self._fetcher.has(item[0])]
             known = {chunk for chunk, _ in local}
@@ -246,7 +245,7 @@ class _Fetch:
 
 
 @dataclass(frozen=True, slots=True)
-class _HashedStream:
+class _Whole:
     """A layer whose chunks have no digests, from end to end; IntegrityError when it is not what its digest says.
 
     So it is when the bytes are right now, and were not when names were read out of them.
@@ -258,14 +257,12 @@ class _HashedStream:
     wanted: list[Wanted]
 
     def __call__(self, writer: _Writer) -> None:
-        digest = self.blob.descriptor.digest
-        hasher = hashlib.new(digest.algorithm)
+        stream = HashedStream(self.blob)
         held, same = memoryview(b""), True
         at = position = 0  # of the wanted chunks; of the first byte that is held
-        for piece in self.blob.stream(0, self.blob.size):
+        for piece in stream:
             if self.contents.stopped:
                 raise Stopped
-            hasher.update(piece)
             held = memoryview(bytes(held) + bytes(piece)) if held else memoryview(piece)
             while at < len(self.wanted):
                 chunk, pieces = self.wanted[at]
@@ -280,9 +277,9 @@ class _HashedStream:
             following = self.wanted[at][0].offset - position if at < len(self.wanted) else len(held)
             done = max(0, min(following, len(held)))
             held, position = memoryview(bytes(held[done:])), position + done
-        if hasher.hexdigest() != digest.hex:
-            raise IntegrityError(f"layer {digest} arrived with digest {digest.algorithm}:{hasher.hexdigest()}")
+        stream.check()
         if not same:
+            digest = self.blob.descriptor.digest
             raise IntegrityError(f"names were read from layer {digest} while it arrived with another digest")
 
 

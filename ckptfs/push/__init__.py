@@ -13,13 +13,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ckptfs.errors import FormatError, NotFoundError, UsageError
+from ckptfs.image.resolve import find_image
 from ckptfs.layers.zstd_chunked_writer import Member, WrittenLayer, write_layer
 from ckptfs.model.annotations import BASE_DIGEST, BASE_NAME, PARENT, ROLE, ROOTFS_DIGEST
 from ckptfs.model.blob import MemoryBlob
 from ckptfs.model.index import ANNOTATION_INDEX
-from ckptfs.model.oci import OCI_MANIFEST, Descriptor, Digest, Reference
+from ckptfs.model.oci import OCI_MANIFEST, Descriptor, Digest, Index, Reference
 from ckptfs.push.checkpoint_files import Checkpoint, CheckpointFile, under_checkpoint
-from ckptfs.push.containerd import nested, raw_index
+from ckptfs.push.containerd import nested, raw_blobs
 from ckptfs.push.directory import read_directory
 from ckptfs.push.facts import read_facts
 from ckptfs.push.image_files import LayerFiles, read_image, select_manifest
@@ -33,7 +34,7 @@ from ckptfs.push.publisher import Progress, Publisher
 from ckptfs.push.rootfs import BaseImage, RootfsImage
 from ckptfs.push.spool import Spool, Work
 from ckptfs.push.target import Target, open_target
-from ckptfs.settings import Settings
+from ckptfs.settings import Limits, Settings
 from ckptfs.sources import Source
 from ckptfs.sources.archive import ArchiveSource
 from ckptfs.sources.files import translated
@@ -113,14 +114,13 @@ def _opened(source: str, open_source: OpenSource, options: PushOptions) -> Itera
             raise NotFoundError(f"there is no {path}", hint="name a directory, an archive, or an image")
         else:
             image = open_source(_reference(f"oci:{path}" if is_directory else source))
-        raw = raw_index(image, work, options.settings)
-        if raw is not None:
-            yield Checkpoint(*raw)
+        found = find_image(image.resolve(), image.fetch, options.settings.limits)
+        if isinstance(found, Index):
+            yield Checkpoint(*raw_blobs(found, image, work, options.settings))
             return
-        manifest = select_manifest(image, options.settings)
-        blobs = [image.blob(layer) for layer in manifest.layers]
+        blobs = [image.blob(layer) for layer in found.layers]
         layers = work.enter(LayerFiles(blobs, options.work, options.settings))
-        yield _arranged(read_image(image, manifest, layers), work, options)
+        yield _arranged(read_image(image, found, layers), work, options)
 
 
 def _reference(source: str) -> Reference:
@@ -161,22 +161,13 @@ def push(
     limits = options.settings.limits
     facts = read_facts(checkpoint, options.name, limits)
     pages = find_pages(checkpoint.files, limits)
+    increment: Increment | None = None
     begun = Progress()
-    increment = None
     if parent is not None:
-        begun = replace(begun, to_compare=sum(described.file.inode.size for described in pages.values()))
-
-        def compared(count: int) -> None:
-            nonlocal begun
-            begun = replace(begun, compared=begun.compared + count)
-            if progress is not None:
-                progress(begun)
-
-        increment = make_increment(checkpoint, pages, parent, limits, compared)
-        begun = replace(begun, compared=begun.to_compare)
-    if increment is not None and increment.layers:
-        checkpoint = increment.checkpoint
-        pages = find_pages(checkpoint.files, limits)
+        increment, begun = _compared(checkpoint, pages, parent, limits, progress)
+        if increment.layers:
+            checkpoint = increment.checkpoint
+            pages = find_pages(checkpoint.files, limits)
     reused = increment.layers if increment is not None else ()
     total = sum(file.inode.size for file in checkpoint.files if file.is_regular)
     with ExitStack() as stack, Publisher(target, replace(begun, total=total), progress) as publisher:
@@ -224,6 +215,26 @@ def push(
             Descriptor(OCI_MANIFEST, Digest.of(rootfs.raw), len(rootfs.raw)) if rootfs is not None else None,
             increment,
         )
+
+
+def _compared(
+    checkpoint: Checkpoint,
+    pages: Mapping[bytes, PagesFile],
+    parent: ParentImage,
+    limits: Limits,
+    progress: Callable[[Progress], None] | None,
+) -> tuple[Increment, Progress]:
+    """What `parent` can save, and how far that has brought the push."""
+    begun = Progress(to_compare=sum(described.file.inode.size for described in pages.values()))
+
+    def compared(count: int) -> None:
+        nonlocal begun
+        begun = replace(begun, compared=begun.compared + count)
+        if progress is not None:
+            progress(begun)
+
+    increment = make_increment(checkpoint, pages, parent, limits, compared)
+    return increment, replace(begun, compared=begun.to_compare)
 
 
 def open_base(checkpoint: Checkpoint, reference: str, open_source: OpenSource, options: PushOptions) -> BaseImage:

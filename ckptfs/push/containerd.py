@@ -5,17 +5,16 @@ the CRIU tar is checkpoint/, the rw layer rootfs-diff.tar, the config's JSON spe
 container_checkpoint_opts.go and core/images/mediatypes.go of containerd. Called by push/__init__.py.
 """
 
-import hashlib
 import io
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
-from ckptfs.errors import FormatError, IntegrityError
+from ckptfs.errors import FormatError
 from ckptfs.image.views import CONTAINERD_CONFIG, CRIU_TAR, index_entries, is_checkpoint_index, spec_of
 from ckptfs.layers.zstd_chunked_writer import Payload
 from ckptfs.model.annotations import BASE_NAME
-from ckptfs.model.blob import Blob
+from ckptfs.model.blob import Blob, HashedStream
 from ckptfs.model.oci import (
     ANNOTATION_REF_NAME,
     OCI_INDEX,
@@ -33,7 +32,6 @@ from ckptfs.settings import Settings
 from ckptfs.sources import Source
 
 _LAYER = "application/vnd.oci.image.layer.v1.tar"
-
 
 Found = tuple[list[CheckpointFile], Mapping[str, str]]
 
@@ -71,19 +69,9 @@ def nested(files: Sequence[CheckpointFile], work: Work, settings: Settings) -> F
     return None
 
 
-def raw_index(source: Source, work: Work, settings: Settings) -> tuple[list[CheckpointFile], Mapping[str, str]] | None:
-    """Files and annotations of an index of raw blobs in a layout; None when the source is an ordinary image."""
-    document = source.resolve()
-    for _ in range(settings.limits.index_depth):
-        if not isinstance(document, Index):
-            return None
-        if is_checkpoint_index(document.manifests):
-            return _flat(document.manifests, source.blob, 0, work, settings), _annotations(document)
-        if len(document.manifests) != 1:
-            return None
-        (only,) = document.manifests
-        document = parse_document(source.fetch(only), only.media_type)
-    return None
+def raw_blobs(index: Index, source: Source, work: Work, settings: Settings) -> Found:
+    """Files and annotations of the checkpoint whose raw blobs `index` lists."""
+    return _flat(index.manifests, source.blob, 0, work, settings), _annotations(index)
 
 
 def _flat(
@@ -127,13 +115,11 @@ def _content(blob: Blob) -> Payload:
 
 def _checked(blob: Blob) -> Iterator[bytes | memoryview]:
     """The blob in pieces, the last one only when all of them have the digest: nobody asks for more behind it."""
-    digest, arrived = blob.descriptor.digest, 0
-    hasher = hashlib.new(digest.algorithm)
-    for piece in blob.stream(0, blob.size):
-        hasher.update(piece)
+    pieces, arrived = HashedStream(blob), 0
+    for piece in pieces:
         arrived += len(piece)
-        if arrived == blob.size and hasher.hexdigest() != digest.hex:
-            raise IntegrityError(f"blob {digest} arrived with digest {digest.algorithm}:{hasher.hexdigest()}")
+        if arrived == blob.size:
+            pieces.check()
         yield piece
 
 

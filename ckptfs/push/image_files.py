@@ -7,13 +7,12 @@ digests here that say it is right. Blocks; no event loop, no cache.
 """
 
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Protocol, Self, cast
+from typing import BinaryIO, Protocol, Self
 
 from ckptfs.errors import CacheError, FormatError, IntegrityError
 from ckptfs.image.resolve import find_image
@@ -26,7 +25,7 @@ from ckptfs.model.oci import Manifest, parse_json
 from ckptfs.model.toc import Chunk, Extent, Inode, piece_of
 from ckptfs.model.tree import Tree
 from ckptfs.push.checkpoint_files import Checkpoint, CheckpointFile
-from ckptfs.push.spool import PiecesPayload, Spool
+from ckptfs.push.spool import PiecesPayload, Spool, nameless
 from ckptfs.settings import MiB, Settings
 from ckptfs.sources import Source
 
@@ -40,7 +39,7 @@ class LayerFiles:
 
     def __init__(self, blobs: Sequence[Blob], work: Path, settings: Settings, *, names_only: bool = False) -> None:
         """Scans all layers; streams are unpacked into `work`, unless only the names are asked for."""
-        self.tree = Tree()
+        self.tree = Tree(limits=settings.limits)
         self._stack = ExitStack()
         self._readers: list[_ChunkReader] = []
         try:
@@ -50,7 +49,7 @@ class LayerFiles:
                 self.tree.begin(rank)
                 reader: _ChunkReader
                 if layer.sequential and not names_only:
-                    reader = _Unpacked(self._stack.enter_context(_nameless(work)))
+                    reader = _Unpacked(self._stack.enter_context(nameless(work)))
                     self.tree.add(layer.scan(reader.keep), rank)
                     reader.complete()
                 else:
@@ -208,13 +207,6 @@ class _Unpacked:
     def chunk(self, extents: Sequence[Extent], index: int) -> bytes:
         chunk = extents[index].chunk
         return os.pread(self._spool, min(chunk.length, self._end - chunk.offset), chunk.offset)
-
-
-def _nameless(work: Path) -> BinaryIO:
-    try:
-        return cast("BinaryIO", tempfile.TemporaryFile(dir=work))
-    except OSError as error:
-        raise CacheError(f"cannot write to {work}: {error.strerror}", hint="name another --work-dir") from None
 
 
 def _full(error: OSError) -> CacheError:

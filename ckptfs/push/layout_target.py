@@ -4,7 +4,6 @@ image-spec image-layout.md. Writers that come at the same time wait for each oth
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import tempfile
@@ -13,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ckptfs.errors import CacheError, FormatError, IntegrityError
-from ckptfs.model.blob import Blob
+from ckptfs.errors import CacheError, FormatError
+from ckptfs.model.blob import Blob, HashedStream
 from ckptfs.model.oci import ANNOTATION_REF_NAME, OCI_INDEX, Descriptor, Digest, Reference, parse_json
 from ckptfs.push.target import Sent
 
@@ -46,14 +45,12 @@ class LayoutTarget:
         return False
 
     def put_blob(self, descriptor: Descriptor, blob: Blob, sent: Sent) -> None:
-        hasher = hashlib.new(descriptor.digest.algorithm)
+        pieces = HashedStream(blob)
         with _translated(self._top), self._new(self._path(descriptor.digest)) as file:
-            for piece in blob.stream(0, descriptor.size):
-                hasher.update(piece)
+            for piece in pieces:
                 file.write(piece)
                 sent(len(piece))
-            if hasher.hexdigest() != descriptor.digest.hex:
-                raise IntegrityError(f"blob {descriptor.digest} was read with digest sha256:{hasher.hexdigest()}")
+            pieces.check()
 
     def put_manifest(self, raw: bytes, media_type: str, tag: str) -> Digest:
         digest = Digest.of(raw)

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar, cast
 
 from ckptfs.errors import CacheError, FormatError
 from ckptfs.layers.compression import MAGIC_BYTES, sniff
@@ -24,15 +24,20 @@ T = TypeVar("T")
 _TAR = "application/vnd.oci.image.layer.v1.tar"
 
 
+def nameless(work: Path) -> BinaryIO:
+    """A file in the work directory that is gone once it is closed."""
+    try:
+        return cast("BinaryIO", tempfile.TemporaryFile(dir=work))
+    except OSError as error:
+        raise CacheError(f"cannot write to {work}: {error.strerror}", hint="name another --work-dir") from None
+
+
 class Spool(Blob):
     """Written by one thread, then read as a Blob by any; `descriptor` is set in between."""
 
     def __init__(self, work: Path) -> None:
         self._descriptor: Descriptor | None = None
-        try:
-            self._file = tempfile.TemporaryFile(dir=work, prefix="ckptfs-layer-")  # noqa: SIM115 (closed by `close`)
-        except OSError as error:
-            raise CacheError(f"cannot write to {work}: {error.strerror}", hint="name another --work-dir") from None
+        self._file = nameless(work)
 
     def write(self, data: bytes) -> None:
         try:

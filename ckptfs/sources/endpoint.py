@@ -78,23 +78,19 @@ class Endpoint:
         headers: Mapping[str, str] | None = None,
         body: Body | None = None,
         first_byte: float | None = None,
-        narrow: bool = False,
     ) -> tuple[Reply, Reach | None]:
         """The reply with one of the statuses `expect`, and how far its URL may reach if it came from elsewhere.
 
-        what    names the thing asked for, in messages. `body` may be sent more than once.
-        narrow  as in Transport.send.
+        `what` names the thing asked for, in messages. `body` may be sent more than once.
         """
         challenges = 0
         while True:
             authorization = self._authorizer.header(attempts) if Origin.of(url) == self.origin else None
             sent = {**(headers or {}), "Authorization": authorization} if authorization else headers
-            reply = self.transport.send(
-                method, url, attempts, headers=sent, body=body, first_byte=first_byte, narrow=narrow
-            )
+            reply = self.transport.send(method, url, attempts, headers=sent, body=body, first_byte=first_byte)
             elsewhere: Reach | None = None
             if reply.status in REDIRECTS and method in ("GET", "HEAD"):
-                reply, elsewhere = self._follow(reply, attempts, headers, authorization, narrow)
+                reply, elsewhere = self._follow(reply, attempts, headers, authorization)
             if reply.status in expect:
                 return reply, elsewhere
             with reply:
@@ -111,7 +107,7 @@ class Endpoint:
     def fetch(
         self, url: str, reach: Reach, attempts: Attempts, headers: Mapping[str, str], *, narrow: bool = False
     ) -> Reply:
-        """GET a URL that an earlier redirect named: anonymous, any status, no further redirects."""
+        """GET a URL that an earlier redirect named: anonymous, any status, no further redirects; see Transport.send."""
         return self.transport.send("GET", url, attempts, headers=headers, reach=reach, narrow=narrow)
 
     def _follow(
@@ -120,7 +116,6 @@ class Endpoint:
         attempts: Attempts,
         headers: Mapping[str, str] | None,
         authorization: str | None,
-        narrow: bool,
     ) -> tuple[Reply, Reach | None]:
         method = reply.where.split()[0]
         for _ in range(self.transport.settings.limits.redirects):
@@ -131,7 +126,7 @@ class Endpoint:
                 url, reach = self._territory.admit(location, reply.url)
             home = Origin.of(url) == self.origin
             sent = {**(headers or {}), "Authorization": authorization} if home and authorization else headers
-            reply = self.transport.send(method, url, attempts, headers=sent, reach=reach, narrow=narrow)
+            reply = self.transport.send(method, url, attempts, headers=sent, reach=reach)
             if reply.status not in REDIRECTS:
                 return reply, None if home else reach
         with reply:

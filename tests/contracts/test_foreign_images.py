@@ -21,13 +21,12 @@ from ckptfs.model.oci import OCI_MANIFEST, Descriptor, Digest, Manifest, Referen
 from ckptfs.settings import MiB, Settings
 from ckptfs.sources import Repository, open_source
 from ckptfs.telemetry import NetworkCounters
-from tests.contracts.test_side_documents import external_estargz, seekable
 from tests.support import soci
 from tests.support.blobs import TAR, BytesBlob, blob_of
 from tests.support.command import ckptfs, mounted
 from tests.support.docker_registry import DockerRegistry
 from tests.support.pushed import push_artifact, push_image, target
-from tests.support.side import index_of
+from tests.support.side import external_estargz, index_of, seekable
 from tests.support.tars import END, member
 from tests.support.tools import wait_for
 
@@ -134,7 +133,7 @@ def test_an_index_is_the_same_every_time(registry: DockerRegistry, tmp_path: Pat
 
 
 def test_images_that_need_no_index_say_so(registry: DockerRegistry, tmp_path: Path) -> None:
-    blob, _ = external_estargz("counter/k8s-estargz64k")
+    blob, _ = external_estargz()
     reference, _ = pushed(registry, "foreign/none", blob)
     done = ckptfs("index", reference, "--cache-dir", tmp_path)
     assert (done.code, done.out) == (0, "") and "needs no index" in done.err
@@ -207,7 +206,7 @@ def test_a_seek_table_is_found(registry: DockerRegistry, tmp_path: Path) -> None
 
 
 def test_an_external_estargz_table_is_found(registry: DockerRegistry, tmp_path: Path) -> None:
-    blob, document = external_estargz("counter/k8s-estargz64k")
+    blob, document = external_estargz()
     reference, _ = pushed(registry, "foreign/external", blob)
 
     async def names(image: OpenImage) -> int:

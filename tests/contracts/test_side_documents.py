@@ -4,58 +4,27 @@ import gzip
 import hashlib
 import json
 import random
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import xxhash
 import zstandard
 
 from ckptfs.errors import IntegrityError
 from ckptfs.layers.estargz import ExternalTable
-from ckptfs.layers.protocols import SideDocument
 from ckptfs.layers.soci import Ztoc
 from ckptfs.layers.zstd_seekable import read_seek_table
 from ckptfs.settings import KiB
 from tests.contracts.test_layers import CORPUS, PACKED, plain_tar
 from tests.support import golden, soci
 from tests.support.blobs import TAR, BytesBlob, ScannedLayer, blob_of, layout_layer
-from tests.support.side import SETTINGS, indexed, scanned
+from tests.support.side import SETTINGS, Made, external_estargz, indexed, scanned, seekable
 from tests.support.tars import END, member
-from tests.support.tocs import STARGZ, estargz_footer, sha256
+from tests.support.tocs import STARGZ, sha256
 from tests.support.tools import require, run
 from tests.support.trees import make_tree, tar_listing
 
-Made = tuple[BytesBlob, SideDocument]
 ITEMS = ("counter/k8s-zstd", "tree/k8s-gzip")
-
-
-def seekable(data: bytes, frame: int = 100_001, *, checksum: bool = True) -> bytes:
-    """facebook/zstd contrib/seekable_format/zstd_seekable_compression_format.md."""
-    packer = zstandard.ZstdCompressor()
-    frames, rows = [], []
-    for at in range(0, len(data), frame):
-        piece = data[at : at + frame]
-        frames.append(packer.compress(piece))
-        rows.append(struct.pack("<II", len(frames[-1]), len(piece)))
-        if checksum:
-            rows.append(struct.pack("<I", xxhash.xxh64_intdigest(piece) & 0xFFFFFFFF))
-    footer = struct.pack("<IBI", len(frames), 0x80 if checksum else 0, 0x8F92EAB1)
-    table = b"".join(rows) + footer
-    return b"".join(frames) + struct.pack("<II", 0x184D2A5E, len(table)) + table
-
-
-def external_estargz(item: str) -> Made:
-    """The corpus item without its table, which is what --estargz-external-toc writes."""
-    whole = layout_layer(CORPUS / f"{item}.oci")
-    offset = int(whole.data[-51:][16:32], 16)
-    footer = estargz_footer(0, b"SG\x11\x00STARGZEXTERNALTOC")
-    assert len(footer) == 46
-    annotations = dict(whole.descriptor.annotations)
-    blob = blob_of(whole.data[:offset] + footer, TAR + "+gzip", annotations)
-    table = whole.data[offset:-51]
-    return blob, ExternalTable(lambda: table, SETTINGS)
 
 
 def members(tar: bytes) -> bytes:
@@ -129,7 +98,7 @@ def test_a_real_image_equals_its_eager_extraction(item: str, maker: str) -> None
 
 @pytest.mark.row("F1")
 def test_estargz_with_its_table_in_another_image() -> None:
-    blob, document = external_estargz("counter/k8s-estargz64k")
+    blob, document = external_estargz()
     found = scanned(blob, document)
     expected = golden.load(CORPUS / "counter/k8s-estargz64k.golden.json")
     del expected["entries"]["stargz.index.json"]  # which such a layer does not have
@@ -146,7 +115,7 @@ def test_an_external_table_is_only_fetched_where_the_footer_says_so() -> None:
 
 
 def test_an_external_table_with_another_digest_is_refused() -> None:
-    blob, document = external_estargz("counter/k8s-estargz64k")
+    blob, document = external_estargz()
     other = {**blob.descriptor.annotations, STARGZ: sha256(b"another")}
     with pytest.raises(IntegrityError, match="table of contents"):
         scanned(blob_of(blob.data, TAR + "+gzip", other), document)

@@ -23,6 +23,7 @@ from tests.support.command import ckptfs
 from tests.support.producers import PRODUCER, PRODUCERS, deltas, nested_blobs, unpack
 from tests.support.push import push_to_layout
 from tests.support.stargz import estargz_of
+from tests.support.tars import tar_of
 from tests.support.tools import ROOT, require, run
 from tests.support.trees import layout_with
 from tests.support.views import Entries, show, under, without
@@ -30,6 +31,7 @@ from tests.support.views import Entries, show, under, without
 FURNITURE = ("stargz.index.json", "checkpoint/stargz.index.json")  # eStargz adds it, and an extraction shows it
 NOT_PUSHED = ("none",)  # `push` refuses what is no checkpoint
 WHITEOUT = {"type": "char", "mode": "0000", "uid": 0, "gid": 0, "mtime": 0, "size": 0, "nlink": 1, "rdev": [0, 0]}
+SKIPPABLE = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + bytes(4)  # RFC 8878, 3.1.2; pzstd begins with one
 IMPLIED = {"type": "dir", "mode": "0755", "uid": 0, "gid": 0, "mtime": 0}
 
 
@@ -282,6 +284,18 @@ def test_real_images_show_what_they_hold(tmp_path: Path) -> None:
             assert {p: shown.entries[p] for p in expected["entries"]} == expected["entries"]
         names = golden.load(PRODUCERS / f"{delta_of}.golden.json")["entries"].keys()
         assert {name for name in names if "/.wh." not in name} <= shown.under("rootfs-diff").keys()
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [bytes, gzip.compress, zstandard.compress, lambda data: SKIPPABLE + zstandard.compress(data)],
+    ids=["plain", "gzip", "zstd", "zstd of pzstd"],
+)
+def test_the_delta_may_be_compressed_by_any_tool(pack: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    delta = pack(tar_of({"etc/new": b"new"}))
+    files = {"config.dump": b"{}", "checkpoint/inventory.img": b"x", "rootfs-diff.tar": delta}
+    layout = layout_with(tmp_path / "image", [blob_of(tar_of(files))])
+    assert show(f"oci:{layout}:latest", tmp_path / "cache").under("rootfs-diff").keys() == {"etc", "etc/new"}
 
 
 def test_an_image_that_is_no_checkpoint_says_so(

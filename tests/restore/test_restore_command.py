@@ -16,6 +16,7 @@ from ckptfs.control.client import MountFiles
 from tests.support.blobs import TAR
 from tests.support.command import Result, ckptfs
 from tests.support.criu import Checkpoint
+from tests.support.disks import disk_of
 from tests.support.docker_registry import DockerRegistry
 from tests.support.fake_registry import FakeRegistry
 from tests.support.other_user import as_nobody
@@ -265,42 +266,37 @@ def test_a_stub_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
     container = {"checkpoint/inventory.img": b"x", "spec.dump": b"{}", "config.dump": b"{}", "rootfs-diff.tar": b"x"}
     layers = {"small": container, "large": {**container, "devshm-checkpoint.tar": bytes(1 << 20)}, "other": {"x": b""}}
     criu, out, cache = tmp_path / "criu", tmp_path / "out", ("--cache-dir", tmp_path / "cache")
-    for folder in (criu, out):
-        folder.mkdir()
-    run("mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", out)
-    try:
-        with FakeRegistry() as registry:
-            for tag, files in layers.items():
-                tar = b"".join(member(name.encode(), data) for name, data in files.items()) + END
-                registry.add_image("repo", tag, [(TAR, tar)])
+    criu.mkdir()
+    with disk_of(out, "size=128k"), FakeRegistry() as registry:
+        for tag, files in layers.items():
+            tar = b"".join(member(name.encode(), data) for name, data in files.items()) + END
+            registry.add_image("repo", tag, [(TAR, tar)])
 
-            def stub(tag: str, mount: str, name: str = "stub.tar") -> Result:
-                words = ["--out", out / name, "--mount", tmp_path / mount, "--criu-dir", criu]
-                return ckptfs("stub", registry.reference(f"repo:{tag}"), *words, *cache)
+        def stub(tag: str, mount: str, name: str = "stub.tar") -> Result:
+            words = ["--out", out / name, "--mount", tmp_path / mount, "--criu-dir", criu]
+            return ckptfs("stub", registry.reference(f"repo:{tag}"), *words, *cache)
 
-            def state() -> dict[Path, object]:
-                paths = sorted(path for folder in (criu, out) for path in folder.rglob("*"))
-                return {p: p.readlink() if p.is_symlink() else p.is_file() and p.read_bytes() for p in paths}
+        def state() -> dict[Path, object]:
+            paths = sorted(path for folder in (criu, out) for path in folder.rglob("*"))
+            return {p: p.readlink() if p.is_symlink() else p.is_file() and p.read_bytes() for p in paths}
 
-            assert (done := stub("small", "first")).code == 0, done.err
-            assert (out / "stub.tar").stat().st_mode & 0o777 == 0o600
-            first = state()
-            assert first[criu / "images"] == tmp_path / "first/checkpoint"
-            for tag, code, said in (
-                ("none", 3, "no tag 'none'"),
-                ("other", 7, "is not a checkpoint"),
-                ("large", 8, "new.tar cannot be written: No space left on device"),
-            ):
-                done = stub(tag, "second", "new.tar")
-                assert (done.code, state()) == (code, first) and said in done.line, done
-            assert "exists" in stub("small", "second").line and state() == first
-            assert (done := stub("small", "second", "new.tar")).code == 0, done.err
-            assert (criu / "images").readlink() == tmp_path / "second/checkpoint"
-            command = ["stub", registry.reference("repo:small"), "--out", "x.tar", "--mount", "/mnt"]
-            refused = as_nobody("ckptfs", *command, fuse=True)
-            assert (refused.returncode, refused.stderr[-13:]) == (8, ": --criu-dir\n")
-    finally:
-        run("umount", out)
+        assert (done := stub("small", "first")).code == 0, done.err
+        assert (out / "stub.tar").stat().st_mode & 0o777 == 0o600
+        first = state()
+        assert first[criu / "images"] == tmp_path / "first/checkpoint"
+        for tag, code, said in (
+            ("none", 3, "no tag 'none'"),
+            ("other", 7, "is not a checkpoint"),
+            ("large", 8, "new.tar cannot be written: No space left on device"),
+        ):
+            done = stub(tag, "second", "new.tar")
+            assert (done.code, state()) == (code, first) and said in done.line, done
+        assert "exists" in stub("small", "second").line and state() == first
+        assert (done := stub("small", "second", "new.tar")).code == 0, done.err
+        assert (criu / "images").readlink() == tmp_path / "second/checkpoint"
+        command = ["stub", registry.reference("repo:small"), "--out", "x.tar", "--mount", "/mnt"]
+        refused = as_nobody("ckptfs", *command, fuse=True)
+        assert (refused.returncode, refused.stderr[-13:]) == (8, ": --criu-dir\n")
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

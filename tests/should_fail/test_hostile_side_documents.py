@@ -28,10 +28,9 @@ from ckptfs.model.layer_index import (
 )
 from ckptfs.model.toc import Entry, Inode
 from ckptfs.settings import GiB, KiB, Limits, MiB, Settings
-from tests.contracts.test_side_documents import seekable
 from tests.support import soci
 from tests.support.blobs import TAR, BytesBlob, blob_of
-from tests.support.side import SETTINGS, index_of, scanned
+from tests.support.side import SETTINGS, index_of, scanned, seekable
 from tests.support.tars import END, member
 
 pytestmark = pytest.mark.row("M7")

@@ -1,7 +1,6 @@
 """CRIU images for tests: real ones unpacked from the corpus, and small ones written field by field.
 
-Owns the writing side of CRIU's format, which the product does not have. Called by tests of ckptfs/criu and
-ckptfs/inspection.
+The product writes pagemaps only (criu/increments.py). Called by tests of ckptfs/criu and ckptfs/inspection.
 """
 
 import gzip

@@ -19,11 +19,10 @@ from ckptfs.model.profile import decode_profile
 from ckptfs.model.toc_document import decode_toc, encode_toc
 from ckptfs.settings import Limits, Settings
 from ckptfs.sources.auth import parse_challenges
-from tests.contracts.test_side_documents import seekable
 from tests.should_fail.test_fuzz_layers import GOOD, scan
 from tests.support import soci
 from tests.support.blobs import TAR, ScannedLayer, blob_of
-from tests.support.side import index_of
+from tests.support.side import index_of, seekable
 from tests.support.tars import END, header, member
 from tests.support.tocs import entry, estargz, table, zstd_chunked
 from tests.unit.test_criu_hostile import PARSERS, consume, real_images

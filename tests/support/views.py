@@ -1,7 +1,5 @@
 """What a view shows, as a golden listing, without a mount: every name, every attribute and every byte."""
 
-import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,8 +89,3 @@ def without(entries: Entries, *directories: str) -> Entries:
         for path, entry in entries.items()
         if not any(path == top or path.startswith(f"{top}/") for top in directories)
     }
-
-
-def implied(paths: Iterable[str]) -> set[str]:
-    """Directories that paths lead through."""
-    return {os.path.dirname(path) for path in paths} - {""}

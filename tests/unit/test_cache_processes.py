@@ -189,6 +189,7 @@ def test_who_opens_a_cache_waits_until_it_is_cleared(path: Path, monkeypatch: py
         fcntl.flock(users, fcntl.LOCK_EX)
         monkeypatch.setattr(time, "sleep", lambda seconds: users.close())
         ChunkCache.open(path, size=SIZE).close()
+        assert users.closed
 
 
 def test_segments_that_vanish_are_misses(path: Path) -> None:

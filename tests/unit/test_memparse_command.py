@@ -129,7 +129,7 @@ def test_sizes_fetch_no_page_and_a_search_each_page_once(tmp_path: Path) -> None
 
 
 def test_a_search_that_takes_its_time_shows_progress_until_it_finds_something(tmp_path: Path) -> None:
-    with FakeRegistry({("blobs/", None): Trickle(0.2, 4096)}) as registry:
+    with FakeRegistry({("blobs/", None): Trickle(0.2, 32 * 1024)}) as registry:
         registry.add_layout(CORPUS / "counter" / "k8s-zstdchunked.oci", "repo")
         words = ("memparse", registry.reference("repo:latest"), "-s", "container=podman", "--cache-dir", tmp_path)
         with on_terminal(*words) as terminal:

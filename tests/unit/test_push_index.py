@@ -109,6 +109,21 @@ def test_what_goes_in_comes_out() -> None:
     assert index.contents == {blake3(CONTENT).digest(): CONTENT}
 
 
+def test_extended_attributes_are_judged_one_by_one() -> None:
+    """As in the tables of contents of the same layers, and by setxattr(2): a file may have many of the largest."""
+    largest = {b"user.%d" % number: bytes(Limits().xattr_bytes) for number in range(3)}
+
+    def decoded(xattrs: dict[bytes, bytes]) -> Inode | None:
+        file = IndexedFile(Entry(b"x", regular(0, xattrs=xattrs)))
+        return decode_index(encode_index([IndexedLayer(Digest.of(b"x"), 100, [file])])).layers[0].files[0].entry.inode
+
+    found = decoded(largest)
+    assert found is not None and found.xattrs == largest
+    for wrong in ({b"user.0": bytes(Limits().xattr_bytes + 1)}, {b"": b""}, {b"user.\0": b""}, {b"u" * 256: b""}):
+        with pytest.raises(FormatError, match="extended attribute"):
+            decoded(wrong)
+
+
 def test_the_same_layers_give_the_same_bytes() -> None:
     assert encode_index(layers()) == encode_index(copy.deepcopy(layers()))
 

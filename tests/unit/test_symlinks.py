@@ -7,6 +7,7 @@ import pytest
 from ckptfs.errors import FormatError
 from ckptfs.model.toc import Entry, Inode
 from ckptfs.model.tree import Tree
+from ckptfs.settings import Limits
 
 
 def layer(*entries: str) -> list[Entry]:
@@ -152,3 +153,12 @@ def test_the_root_of_a_layer_is_the_directory_that_it_is_shown_in() -> None:
 def test_a_link_that_leads_nowhere_good_is_refused(entries: tuple[str]) -> None:
     with pytest.raises(FormatError):
         unpacked(layer(*entries))
+
+
+def test_a_path_leads_through_as_many_links_as_the_limits_say() -> None:
+    tree = Tree(limits=Limits()._replace(path_links=1))
+    tree.begin(1)
+    tree.add(layer("usr/", "b -> usr", "a -> b", "b/x"), 1)
+    with pytest.raises(FormatError):
+        tree.add(layer("a/y"), 1)
+    assert shown(tree) == {"usr/", "b -> usr", "a -> b", "usr/x"}

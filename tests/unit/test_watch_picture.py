@@ -89,11 +89,12 @@ def test_many_mounts_get_a_line_each_and_dead_ones_too() -> None:
 
 
 def test_a_layer_store_has_images_and_no_end() -> None:
-    store = facts(images=[{"reference": "host/base:1", "image_bytes": 600}], view="layers")
-    del store["cached_bytes"]
+    image = {"reference": "host/base:1", "image_bytes": 600, "cached_bytes": 300}
+    store = facts(images=[image], view="layers", network={"bytes": 100})
     text = shown(store)
-    assert "host/base:1" in text and "600 B" in text and "a layer store" in text
-    assert "1 images, 1000 B" in line_of(store, Speeds())
+    assert "host/base:1" in text and "50 %" in text and "300 B of 600 B" in text and "a layer store" in text
+    line = line_of(store, Speeds())
+    assert "1 images  40 %  400 B of 1000 B" in line and "a layer store" in line
 
 
 def test_more_reads_than_there_is_room_for() -> None:
