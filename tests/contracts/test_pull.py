@@ -248,6 +248,7 @@ def _digest(registry: FakeRegistry) -> str:
         ("full", 2, "is not empty"),
         ("full/file", 2, "no directory"),
         ("missing/out", 2, "mkdir -p"),
+        ("two  words/out", 2, "two  words'"),
         ("link", 2, "no directory"),
         ("full/file/out", 2, "out"),
         ("/", 2, "/"),

@@ -258,6 +258,7 @@ def test_unmounting_what_is_not_ours_is_refused(tmp_path: Path) -> None:
         (["mount", "oci:{tmp}/nowhere", "{mnt}"], 3, "nowhere"),
         (["mount", "oci:{layout}:no-such-tag", "{mnt}"], 3, "no-such-tag"),
         (["mount", "oci:{layout}", "{tmp}/missing"], 8, "mkdir"),
+        (["mount", "oci:{layout}", "{tmp}/two  words"], 8, "two  words'"),
         (["mount", "oci:{layout}", "{layout}"], 8, "not empty"),
         (["mount", "oci:{layout}", "{layout}/index.json"], 8, "not a directory; name an empty directory"),
         (["mount", "oci:{layout}", "{mnt}", "--stats", "/nonexist/f"], 2, "/nonexist/f cannot be written"),
