@@ -216,6 +216,8 @@ def _check(target: Path) -> None:
         raise UsageError(f"{target} is a mount point", hint="name a new directory inside it")
     if next(os.scandir(target), None) is not None:
         raise UsageError(f"{target} is not empty", hint="name a new directory")
+    if os.path.samestat(found, os.stat(".")):  # who stands in it would stay in what was there before
+        raise UsageError(f"{target} is where you are", hint="name a new directory inside it")
 
 
 def _plain(name: bytes) -> None:

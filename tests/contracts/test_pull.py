@@ -264,6 +264,13 @@ def test_where_it_cannot_be_written(target: str, code: int, words: str, tmp_path
     assert (result.code, words in result.line) == (code, True), result.line
 
 
+def test_not_to_where_one_stands(tmp_path: Path) -> None:
+    """The new directory would take the name of the one that the user stays in, which is nowhere then."""
+    done = ckptfs("pull", f"oci:{LAYOUTS[0]}", ".", cwd=tmp_path)
+    assert (done.code, done.out) == (2, "") and "is where you are" in done.line
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     ("reference", "code"),
     [("oci:{tmp}/nowhere", 3), ("localhost:1/a:b", 5), ("nonsense", 2), ("{registry}/pull/nowhere:1", 3)],
