@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import stat
 from pathlib import Path
 
@@ -84,6 +85,15 @@ def test_a_dump_as_checkpointctl_prints_it(tmp_path: Path) -> None:
     lines = ckptfs("memparse", COUNTER, "--pid", 1, "--cache-dir", tmp_path).out.splitlines()
     assert lines[0] == "0000000000401000  48 83 ec 08 48 c7 c0 00 00 00 00 48 85 c0 74 02  |H...H......H..t.|"
     assert "*" in lines
+
+
+@pytest.mark.parametrize("option", ["-s", "-r"])
+def test_bytes_that_are_no_text(option: str, tmp_path: Path) -> None:
+    """What a shell hands on: `--search $'\xff'`."""
+    common = ["--limit", 5, "--json", "--cache-dir", tmp_path]
+    found = ckptfs("memparse", COUNTER, "-x", "ff ff ff ff", *common).json["matches"]
+    text = os.fsdecode(b"\xff\xff\xff\xff")
+    assert ckptfs("memparse", COUNTER, option, text, *common).json["matches"] == found != []
 
 
 @pytest.mark.parametrize(
