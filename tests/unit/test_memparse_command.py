@@ -63,6 +63,8 @@ def test_a_search_of_every_process_and_its_limit(tmp_path: Path) -> None:
     assert len(few["matches"]) == 3 and few["complete"] is False
     told = ckptfs("memparse", TREE, "-x", "00000000", "--limit", 3, "--cache-dir", tmp_path)
     assert len(told.out.splitlines()) == 3 and "stopped after 3 matches; raise --limit" in told.err
+    all_of_them = ckptfs("memparse", COUNTER, "-s", "container=podman", "--limit", "9" * 20, "--cache-dir", tmp_path)
+    assert all_of_them.code == 0 and len(all_of_them.out.splitlines()) == 1
     nothing = ckptfs("memparse", COUNTER, "-s", "no such words", "--cache-dir", tmp_path)
     assert (nothing.code, nothing.out) == (0, "") and nothing.err.startswith("no match\n")
 
