@@ -229,9 +229,8 @@ class _Runner:
 
     def _sample(self, flow: str, number: int, rtt: float, rate: float, values: dict[str, float]) -> None:
         self.results.add(Sample("image", flow, number, _conditions(rtt, rate), values))
-        self.say(
-            f"{_link(rtt, rate)}: {flow}: process could run after {values['start']:.2f} s, all read after {values['all']:.2f} s"
-        )
+        start, every = values["start"], values["all"]
+        self.say(f"{_link(rtt, rate)}: {flow}: process could run after {start:.2f} s, all read after {every:.2f} s")
 
     def _series(self, flow: str, rtt: float, rate: float, watcher: Watcher, marks: dict[str, float]) -> None:
         self.results.add(Series("image", flow, _conditions(rtt, rate), Watcher.columns, watcher.points, marks))
