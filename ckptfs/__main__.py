@@ -5,6 +5,7 @@ every start: half a second is all it waits, so nothing is imported for that.
 """
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ def main() -> None:
 
 def _run(*program: str) -> NoReturn:
     _open_closed_streams()
+    _print_names_as_they_are()
     begins_daemon = sys.argv[1:2] in (["mount"], ["restore"]) and _NO_DAEMON.isdisjoint(sys.argv)
     try:
         if begins_daemon:
@@ -54,6 +56,12 @@ def _open_closed_streams() -> None:
     sys.stdin = sys.stdin or os.fdopen(0, encoding="utf-8", closefd=False)
     sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8", closefd=False)
+
+
+def _print_names_as_they_are() -> None:
+    """Names of files need not be UTF-8: what os.fsdecode has made of them is printed as the bytes that they are."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")
 
 
 def checkpointctl_plugin() -> None:

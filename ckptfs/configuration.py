@@ -27,7 +27,9 @@ def parse_size(value: Any) -> int:
     """`512M`, `10GiB`, 1048576: bytes, powers of 1024. ValueError."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", value.strip().lower()) if _is_text(value) else None
+    match = (
+        re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", value.strip().lower()) if _is_text(value) else None
+    )
     if not match:
         raise ValueError(f"{value!r} is not a size; write for example 512M or 10G")
     return int(float(match[1]) * _UNITS[match[2]])

@@ -12,6 +12,7 @@ import gc
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
@@ -140,7 +141,8 @@ def umount(directory: str, *, force: bool = False) -> None:
     mounted = mount_at(path)
     files = MountFiles.of(path)
     if mounted is not None and not mounted.ours:
-        raise MountError(f"{path} is a {mounted.fstype} mount, not one of ckptfs", hint=f"run: umount {path}")
+        how = f"run: umount {shlex.quote(path)}"
+        raise MountError(f"{path} is a {mounted.fstype} mount, not one of ckptfs", hint=how)
     if not force and mounted is not None and (above := overlays_over(path)):
         raise MountError(
             f"{path} is in use: it is below {len(above)} overlay mounts, the first on {above[0]}",
@@ -201,7 +203,7 @@ def statuses(directory: str | None, *, detail: bool = False) -> list[dict[str, A
         try:
             found.append({**_UNKNOWN, **ask(files, "status", detail=detail)})
         except UnavailableError:
-            hint = f"dead; run: ckptfs umount {state['mountpoint']}"
+            hint = f"dead; run: ckptfs umount {shlex.quote(state['mountpoint'])}"
             left = mount_at(state["mountpoint"])
             if left is None:
                 files.remove()
@@ -243,7 +245,8 @@ class _Lock:
                 os.close(self.fd)
                 if error.errno not in (errno.EAGAIN, errno.EACCES):
                     raise
-                raise MountError(f"{self.path} is mounted already", hint=f"run: ckptfs umount {self.path}") from None
+                how = f"run: ckptfs umount {shlex.quote(self.path)}"
+                raise MountError(f"{self.path} is mounted already", hint=how) from None
             if self._current():
                 return self
             os.close(self.fd)  # its last holder has removed the file in between

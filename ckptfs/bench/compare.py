@@ -229,10 +229,8 @@ class _Runner:
 
     def _sample(self, flow: str, number: int, rtt: float, rate: float, values: dict[str, float]) -> None:
         self.results.add(Sample("image", flow, number, _conditions(rtt, rate), values))
-        link = f"{rtt * 1000:g} ms, {rate / 1e6:g} Mbit/s"
-        self.say(
-            f"{link}: {flow}: process could run after {values['start']:.2f} s, all read after {values['all']:.2f} s"
-        )
+        start, every = values["start"], values["all"]
+        self.say(f"{_link(rtt, rate)}: {flow}: process could run after {start:.2f} s, all read after {every:.2f} s")
 
     def _series(self, flow: str, rtt: float, rate: float, watcher: Watcher, marks: dict[str, float]) -> None:
         self.results.add(Series("image", flow, _conditions(rtt, rate), Watcher.columns, watcher.points, marks))
@@ -245,7 +243,7 @@ def _figures(results: ResultFile, wanted: Comparison) -> Iterator[Figure]:
         for fact in results.facts:
             if isinstance(fact, Sample) and fact.conditions == _conditions(rtt, rate):
                 runs.setdefault(fact.flow, []).append(fact)
-        link = f"{rtt * 1000:g} ms, {rate / 1e6:g} Mbit/s"
+        link = _link(rtt, rate)
         peer: dict[str, Any] = {}
         for flow in (_SKOPEO, _PULL):  # the last one there is what the lazy ways are compared with
             if flow in runs:
@@ -269,6 +267,10 @@ def _existing(directory: Path, steps: tuple[Step, ...]) -> tuple[Step, ...]:
         tuple(tuple(piece for piece in stream if (directory / piece.path).exists()) for stream in step)
         for step in steps
     )
+
+
+def _link(rtt: float, rate: float) -> str:
+    return f"{rtt * 1000:g} ms, {rate / 1e6:g} Mbit/s" if rate else f"{rtt * 1000:g} ms, no cap"
 
 
 def _conditions(rtt: float, rate: float) -> dict[str, str | float]:

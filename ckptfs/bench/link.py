@@ -28,6 +28,7 @@ from ckptfs.errors import UnavailableError, UsageError
 
 _RECEIVE_BYTES = 256 * 1024
 _MOST_WAIT = 3600.0
+_NUMBER = r"[0-9]{1,12}(?:\.[0-9]*)?|\.[0-9]+"
 _UNITS = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}
 
 
@@ -250,7 +251,7 @@ class _Proxy:
 
 def seconds(text: str) -> float:
     """A time such as "20ms" or "0.5s"; no unit means seconds."""
-    match = re.fullmatch(r"([0-9.]+) ?(ms|s|)", text)
+    match = re.fullmatch(rf"({_NUMBER}) ?(ms|s|)", text)
     if not match:
         raise UsageError(f"{text!r} is not a time", hint="write it like 20ms")
     return float(match[1]) * (0.001 if match[2] == "ms" else 1.0)
@@ -258,7 +259,7 @@ def seconds(text: str) -> float:
 
 def bits_per_second(text: str) -> float:
     """A rate such as "200Mbit", "1Gbit" or "0" for no cap."""
-    match = re.fullmatch(r"([0-9.]+) ?([kKMG]?)(?:bit(?:/s)?)?", text)
+    match = re.fullmatch(rf"({_NUMBER}) ?([kKMG]?)(?:bit(?:/s)?)?", text)
     if not match:
         raise UsageError(f"{text!r} is not a rate", hint="write it like 200Mbit")
     return float(match[1]) * _UNITS[match[2]]

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from threading import Event
 from typing import NamedTuple
 
 from ckptfs.criu.restore_plan import PageRun, RestorePlan, Stage, plan_restore
-from ckptfs.errors import FormatError
+from ckptfs.errors import FormatError, NotFoundError, UnavailableError
 from ckptfs.settings import MiB
 
 _PIECE = (
@@ -61,7 +61,8 @@ def reading_of(directory: Path, *, lazy: bool) -> Reading:
     sizes = {path.name: path.stat().st_size for path in images.iterdir() if path.is_file()}
 
     def read(name: str) -> bytes | None:
-        return (images / name).read_bytes() if name in sizes else None
+        with _translated(name):
+            return (images / name).read_bytes() if name in sizes else None
 
     plan = plan_restore(read, sizes, lazy=lazy)
     start = (_metadata(plan, sizes), *(_step(stage) for stage in plan.stages if stage.name != "transfer"))
@@ -72,14 +73,18 @@ def reading_of(directory: Path, *, lazy: bool) -> Reading:
 def recorded_reading(trace: Path) -> Reading:
     """A trace of accesses: JSON lines with path, offset and length, in their order. FormatError for other lines."""
     pieces = []
-    for number, line in enumerate(trace.read_text().splitlines(), 1):
+    for number, line in enumerate(trace.read_text(errors="replace").splitlines(), 1):
         try:
             value = json.loads(line)
             pieces.append(Piece(str(value["path"]), int(value["offset"]), int(value["length"])))
-        except (ValueError, KeyError, TypeError):
+            if min(pieces[-1].offset, pieces[-1].length) < 0:
+                raise ValueError
+        except (ValueError, KeyError, TypeError, OverflowError):
             raise FormatError(
                 f"{trace}, line {number} is no access", hint='write lines like {"path": …, "offset": 0, "length": 4096}'
             ) from None
+    if not pieces:
+        raise NotFoundError(f"{trace} has no reads", hint="it is complete when the mount has ended")
     return Reading(f"the trace {trace.name}", ((tuple(pieces),),))
 
 
@@ -96,7 +101,7 @@ def whole_files(directory: Path) -> Stream:
 
 
 def replay(directory: Path, steps: Sequence[Step]) -> int:
-    """Reads the steps; returns the number of bytes that came. OSError where a file is not there or cannot be read."""
+    """Reads the steps; returns how many bytes came. NotFoundError, UnavailableError where a file cannot be read."""
     count, over = 0, Event()
     for step in steps:
         if len(step) == 1:
@@ -118,13 +123,14 @@ def _replay_stream(directory: Path, stream: Stream, over: Event | None = None) -
         for path, offset, length in _pieces(stream):
             if over is not None and over.is_set():
                 break
-            if path not in opened:
-                if len(opened) == 64:  # as many files as criu has open; a tree may have thousands
-                    stack.close()
-                    opened.clear()
-                opened[path] = os.open(directory / path, os.O_RDONLY)
-                stack.callback(os.close, opened[path])
-            count += os.preadv(opened[path], [buffer[:length]], offset)
+            if path not in opened and len(opened) == 64:  # as many files as criu has open; a tree may have thousands
+                stack.close()
+                opened.clear()
+            with _translated(path):
+                if path not in opened:
+                    opened[path] = os.open(directory / path, os.O_RDONLY)
+                    stack.callback(os.close, opened[path])
+                count += os.preadv(opened[path], [buffer[:length]], offset)
     return count
 
 
@@ -148,3 +154,15 @@ def _stream(runs: Iterable[PageRun]) -> Stream:
 
 def _bytes(step: Step) -> int:
     return sum(piece.length for stream in step for piece in stream)
+
+
+@contextmanager
+def _translated(path: str) -> Iterator[None]:
+    """OSError into what it means for who measures: a mount gives EIO where its registry does not answer."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise NotFoundError(f"the image has no {path}", hint="was the trace recorded on a mount of it?") from None
+    except OSError as error:
+        hint = "is the registry there? `ckptfs ls REF` must work"
+        raise UnavailableError(f"{path} cannot be read: {error.strerror}", hint=hint) from None

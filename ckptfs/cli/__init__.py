@@ -136,7 +136,7 @@ def _run(arguments: list[str], program: str) -> int:
 def fail(message: str, code: int) -> int:
     """One line, whatever is in the message."""
     try:
-        click.echo(f"ckptfs: {redact(' '.join(message.split()))}", err=True)
+        click.echo(f"ckptfs: {redact(' '.join(line.strip() for line in message.splitlines()))}", err=True)
     except OSError:  # the exit code is all that is left to tell
         _silence(sys.stderr)
     return code

@@ -167,7 +167,7 @@ async def _export(image: Any, node: Any, target: Path, path: str, directories: l
             await _copy(image, node, path, out)
         _dress(target, inode)
     else:
-        click.echo(f"left out: {path} (a device or a pipe)", err=True)
+        click.echo(f"left out: {printable(path)} (a device or a pipe)", err=True)
 
 
 def _dress(target: Path, inode: Any) -> None:

@@ -179,8 +179,13 @@ def _opened(cache_dir: Path | None, verbose: int, quiet: bool) -> "Iterator[Chun
     from ckptfs.engine.cache import ChunkCache
 
     path = cache_dir or default_cache_dir()
-    if not path.exists():
-        raise NotFoundError(f"there is no cache in {path}", hint="a mount makes it; --cache-dir names another")
+    try:
+        path.stat()
+    except FileNotFoundError:
+        hint = "a mount makes it; --cache-dir names another"
+        raise NotFoundError(f"there is no cache in {path}", hint=hint) from None
+    except OSError:
+        pass  # opening it says what to do
     with ChunkCache.open(path, size=current_configuration().values["cache_size"].value) as found:
         yield found
 

@@ -4,15 +4,16 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from ckptfs.cli.opening import image_options, with_image
 from ckptfs.cli.options import make_settings, reference_argument
-from ckptfs.cli.restore import STORE, base_options
+from ckptfs.cli.restore import STORE, base_options, require_one_base
 from ckptfs.errors import CkptfsError, NotFoundError
 from ckptfs.model.oci import Reference
+from ckptfs.terminal import printable
 
 if TYPE_CHECKING:
     from ckptfs.image import OpenImage
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 @image_options
 def check(
     reference: Reference,
-    runtime: str,
+    runtime: Literal["auto", "runc", "crun", "criu"],
     engine: str | None,
     lazy_pages: bool,
     base: Reference | str | None,
@@ -46,8 +47,15 @@ def check(
     ckptfs check localhost:5000/counter:1
     ckptfs check localhost:5000/counter:1 --engine podman --json
     """
+    require_one_base(base, rootfs)
+    from ckptfs.mounting import MountRequest
     from ckptfs.restore import checking
+    from ckptfs.restore.flow import RestoreRequest
+    from ckptfs.restore.keeper import engine_of
 
+    store, base_image = (base, None) if isinstance(base, str) else ("", base)
+    wanted = MountRequest(reference, "", 0.0)
+    engine_of(RestoreRequest(wanted, runtime=runtime, engine=engine, base=base_image, image_store=store, rootfs=rootfs))
     settings = make_settings()
     found = list(checking.tools(runtime, engine))
     if next(one.ok for one in found if one.subject == "criu"):
@@ -71,7 +79,7 @@ def check(
     else:
         for one in found:
             mark = click.style("ok", fg="green") if one.ok else click.style("no", fg="red", bold=True)
-            click.echo(f"{mark}  {one.subject:13} {one.detail}" + ("" if one.ok else f"; {one.hint}"))
+            click.echo(f"{mark}  {one.subject:13} {printable(one.detail)}" + ("" if one.ok else f"; {one.hint}"))
     return bad[0].error.exit_code if bad else 0
 
 
@@ -98,7 +106,7 @@ def _base(
     settings = make_settings()
     hint = f"name it: --base REF, --base {STORE}IMAGE, or --rootfs DIR"
     if rootfs is not None:
-        ok = rootfs.is_dir()
+        ok = os.path.isdir(rootfs)
         return Finding("base image", ok, f"{rootfs} is {'a' if ok else 'no'} directory", hint, NotFoundError)
     if isinstance(base, str):
         name = base.removeprefix(STORE)

@@ -1,6 +1,7 @@
 """ckptfs memparse: the memory of checkpointed processes, read and searched where it lies."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -173,7 +174,7 @@ def _search(
                     yield match
         progress.printing()
 
-    first = islice(matches(), limit)
+    first = islice(matches(), min(limit, sys.maxsize))
     found = [match.to_json() for match in first] if as_json else []
     count = len(found) if as_json else print_matches(console(), first)
     if not as_json and count in (0, limit):

@@ -17,6 +17,7 @@ from ckptfs.cli.options import (
     verify_option,
     view_options,
 )
+from ckptfs.errors import UsageError
 from ckptfs.model.oci import Reference
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ def mount(
     configure_logging(verbose, quiet)
     from ckptfs import mounting
 
+    if publish_index and reference.kind != "registry":
+        raise UsageError(f"{reference} has no registry to keep an index", hint="leave --publish-index out")
     if stats is not None:
         from ckptfs.cli.output import require_writable
 

@@ -7,6 +7,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,21 @@ def appearing(target: Path) -> Iterator[Path]:
 def create(path: Path) -> int:
     """A new file that only its owner can read, open for writing."""
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
+def write(path: Path, data: bytes) -> None:
+    """In place of what is there; after an error, which becomes one for the user, nothing is there."""
+    try:
+        with open(path, "wb") as file:
+            try:
+                file.write(data)
+                file.flush()
+            except OSError:
+                if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    path.unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise _unwritable(path, error) from None
 
 
 def require_writable(path: Path) -> None:

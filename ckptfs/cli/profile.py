@@ -91,7 +91,7 @@ def record(
         raise UsageError("both --from and a COMMAND", hint="give one of them")
     if not recordings and not (reference and command):
         raise UsageError("nothing to record", hint="give REF -- COMMAND..., or --from FILE")
-    from ckptfs.cli.output import require_writable
+    from ckptfs.cli.output import require_writable, write
     from ckptfs.model.profile import encode_profile, merged
     from ckptfs.mounting import MountRequest, command_start
 
@@ -123,10 +123,7 @@ def record(
             "nothing was read out of sequence",
             hint="COMMAND has to restore from {}, where REF is mounted; pages read from front to back need no profile",
         )
-    try:
-        path.write_bytes(encode_profile(result) + b"\n")
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}", hint="name another with --out") from None
+    write(path, encode_profile(result) + b"\n")
     click.echo(path)
     if not quiet:
         click.echo(_sentence(result), err=True)
@@ -223,6 +220,7 @@ def plot(reads: Path, out: Path, verbose: int, quiet: bool) -> None:
     configure_logging(verbose, quiet)
     from ckptfs.bench.charts import require_plots
     from ckptfs.bench.trace import read_trace, trace_page, trace_svg
+    from ckptfs.cli.output import write
 
     if out.suffix not in (".html", ".svg"):
         raise UsageError(f"{out} is neither .html nor .svg", hint="the end of its name says what is written")
@@ -234,10 +232,8 @@ def plot(reads: Path, out: Path, verbose: int, quiet: bool) -> None:
         raise UsageError(f"{reads} cannot be read: {error.strerror}", hint="`mount --record` writes it") from None
     if not trace:
         raise NotFoundError(f"{reads} has no reads", hint="it is complete when the mount has ended")
-    try:
-        out.write_text(trace_page(trace, f"Reads of {reads.name}") if out.suffix == ".html" else trace_svg(trace))
-    except OSError as error:
-        raise UsageError(f"{out} cannot be written: {error.strerror}", hint="name another file") from None
+    title = f"Reads of {printable(reads.name)}"
+    write(out, (trace_page(trace, title) if out.suffix == ".html" else trace_svg(trace)).encode())
     click.echo(out)
 
 
@@ -285,8 +281,14 @@ def _read_profile(file: Path, limits: Limits) -> "Profile":
 
 def _load(source: str, plain_http: bool) -> "Profile":
     limits = make_settings().limits
-    if Path(source).is_file():
-        return _read_profile(Path(source), limits)
+    path = Path(source)
+    try:
+        if path.is_file():
+            return _read_profile(path, limits)
+    except OSError as error:
+        from ckptfs.sources.files import translated
+
+        raise translated(error, path) from None
     from ckptfs.image.profiles import attached
 
     reference = RegistryReference().convert(source, None, None)

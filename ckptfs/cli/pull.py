@@ -17,7 +17,7 @@ from ckptfs.cli.options import (
 )
 from ckptfs.model.oci import Reference
 from ckptfs.telemetry import NetworkCounters
-from ckptfs.terminal import size_text
+from ckptfs.terminal import printable, size_text
 
 
 @click.command()
@@ -94,7 +94,7 @@ def pull(
     if quiet:
         return
     for sentence in result.left_out:
-        click.echo(f"left out: {sentence}", err=True)
+        click.echo(f"left out: {printable(sentence)}", err=True)
     if result.omitted > len(result.left_out):
         click.echo(f"left out: {result.omitted - len(result.left_out)} more", err=True)
     fetched = f"fetched {size_text(counters.bytes)} in {counters.requests} requests, " if counters.requests else ""

@@ -1,6 +1,7 @@
 """ckptfs restore."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,12 @@ def base_options(function: F) -> F:
     return click.option(
         "--base", type=BaseImage(), help=f"The base image: a REF, or {STORE}IMAGE for one that podman has."
     )(function)
+
+
+def require_one_base(base: Reference | str | None, rootfs: Path | None) -> None:
+    """UsageError where both options were given."""
+    if base is not None and rootfs is not None:
+        raise UsageError("--base and --rootfs name the same thing", hint="give one of them")
 
 
 @click.command()
@@ -106,9 +113,8 @@ def restore(
     ckptfs restore localhost:5000/counter:1 --engine podman --name counter
     """
     configure_logging(verbose, quiet)
-    if base is not None and rootfs is not None:
-        raise UsageError("--base and --rootfs name the same thing", hint="give one of them")
-    if rootfs is not None and not rootfs.is_dir():
+    require_one_base(base, rootfs)
+    if rootfs is not None and not os.path.isdir(rootfs):
         raise NotFoundError(f"the base root file system {rootfs} is no directory", hint="name one with --rootfs DIR")
     from ckptfs.mounting import MountRequest, command_start
     from ckptfs.restore import keeper
@@ -135,9 +141,9 @@ def restore(
         keep=keep,
         base=base if isinstance(base, Reference) else None,
         image_store=base.removeprefix(STORE) if isinstance(base, str) else "",
-        rootfs=rootfs,
+        rootfs=rootfs.absolute() if rootfs is not None else None,  # who stays with --detach works in /
         binds=_pairs(binds),
-        network=network,
+        network=os.path.abspath(network) if network else "",
         extra=extra,
         directory=directory.absolute() if directory is not None else None,
         output=None if detach else (2, 2) if as_json else (1, 2),
@@ -152,10 +158,10 @@ def restore(
 def _pairs(binds: tuple[str, ...]) -> dict[str, str]:
     found = {}
     for text in binds:
-        destination, equals, source = text.partition("=")
-        if not equals or not destination.startswith("/"):
+        destination, _, source = text.partition("=")
+        if not source or not destination.startswith("/"):
             raise UsageError(f"--bind {text!r} is not DEST=SOURCE", hint="for example --bind /data=/srv/data")
-        found[destination] = source
+        found[destination] = os.path.abspath(source)
     return found
 
 

@@ -63,10 +63,10 @@ def status(
 
 def _show(facts: dict[str, Any]) -> None:
     if "state" in facts:
-        click.echo(f"{facts['mountpoint']}  {facts.get('reference', '')}  {facts['state']}")
+        click.echo("  ".join(printable(facts.get(name, "")) for name in ("mountpoint", "reference", "state")))
         return
     network, reads = facts["network"], facts["reads"]
-    click.echo(f"{facts['mountpoint']}  {facts['reference']}")
+    click.echo(f"{printable(facts['mountpoint'])}  {printable(facts['reference'])}")
     for image in facts.get("images", ()):  # of a layer store
         size, users = size_text(image["image_bytes"]), image["users"]
         click.echo(f"  image    {image['reference']} ({image['layers']} layers, {size}, {users} users)")
@@ -89,7 +89,7 @@ def _show(facts: dict[str, Any]) -> None:
     if facts["metrics"]:
         click.echo(f"  metrics  http://{facts['metrics']}/metrics")
     for error in facts["errors"][-3:]:
-        click.echo(f"  error    {error}")
+        click.echo(f"  error    {safe(error)}")
 
 
 def place_of(read: dict[str, Any]) -> str:

@@ -88,7 +88,7 @@ class Speeds:
 def line_of(facts: Facts, speeds: Speeds) -> str:
     """A mount in one line."""
     if "state" in facts:
-        return f"{safe(facts['mountpoint'])}  {facts['state']}"
+        return f"{safe(facts['mountpoint'])}  {safe(facts['state'])}"
     reads = facts["reads"]
     parts = [
         safe(facts["mountpoint"]),

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import socket
 import time
 from collections.abc import Iterator
@@ -62,7 +63,8 @@ def ensure_runtime_dir() -> Path:
     except OSError as error:
         raise MountError(f"{directory} cannot be made: {error.strerror}") from None
     if directory.is_symlink() or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-        raise MountError(f"{directory} must be a directory of mode 0700 that you own", hint=f"run: rm -r {directory}")
+        how = f"run: rm -r {shlex.quote(str(directory))}"
+        raise MountError(f"{directory} must be a directory of mode 0700 that you own", hint=how)
     return directory
 
 

@@ -27,7 +27,7 @@ def require_inherited(fd: int) -> None:
     try:
         given = not fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
         given &= fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
-    except OSError:
+    except (OSError, OverflowError):
         given = False
     if not given:
         raise UsageError(f"descriptor {fd} is not open for writing", hint="--ready-fd names one that you have opened")

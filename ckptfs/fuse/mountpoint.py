@@ -5,6 +5,7 @@ Reads /proc/self/mountinfo and never touches the file system in question, so a h
 
 import errno
 import os
+import shlex
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
@@ -110,7 +111,7 @@ def prepare(path: str) -> None:
     mount = mount_at(path)
     if mount is not None and mount.ours:
         if not is_dead(path):
-            raise MountError(f"{path} is mounted already", hint=f"run: ckptfs umount {path}")
+            raise MountError(f"{path} is mounted already", hint=f"run: ckptfs umount {shlex.quote(path)}")
         detach(path)
         mount = mount_at(path)
     if mount is not None:
@@ -119,7 +120,7 @@ def prepare(path: str) -> None:
         if not os.path.isdir(path):
             if os.path.lexists(path):
                 raise MountError(f"the mount point {path} is not a directory", hint="name an empty directory")
-            raise MountError(f"the mount point {path} does not exist", hint=f"run: mkdir -p {path}")
+            raise MountError(f"the mount point {path} does not exist", hint=f"run: mkdir -p {shlex.quote(path)}")
         if os.listdir(path):
             raise MountError(f"the mount point {path} is not empty", hint="name an empty directory")
     except OSError as error:

@@ -23,6 +23,7 @@ from ckptfs.model.node import Node
 from ckptfs.model.toc import Inode
 from ckptfs.model.tree import OPAQUE_XATTR
 from ckptfs.settings import Limits, MiB
+from ckptfs.terminal import printable
 
 _FOREVER = 3600.0 * 24 * 365  # seconds; as nydus does: nothing ever changes under a pinned digest
 _BLOCK = 512
@@ -71,11 +72,11 @@ class Operations(Answering):
             number, offset, size = arguments
             handle = self._handles[number]
             handle.path = handle.path or self.names.path(handle.inode.ino)
-            return os.fsdecode(handle.path), f" at {offset} ({min(size, handle.inode.size - offset)} bytes)"
+            return printable(os.fsdecode(handle.path)), f" at {offset} ({min(size, handle.inode.size - offset)} bytes)"
         path = self.names.path(arguments[0] - self._base)
         if operation == "lookup":
             path = path + b"/" + arguments[1] if path else arguments[1]
-        return os.fsdecode(path or b"/"), ""
+        return printable(os.fsdecode(path or b"/")), ""
 
     # -- for the session -----------------------------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ from ckptfs.model.annotations import PARENT
 from ckptfs.model.blob import Blob
 from ckptfs.model.index import ImageIndex, IndexedLayer
 from ckptfs.model.node import Node
-from ckptfs.model.oci import Descriptor, Manifest, Reference
+from ckptfs.model.oci import INDEX_TYPES, Descriptor, Manifest, Reference
 from ckptfs.model.parents import parent_link
 from ckptfs.model.toc import Entry, Inode
 from ckptfs.model.tree import Tree
@@ -151,10 +151,11 @@ async def _unnest(image: OpenImage) -> None:
         if is_checkpoint_index(entries):
             blobs = entries
             break
-        index = _blob_node(raw, entries[0]) if entries else None
+        index = _blob_node(raw, entries[0]) if entries and entries[0].media_type in INDEX_TYPES else None
     if not blobs:
         image.layout = Layout.NONE
-        _is_none(image, f"the OCI layout inside {image.resolved.reference} holds no checkpoint")
+        what = "is not a checkpoint but an OCI layout, whose images are oci:DIR when it is unpacked"
+        _is_none(image, f"{image.resolved.reference} {what}")
         return
     tree = image.show_new_tree()
     for descriptor in blobs:

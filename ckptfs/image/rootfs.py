@@ -67,7 +67,9 @@ async def base_directories(image: OpenImage, open_source: OpenSource | None, bas
             layers = list(resolved.manifest.layers)
         return await trio.to_thread.run_sync(_names, source, layers, image.options.settings, abandon_on_cancel=True)
     except CkptfsError as error:
-        log.warning("directories above the delta are shown as root's, 0755: %s", error)
+        told = f"directories above the delta are shown as root's, 0755: {error}"
+        log.warning("%s", told)
+        image.errors.append(told)  # a daemon says nothing, and whoever named the base thinks that it counts
         return None
 
 

@@ -4,6 +4,7 @@ Pages that were never dumped read as zeros; only the pages asked for are fetched
 where pages lie is criu/memory's.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -141,16 +142,16 @@ class Match:
 
 
 def text_pattern(text: str) -> re.Pattern[bytes]:
-    """Search for a string, encoded as UTF-8."""
+    """Search for a string: the bytes that it has on the command line."""
     if not text:
         raise UsageError("nothing to search for")
-    return re.compile(re.escape(text.encode()))
+    return re.compile(re.escape(os.fsencode(text)))
 
 
 def regex_pattern(expression: str) -> re.Pattern[bytes]:
     """Search for a regular expression over bytes. UsageError where it is none, or matches nothing at all."""
     try:
-        pattern = re.compile(expression.encode())
+        pattern = re.compile(os.fsencode(expression))
     except re.error as error:
         raise UsageError(f"{expression!r} is not a regular expression: {error}") from None
     if pattern.match(b""):

@@ -9,6 +9,7 @@ from several threads.
 import errno
 import os
 import secrets
+import shlex
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -204,7 +205,8 @@ def _check(target: Path) -> None:
         found = os.lstat(target)
     except FileNotFoundError:
         if not target.parent.is_dir():
-            raise UsageError(f"there is no directory {target.parent}", hint=f"run: mkdir -p {target.parent}") from None
+            how = f"run: mkdir -p {shlex.quote(str(target.parent))}"
+            raise UsageError(f"there is no directory {target.parent}", hint=how) from None
         return
     except OSError as error:
         raise UsageError(f"{target}: {error.strerror}", hint="name a new directory") from None
@@ -214,6 +216,8 @@ def _check(target: Path) -> None:
         raise UsageError(f"{target} is a mount point", hint="name a new directory inside it")
     if next(os.scandir(target), None) is not None:
         raise UsageError(f"{target} is not empty", hint="name a new directory")
+    if os.path.samestat(found, os.stat(".")):  # who stands in it would stay in what was there before
+        raise UsageError(f"{target} is where you are", hint="name a new directory inside it")
 
 
 def _plain(name: bytes) -> None:

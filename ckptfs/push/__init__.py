@@ -98,7 +98,7 @@ def open_checkpoint(source: str, open_source: OpenSource, options: PushOptions) 
 def _opened(source: str, open_source: OpenSource, options: PushOptions) -> Iterator[Checkpoint]:
     path = Path(source.removeprefix("archive:"))
     try:
-        is_directory, is_file = path.is_dir(), path.is_file()
+        is_directory, is_file = path.is_dir(), path.exists() and not path.is_dir()
         is_layout = is_directory and (path / "oci-layout").exists()
     except OSError as error:
         raise translated(error, path) from None

@@ -33,16 +33,22 @@ def restore(request: RestoreRequest, report: Report) -> None:
         report(event, **facts)
 
     own_root = request.engine != "podman"
-    engine: ModuleType | None = None
-    if request.engine is not None:
-        engine = import_module(f"ckptfs.restore.{request.engine}")
-        engine.refuse_options(request)
+    engine = engine_of(request)
     with begun(request, tell, base=own_root and request.rootfs is None and not request.image_store) as flow:
         if engine is None:
             from ckptfs.restore import container
 
             engine = container
         engine.finish(flow)
+
+
+def engine_of(request: RestoreRequest) -> ModuleType | None:
+    """What restores it, None for us. UsageError for options that mean nothing to the engine."""
+    if request.engine is None:
+        return None
+    engine = import_module(f"ckptfs.restore.{request.engine}")
+    engine.refuse_options(request)
+    return engine
 
 
 def restore_detached(request: RestoreRequest, report: Report) -> None:

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import stat
@@ -84,9 +85,10 @@ class Workplace:
     def _removal(self) -> str:
         """The command line that removes a kept directory."""
         below = [mount for mount in mounts() if Path(mount.path).is_relative_to(self.path)]
-        others = " ".join(mount.path for mount in reversed(below) if not mount.ours)
-        ours = " ".join(mount.path for mount in below if mount.ours)
-        how = [f"umount {others}"] * bool(others) + [f"ckptfs umount {ours}"] * bool(ours) + [f"rm -r {self.path}"]
+        others = [mount.path for mount in reversed(below) if not mount.ours]
+        ours = [mount.path for mount in below if mount.ours]
+        how = [shlex.join(["umount", *others])] * bool(others) + [shlex.join(["ckptfs", "umount", *ours])] * bool(ours)
+        how.append(shlex.join(["rm", "-r", str(self.path)]))
         return "; ".join(how)
 
     def record(self, **facts: object) -> None:
@@ -121,7 +123,8 @@ def clear(path: Path) -> None:
             else:
                 detach(mount.path)
     if left := [m.path for m in mounts() if Path(m.path).is_relative_to(path)]:
-        raise MountError(f"{left[0]} cannot be unmounted", hint=f"run: umount -l {left[0]}; rm -r {path}")
+        how = f"run: umount -l {shlex.quote(left[0])}; rm -r {shlex.quote(str(path))}"
+        raise MountError(f"{left[0]} cannot be unmounted", hint=how)
     shutil.rmtree(path, ignore_errors=True)
 
 

@@ -31,7 +31,7 @@ class OpenFile:
         self.name = name
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
-            raise FormatError(f"{name} is not a regular file")
+            raise FormatError(f"{name} is not a regular file", hint="write it to one: it is read more than once")
         self.identity = _identity(status)
 
     def read(self, offset: int, length: int) -> bytes:

@@ -1,5 +1,6 @@
 """`archive:FILE` as a source: an image of one layer, named by the file that it is."""
 
+import tarfile
 from pathlib import Path
 from random import Random
 
@@ -10,7 +11,9 @@ from ckptfs.model.oci import Manifest, Reference
 from ckptfs.settings import Settings
 from ckptfs.sources import Source, open_source
 from ckptfs.telemetry import NetworkCounters
+from tests.support.command import ckptfs
 
+LAYOUT = Path(__file__).parents[1] / "data" / "corpus" / "counter" / "k8s-zstdchunked.oci"
 TAR = "application/vnd.oci.image.layer.v1.tar"
 
 
@@ -59,3 +62,14 @@ def test_archives_that_are_none(tmp_path: Path) -> None:
             archive(tmp_path / "bad").resolve()
     with pytest.raises(FormatError, match="not a regular file"):
         archive(tmp_path).resolve()
+
+
+def test_an_archive_of_an_ordinary_layout(tmp_path: Path) -> None:
+    """`skopeo copy ... oci-archive:`: what is in it can be seen, and what it is is said. It is none of containerd's."""
+    with tarfile.open(tmp_path / "layout.tar", "w") as made:
+        made.add(LAYOUT, ".")
+    common = [f"archive:{tmp_path}/layout.tar", "--cache-dir", tmp_path / "cache"]
+    listed = ckptfs("ls", *common)
+    assert (listed.code, listed.out) == (0, "blobs/\nindex.json\noci-layout\n"), listed.err
+    refused = ckptfs("inspect", *common)
+    assert refused.code == 7 and "is not a checkpoint but an OCI layout" in refused.line

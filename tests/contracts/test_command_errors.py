@@ -251,6 +251,24 @@ def test_without_criu(name: str, registry: FakeRegistry, folder: Path) -> None:
         assert done.code in (0, 3, 7), (name, done)
 
 
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("cache", "info", "--cache-dir", "{folder}/closed/cache"), 8, "Permission denied; make it usable"),
+        (("profile", "show", "{folder}/closed/profile"), 4, "may not be read by this user"),
+        (("profile", "show", "{folder}/unreadable"), 4, "may not be read by this user"),
+        (("check", f"oci:{CORPUS}", "--rootfs", "{folder}/closed/root"), 8, ""),
+    ],
+)
+def test_what_may_not_be_looked_at(words: tuple[str, ...], code: int, said: str, folder: Path) -> None:
+    require("setpriv", "unshare", root=True)
+    (folder / "closed").mkdir(mode=0o700)
+    (folder / "unreadable").touch(mode=0o600)
+    done = as_nobody("ckptfs", *(word.format(folder=folder) for word in words), fuse=True)
+    assert_one_line(words[0], Result(done.returncode, done.stdout, done.stderr), code)
+    assert said in done.stderr
+
+
 def test_a_cache_of_somebody_else(registry: FakeRegistry, folder: Path) -> None:
     (folder / "cache").mkdir(mode=0o755)
     done = ckptfs("ls", registry.reference("repo:latest"), "--cache-dir", folder / "cache")

@@ -20,6 +20,7 @@ from ckptfs.sources import Source, open_source
 from ckptfs.sources.upload import RegistryTarget
 from ckptfs.telemetry import NetworkCounters
 from tests.support.command import ckptfs, mounted
+from tests.support.disks import disk_of
 from tests.support.fake_registry import FakeRegistry, Silent
 from tests.support.tools import require, wait_for
 
@@ -267,6 +268,16 @@ def test_what_cannot_be_written_is_told_before_the_restore(case: Case, tmp_path:
     command = ["sh", "-c", f"touch {tmp_path}/has-run"]
     done = ckptfs("profile", "record", case.reference, "--out", "/nowhere/p.json", "--", *command)
     assert done.code == 2 and "/nowhere/p.json cannot be written" in done.line and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [("record", "--from", "{reads}", "--out", "{out}"), ("plot", "{reads}", "{out}")])
+def test_a_full_disk_leaves_nothing(words: tuple[str, ...], tmp_path: Path) -> None:
+    reads = recording(tmp_path, 0, 5 * MiB)
+    with disk_of(tmp_path / "small", "size=16k") as small:
+        (small / "filler").write_bytes(bytes(16 * KiB))
+        done = ckptfs("profile", *(word.format(reads=reads, out=small / "out.svg") for word in words))
+        assert done.code == 8 and "out.svg cannot be written: No space left on device; name one" in done.line
+        assert [path.name for path in small.iterdir()] == ["filler"]
 
 
 def test_reads_from_front_to_back_are_no_working_set(tmp_path: Path) -> None:

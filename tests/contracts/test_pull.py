@@ -248,6 +248,7 @@ def _digest(registry: FakeRegistry) -> str:
         ("full", 2, "is not empty"),
         ("full/file", 2, "no directory"),
         ("missing/out", 2, "mkdir -p"),
+        ("two  words/out", 2, "two  words'"),
         ("link", 2, "no directory"),
         ("full/file/out", 2, "out"),
         ("/", 2, "/"),
@@ -261,6 +262,13 @@ def test_where_it_cannot_be_written(target: str, code: int, words: str, tmp_path
     (tmp_path / "link").symlink_to("full")
     result = failed(tmp_path, f"oci:{LAYOUTS[0]}", tmp_path / target)
     assert (result.code, words in result.line) == (code, True), result.line
+
+
+def test_not_to_where_one_stands(tmp_path: Path) -> None:
+    """The new directory would take the name of the one that the user stays in, which is nowhere then."""
+    done = ckptfs("pull", f"oci:{LAYOUTS[0]}", ".", cwd=tmp_path)
+    assert (done.code, done.out) == (2, "") and "is where you are" in done.line
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(

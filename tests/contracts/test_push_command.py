@@ -135,6 +135,7 @@ def test_the_root_file_system_as_well(registry: DockerRegistry, tmp_path: Path) 
         (["{tmp}/empty", "{ref}"], 7, "is empty"),
         (["{tmp}/junk", "{ref}"], 7, "tar"),
         (["{tmp}/plain", "{ref}"], 7, "no inventory.img"),
+        (["{tmp}/pipe", "{ref}"], 7, "pipe is not a regular file; write it to one"),
         (["", "{ref}"], 2, "SRC is empty"),
         (["{images}", "no-registry"], 2, "names no registry"),
         (["{images}", "archive:{tmp}/x.tar"], 2, "cannot push to archive"),
@@ -161,6 +162,7 @@ def test_bad_input_gets_one_line_and_its_code(
     (tmp_path / "local" / "config.dump").write_text('{"name": "web", "rootfsImageName": "localhost/web:1"}')
     (tmp_path / "plain" / "file").write_text("no checkpoint")
     (tmp_path / "junk").write_text("no tar " * 1000)
+    os.mkfifo(tmp_path / "pipe")
     push_to_layout(images, tmp_path / "layout", "1")
     places = {"ref": registry.reference("command/bad:1"), "registry": registry.host, "images": images, "tmp": tmp_path}
     filled = [argument.format(layout=tmp_path / "layout", **places) for argument in arguments]

@@ -14,6 +14,7 @@ import pytest
 from ckptfs.bench.results import Sample, Series, Stamp, read_results
 from tests.support.command import ckptfs
 from tests.support.disks import disk_of
+from tests.support.fake_registry import FakeRegistry
 from tests.support.tools import require, wait_for
 
 pytestmark = [pytest.mark.fuse, pytest.mark.registry]
@@ -47,9 +48,9 @@ def test_lazy_and_eager_are_compared(tmp_path: Path) -> None:
 def test_a_recorded_trace_is_replayed(tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
     trace.write_text(json.dumps({"path": "checkpoint/inventory.img", "offset": 0, "length": 20}) + "\n")
-    done = ckptfs("bench", f"oci:{LAYOUT}", "--out", tmp_path / "out", "--runs", 1, "--rate", "1Gbit", "--trace", trace)
+    done = ckptfs("bench", f"oci:{LAYOUT}", "--out", tmp_path / "out", "--runs", 1, "--rate", 0, "--trace", trace)
     assert done.code == 0, done.err
-    assert "ckptfs: until the process could run" in done.out
+    assert "ckptfs: until the process could run; 20 ms, no cap" in done.out
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,11 @@ def test_a_recorded_trace_is_replayed(tmp_path: Path) -> None:
         (("oci:{tmp}/nowhere",), 3, "there is no directory"),
         (("archive:{tmp}/x.tar",), 2, "push it to a registry"),
         (("oci:{tmp}", "--rtt", "soon"), 2, "is not a time"),
+        (("oci:{tmp}", "--rtt", "1.2.3ms"), 2, "is not a time"),
+        (("oci:{tmp}", "--rate", "."), 2, "is not a rate"),
+        ((f"oci:{LAYOUT}", "--trace", "{tmp}/bytes"), 7, "line 1 is no access"),
+        ((f"oci:{LAYOUT}", "--trace", "{tmp}/empty"), 3, "has no reads"),
+        ((f"oci:{LAYOUT}", "--trace", "{tmp}/other"), 3, "the image has no nowhere; was the trace"),
         ((f"oci:{LAYOUT}:nope",), 3, "nope"),
         (("127.0.0.1:1/nobody/here:1",), 5, "127.0.0.1:1"),
     ],
@@ -65,9 +71,25 @@ def test_a_recorded_trace_is_replayed(tmp_path: Path) -> None:
 def test_what_cannot_be_measured_is_said_in_one_line(
     words: tuple[str, ...], code: int, said: str, tmp_path: Path
 ) -> None:
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\n")
+    (tmp_path / "empty").touch()
+    (tmp_path / "other").write_text(json.dumps({"path": "nowhere", "offset": 0, "length": 1}) + "\n")
     done = ckptfs("bench", *(word.format(tmp=tmp_path) for word in words), "--out", tmp_path / "out")
     assert done.code == code
     assert said in done.line
+    assert list(tmp_path.glob("out/*")) == []
+
+
+def test_an_image_that_cannot_be_read_is_said_in_one_line(tmp_path: Path) -> None:
+    """What a mount has EIO for is the image's, not what the command prints."""
+    with FakeRegistry() as registry:
+        registry.add_layout(LAYOUT, "repo")
+        layer = max(registry.blobs, key=lambda digest: len(registry.blobs[digest]))
+        damaged = bytearray(registry.blobs[layer])
+        damaged[len(damaged) // 2] ^= 1
+        registry.blobs[layer] = bytes(damaged)
+        done = ckptfs("bench", registry.reference("repo:latest"), "--out", tmp_path / "out", "--runs", 1)
+    assert done.code == 5 and "cannot be read: Input/output error; is the registry there?" in done.line
     assert list(tmp_path.glob("out/*")) == []
 
 

@@ -157,6 +157,11 @@ def test_without_a_known_base_only_directories_in_between_differ(folders: tuple[
         assert set(wrong) <= {"data", "opt", "srv", "opt/app"}
         assert all(found == made_up for found, _ in wrong.values())  # type: ignore[misc]
         assert all(os.lstat(mount.path / "rootfs-diff" / path).st_mtime == 0 for path in wrong), "how they are told"
+        assert mount.status()["errors"] == []
+    with mounted(f"archive:{tmp_path}/ck.tar", tmp_path, "--base", f"oci:{tmp_path}/nowhere") as mount:
+        os.listdir(mount.path / "rootfs-diff" / "data")
+        errors = mount.status()["errors"]
+        assert ["root's, 0755: there is no directory" in error for error in errors] == [True] * bool(wrong)
 
 
 def test_pushed_with_its_root_file_system(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -112,6 +112,20 @@ def test_detached(reference: str, base: str, podman_checkpoint: PodmanCheckpoint
     assert_nothing_left(tmp_path)
 
 
+def test_detached_with_paths_of_the_users_directory(podman: Podman, reference: str, tmp_path: Path) -> None:
+    """What stays with the container works elsewhere."""
+    mounted = podman.isolation.path(podman("image", "mount", BASE))
+    shutil.copytree(mounted, tmp_path / "root", symlinks=True)
+    podman("image", "unmount", BASE)
+    words = ["--rootfs", "root", "--detach", "--json", "--dir", "place", "--cache-dir", "cache"]
+    done = ckptfs("restore", reference, *words, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert (Path(f"/proc/{done.json['pid']}/root") / "data/added.txt").exists()
+    os.kill(done.json["pid"], signal.SIGKILL)
+    wait_for("the directory to go", lambda: not (tmp_path / "place").exists())
+    assert_nothing_left(tmp_path)
+
+
 def test_kept(reference: str, base: str, tmp_path: Path) -> None:
     """Everything stays to be looked at; what the command says to type at the end takes it all away."""
     process = start(tmp_path, reference, "--base", base, "--keep")
@@ -325,6 +339,8 @@ def test_refusals(reference: str, base: str, single_checkpoint: Checkpoint, tmp_
         ([f"oci:{tmp_path}/arm:latest"], {}, 7, "the checkpoint is of a arm64 machine, this one is amd64"),
         ([reference, "--base", base, "--bind", "/nowhere=/tmp"], {}, 2, "the container has no such mount"),
         ([reference, "--engine", "podman", "--rootfs", str(tmp_path)], {}, 2, "--rootfs means nothing to podman"),
+        ([reference, "--engine", "containerd", "--runtime", "crun"], {}, 2, "containerd restores with runc"),
+        ([reference, "--base", base, "--rootfs", str(tmp_path)], {}, 2, "name the same thing"),
     ]
     for arguments, environment, code, words in cases:
         common = ["--cache-dir", tmp_path / "cache"]
@@ -332,9 +348,12 @@ def test_refusals(reference: str, base: str, single_checkpoint: Checkpoint, tmp_
         assert (done.code, done.out) == (code, ""), (arguments, done.err)
         assert words in done.line
         assert_nothing_left(tmp_path)
-        if code not in (2,):
+        if code != 2:
             checked = ckptfs("check", *arguments, *common, "--json", env=environment)
             assert checked.code == code and checked.json["ok"] is False, (arguments, checked.out, checked.err)
+        elif "--bind" not in arguments:
+            checked = ckptfs("check", *arguments, *common, env=environment)
+            assert (checked.code, checked.line) == (code, done.line)
 
 
 def test_strict_means_the_base_image_too(reference: str, base: str, tmp_path: Path) -> None:

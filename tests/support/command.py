@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptfs.control.client import MountFiles
+from tests.support.tools import ROOT
 
 heard: list[str] | None = None  # a list: daemons say all they can (-vv), and it collects what everybody has said
 
@@ -33,13 +34,14 @@ class Result:
         return lines[0]
 
 
-def ckptfs(*arguments: object, env: dict[str, str] | None = None, timeout: float = 60) -> Result:
+def ckptfs(*arguments: object, env: dict[str, str] | None = None, cwd: Path = ROOT, timeout: float = 60) -> Result:
     """Run `ckptfs` with these arguments; never raises for a failed command."""
     done = subprocess.run(
         [sys.executable, "-m", "ckptfs", *map(str, arguments)],
         capture_output=True,
         text=True,
-        env={**os.environ, **(env or {})},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
+        cwd=cwd,
         timeout=timeout,
         check=False,
         stdin=subprocess.DEVNULL,

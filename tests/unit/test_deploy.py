@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from ckptfs.cli import COMMANDS
+from ckptfs.settings import state_dir
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
@@ -48,3 +49,12 @@ def test_the_daemonset_selects_its_own_pods_and_shows_its_mounts() -> None:
     assert spec["selector"]["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()
     mounts = spec["template"]["spec"]["containers"][0]["volumeMounts"]
     assert any(mount.get("mountPropagation") == "Bidirectional" for mount in mounts)
+
+
+def test_the_restore_job_has_what_a_restore_needs() -> None:
+    """Its image the programs that are run, its pod a place for what the container writes: no overlay is on another."""
+    containerfile = (DEPLOY / "Containerfile").read_text()
+    assert {"criu", "runc", "fuse3", "iptables", "iproute2"} <= set(containerfile.split())
+    (job,) = documents(DEPLOY / "kubernetes" / "restore-job.yaml")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert str(state_dir()) in {mount["mountPath"] for mount in container["volumeMounts"]}

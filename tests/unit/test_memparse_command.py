@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import stat
 from pathlib import Path
 
@@ -62,6 +63,8 @@ def test_a_search_of_every_process_and_its_limit(tmp_path: Path) -> None:
     assert len(few["matches"]) == 3 and few["complete"] is False
     told = ckptfs("memparse", TREE, "-x", "00000000", "--limit", 3, "--cache-dir", tmp_path)
     assert len(told.out.splitlines()) == 3 and "stopped after 3 matches; raise --limit" in told.err
+    all_of_them = ckptfs("memparse", COUNTER, "-s", "container=podman", "--limit", "9" * 20, "--cache-dir", tmp_path)
+    assert all_of_them.code == 0 and len(all_of_them.out.splitlines()) == 1
     nothing = ckptfs("memparse", COUNTER, "-s", "no such words", "--cache-dir", tmp_path)
     assert (nothing.code, nothing.out) == (0, "") and nothing.err.startswith("no match\n")
 
@@ -84,6 +87,15 @@ def test_a_dump_as_checkpointctl_prints_it(tmp_path: Path) -> None:
     lines = ckptfs("memparse", COUNTER, "--pid", 1, "--cache-dir", tmp_path).out.splitlines()
     assert lines[0] == "0000000000401000  48 83 ec 08 48 c7 c0 00 00 00 00 48 85 c0 74 02  |H...H......H..t.|"
     assert "*" in lines
+
+
+@pytest.mark.parametrize("option", ["-s", "-r"])
+def test_bytes_that_are_no_text(option: str, tmp_path: Path) -> None:
+    """What a shell hands on: `--search $'\xff'`."""
+    common = ["--limit", 5, "--json", "--cache-dir", tmp_path]
+    found = ckptfs("memparse", COUNTER, "-x", "ff ff ff ff", *common).json["matches"]
+    text = os.fsdecode(b"\xff\xff\xff\xff")
+    assert ckptfs("memparse", COUNTER, option, text, *common).json["matches"] == found != []
 
 
 @pytest.mark.parametrize(
