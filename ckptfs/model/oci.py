@@ -203,15 +203,22 @@ class Index(NamedTuple):
     annotations: Mapping[str, str]
 
     def select(self, architecture: str | None = None) -> Descriptor:
-        """The manifest for this machine; the only one where there is just one; FormatError when none fits."""
+        """The manifest for this machine; the only one where there is just one; FormatError when none fits.
+
+        Artifacts (SOCI's index of an image stands beside it) are images only where nothing else is there.
+        """
         wanted = architecture or machine_architecture()
-        images = [m for m in self.manifests if m.media_type in MANIFEST_TYPES and not _is_attestation(m)]
+        named = [m for m in self.manifests if m.media_type in MANIFEST_TYPES and not _is_attestation(m)]
+        images = [m for m in named if not m.artifact_type] or named
         if not images:
             raise FormatError(f"index {self.digest} names no image")
         if len(images) == 1:
             return images[0]
         for m in images:
             if m.platform.get("os", "linux") == "linux" and m.platform.get("architecture") == wanted:
+                return m
+        for m in images:
+            if not m.platform:  # as with podman and containerd, it may be for any
                 return m
         offered = sorted({m.platform.get("architecture", "?") for m in images})
         raise FormatError(f"the index has no image for linux/{wanted}", hint=f"it offers {', '.join(offered)}")
