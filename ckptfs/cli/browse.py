@@ -71,10 +71,8 @@ def ls(reference: Reference, path: str, long: bool, recursive: bool, as_json: bo
 
 
 def _show(line: str) -> None:
-    """A name of somebody else's choice must not act on the user's terminal; a pipe gets it as it is."""
-    if sys.stdout.isatty():
-        line = printable(line)
-    click.echo(line, color=True)  # otherwise click takes escapes out of names in a pipe
+    """A name of somebody else's choice must not act on the user's terminal; a pipe gets it as it is, byte for byte."""
+    click.echo(printable(line) if sys.stdout.isatty() else os.fsencode(line))
 
 
 @click.command()
