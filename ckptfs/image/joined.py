@@ -9,6 +9,7 @@ import logging
 import posixpath
 import stat
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import takewhile
 
@@ -64,7 +65,7 @@ async def _join(image: OpenImage, directory: Node) -> None:
             sizes = {level.file: inode.size for level, inode in zip(chain, found, strict=True)}
             memory = await in_thread(partial(Joined, chain, sizes))
             await in_thread(memory.check, whole)
-            pages = Inode(pages.mode, pages.uid, pages.gid, memory.size, pages.mtime_ns)
+            pages = replace(pages, size=memory.size, extents=(), ino=0, nlink=1)
             image.tables.derive(pages, found, partial(_windows, memory, found), quick=len(memory) < _FEW)
         entries.append(Entry(directory.path + b"/" + name, directory.children[b"whole"].children[name].inode))
         entries.append(Entry(directory.path + b"/" + whole.file.encode(), pages))

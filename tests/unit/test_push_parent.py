@@ -30,6 +30,7 @@ from ckptfs.sources.layout import LayoutSource
 from ckptfs.telemetry import NetworkCounters
 from tests.support.blobs import blob_of
 from tests.support.criu_images import image, mm, pagemap, vma
+from tests.support.golden import directory_listing
 from tests.support.push import manifest_of, push_to_layout
 from tests.support.trees import layout_with
 
@@ -152,8 +153,9 @@ def test_every_page_comes_back(seed: int, table_rows: int, shelf: Shelf, monkeyp
     for number in (1, 2, 3):
         tasks.append({name: later(memory, number) for name, memory in tasks[-1].items()})
     for number, memories in enumerate(tasks):
-        parent = str(number - 1) if number else ""
-        pushed = shelf.push(write(shelf.top / f"images-{number}", **memories), str(number), parent)
+        parent, images = str(number - 1) if number else "", write(shelf.top / f"images-{number}", **memories)
+        os.setxattr(images / "pages-1.img", "user.note", b"of the dump")
+        pushed = shelf.push(images, str(number), parent)
         if number:
             increment = pushed.increment
             assert increment is not None
@@ -164,6 +166,7 @@ def test_every_page_comes_back(seed: int, table_rows: int, shelf: Shelf, monkeyp
         dumped = shelf.top / f"images-{number}"
         assert sorted(os.listdir(view)) == sorted(os.listdir(dumped))
         assert all((view / name).read_bytes() == (dumped / name).read_bytes() for name in os.listdir(dumped))
+        assert directory_listing(view) == directory_listing(dumped)
     again = shelf.push(Path(f"oci:{shelf.layout}:3"), "again")
     assert again.manifest == shelf.push(shelf.top / "images-3", "whole").manifest
 
