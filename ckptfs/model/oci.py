@@ -23,6 +23,8 @@ ANNOTATION_REF_NAME = "org.opencontainers.image.ref.name"
 # On descriptors of our own making: the digest names where the bytes are, not what they are, and cannot be checked.
 ANNOTATION_SYNTHETIC = "dev.ckptfs.synthetic-digest"
 
+_VARIANTS = {"amd64": ("", "v1"), "arm64": ("", "v8"), "arm": ("v7",)}  # for all machines of an architecture, as podman
+
 _ALGORITHMS = {"sha256": 64, "sha512": 128}
 _HEX = re.compile(r"[0-9a-f]+\Z")
 # distribution/reference grammar: lower-case path components, separators . _ __ - and /. Compiled when first used (re
@@ -214,12 +216,14 @@ class Index(NamedTuple):
             raise FormatError(f"index {self.digest} names no image")
         if len(images) == 1:
             return images[0]
-        for m in images:
-            if m.platform.get("os", "linux") == "linux" and m.platform.get("architecture") == wanted:
+        fitting = [
+            m for m in images if m.platform.get("os", "linux") == "linux" and m.platform.get("architecture") == wanted
+        ] or [m for m in images if not m.platform]  # as with podman and containerd, it may be for any
+        for m in fitting:
+            if m.platform.get("variant", "") in _VARIANTS.get(wanted, ("",)):
                 return m
-        for m in images:
-            if not m.platform:  # as with podman and containerd, it may be for any
-                return m
+        if fitting:
+            return fitting[0]
         offered = sorted({m.platform.get("architecture", "?") for m in images})
         raise FormatError(f"the index has no image for linux/{wanted}", hint=f"it offers {', '.join(offered)}")
 

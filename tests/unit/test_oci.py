@@ -291,6 +291,25 @@ def test_an_image_without_a_platform_is_for_any_that_has_none_of_its_own() -> No
     assert parsed.select("s390x").digest.hex == f"{7:064x}"
 
 
+@pytest.mark.parametrize("others", [["v3"], ["v2", "v3"]])
+@pytest.mark.parametrize("baseline", [{}, {"variant": "v1"}])
+def test_an_image_for_newer_machines_only_is_not_taken_where_there_is_another(
+    others: list[str], baseline: dict[str, str]
+) -> None:
+    platforms = [{"variant": variant} for variant in others] + [baseline]
+    entries = [
+        descriptor(
+            mediaType=OCI_MANIFEST,
+            digest=f"sha256:{number:064x}",
+            platform={"os": "linux", "architecture": "amd64", **platform},
+        )
+        for number, platform in enumerate(platforms)
+    ]
+    parsed = parse_document(index(manifests=entries))
+    assert isinstance(parsed, Index)
+    assert parsed.select("amd64").digest.hex == f"{len(others):064x}"
+
+
 def test_a_descriptor_survives_being_written() -> None:
     value = descriptor(annotations={"a": "b"}, artifactType="t", platform={"os": "linux"})
     assert Descriptor.from_json(value).to_json() == value
