@@ -230,6 +230,27 @@ def test_a_pod_of_two_containers(shelf: Shelf) -> None:
         assert sorted(os.listdir(view / name / "checkpoint")) == ["inventory.img", "pagemap-1.img", "pages-1.img"]
 
 
+@pytest.mark.parametrize("lie", ["present and a parent's", "a parent's", "cut short in the parent"])
+def test_a_pagemap_that_lies_is_stored_as_it_is(lie: str, shelf: Shelf) -> None:
+    """Other memory is shared all the same, and the view is the dump."""
+    memory, other = process(1), process(5, 90)
+    first = write(shelf.top / "1", pagemap_7=memory, pagemap_8=other)
+    second = write(shelf.top / "2", pagemap_7=later(memory, 1), pagemap_8=other)
+    runs = parse_pagemap((second / "pagemap-8.img").read_bytes(), "pagemap-8.img").runs
+    if lie == "cut short in the parent":
+        (first / "pagemap-8.img").write_bytes((first / "pagemap-8.img").read_bytes()[:-1])
+    elif lie == "a parent's":
+        (second / "pagemap-8.img").write_bytes(pagemap(2, *runs, (runs[-1].vaddr + (1 << 30), 5, PARENT)))
+    else:
+        (second / "pagemap-8.img").write_bytes(pagemap(2, *((run.vaddr, run.pages, 5) for run in runs)))
+    shelf.push(first, "1")
+    pushed = shelf.push(second, "2", "1")
+    assert pushed.increment is not None and pushed.increment.shared > pushed.increment.changed
+    assert directory_listing(shelf.unpack("2")) == directory_listing(second)
+    again = shelf.push(Path(f"oci:{shelf.layout}:2"), "again")
+    assert again.manifest == shelf.push(second, "whole").manifest
+
+
 def test_without_anything_changed(shelf: Shelf) -> None:
     images = write(shelf.top / "1", pagemap_7=process(1))
     shelf.push(images, "1")
