@@ -147,7 +147,10 @@ async def _unnest(image: OpenImage) -> None:
     for _ in range(image.options.settings.limits.index_depth):
         if index is None or index.inode is None or index.inode.size > image.options.settings.limits.manifest_bytes:
             break
-        entries = index_entries(await image.read(index.inode, 0, index.inode.size))
+        try:
+            entries = index_entries(await image.read(index.inode, 0, index.inode.size))
+        except FormatError:  # the manifest of an image, or a file of an application
+            break
         if is_checkpoint_index(entries):
             blobs = entries
             break

@@ -9,6 +9,7 @@ import logging
 import posixpath
 import stat
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import takewhile
 
@@ -16,7 +17,7 @@ import trio
 
 from ckptfs.criu.images import parse_name
 from ckptfs.criu.increments import Joined
-from ckptfs.criu.pagemap import PARENT, Pagemap, parse_pagemap
+from ckptfs.criu.pagemap import Pagemap, parse_pagemap
 from ckptfs.errors import FormatError, LimitExceeded
 from ckptfs.image.opened import OpenImage
 from ckptfs.image.views import containers
@@ -57,11 +58,11 @@ async def _join(image: OpenImage, directory: Node) -> None:
         if not chain or len(found) != len(chain):
             raise FormatError(f"{name.decode()} lacks the pages of an increment")
         whole, pages = parse_pagemap(data, name.decode(), limits), found[0]
-        if any(run.flags & PARENT for run in chain[0].runs):
+        if chain[0].runs != whole.runs:  # some of its pages are the parent's
             sizes = {level.file: inode.size for level, inode in zip(chain, found, strict=True)}
             memory = await in_thread(partial(Joined, chain, sizes))
             await in_thread(memory.check, whole)
-            pages = Inode(pages.mode, pages.uid, pages.gid, memory.size, pages.mtime_ns)
+            pages = replace(pages, size=memory.size, extents=(), ino=0, nlink=1)
             image.tables.derive(pages, found, partial(_windows, memory, found), quick=len(memory) < _FEW)
         entries.append(Entry(directory.path + b"/" + name, directory.children[b"whole"].children[name].inode))
         entries.append(Entry(directory.path + b"/" + whole.file.encode(), pages))

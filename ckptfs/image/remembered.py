@@ -16,6 +16,7 @@ from ckptfs.hardening import release_memory
 from ckptfs.image.resolve import DocumentStore
 from ckptfs.layers import Layer
 from ckptfs.layers.protocols import SideDocument
+from ckptfs.layers.toc_layer import TocLayer
 from ckptfs.model.oci import Descriptor
 from ckptfs.model.toc import Entry
 from ckptfs.settings import Settings
@@ -67,7 +68,7 @@ class LayerMemory:
 
     def entries(self, layer: Layer, number: int, descriptor: Descriptor) -> Sequence[Entry] | None:
         """The entries that a scan of this very layer has given; its chunks get `number`."""
-        document = self._cache.get_document(_toc_key(descriptor))
+        document = self._cache.get_document(_toc_key(layer, descriptor))
         if document is None:
             return None
         from ckptfs.model.toc_document import decode_toc
@@ -77,7 +78,7 @@ class LayerMemory:
             toc = decode_toc(document, layer=number, layer_digest=str(descriptor.digest), limits=limits)
         except FormatError as error:
             log.warning("%s; reading the layer's own again", error)
-            self._cache.delete_document(_toc_key(descriptor))
+            self._cache.delete_document(_toc_key(layer, descriptor))
             return None
         return toc.entries if toc.format == layer.format else None  # others cut it into other chunks
 
@@ -115,12 +116,14 @@ class LayerMemory:
             return
         digest, format_, verification = str(descriptor.digest), layer.format, layer.verification
         document = encode_toc(entries, layer_digest=digest, format=format_, verification=verification)
-        self._cache.put_document(_toc_key(descriptor), document)
+        self._cache.put_document(_toc_key(layer, descriptor), document)
 
 
 def _index_key(descriptor: Descriptor) -> str:
     return f"index/{descriptor.digest}"
 
 
-def _toc_key(descriptor: Descriptor) -> str:
-    return f"toc/{descriptor.digest}"
+def _toc_key(layer: Layer, descriptor: Descriptor) -> str:
+    """What has been read is the table that the manifest named: another manifest can name another one."""
+    table = f"/{layer.table}" if isinstance(layer, TocLayer) else ""
+    return f"toc/{descriptor.digest}{table}"

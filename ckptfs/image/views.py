@@ -101,7 +101,10 @@ def inner_tars(tree: Tree) -> Iterator[tuple[bytes, Inode]]:
         if volumes is None or volumes.inode is None or not volumes.inode.is_dir:
             continue
         for node in list(volumes.visible_children()):
-            if node.inode is not None and node.inode.is_file and node.name.endswith(b".tar"):
+            directory = node.name.removesuffix(b".tar")
+            if directory in (node.name, b"", b".", b".."):  # no tar, or one whose directory can have no name
+                continue
+            if node.inode is not None and node.inode.is_file:
                 yield node.path, node.inode
 
 

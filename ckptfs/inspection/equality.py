@@ -1,8 +1,8 @@
 """What two files have in common, as far as their chunks tell it: nothing is read.
 
-A chunk's key is the digest of its bytes wherever the layer's format tells digests, so the same key at the same place
-means the same bytes, and another one of a whole chunk means others, if both are digests of one kind. Called by
-image_diff.
+The same chunk at the same place means the same bytes, and so does the same digest; another digest of a whole chunk
+means others, if both are of one kind. Another key does not: that of a chunk which a stream was cut into is its place in
+its layer, whether or not this node has learnt its digest since. Called by image_diff.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -39,10 +39,12 @@ def unknown_parts(
         if a.chunk is None and b.chunk is None:
             continue
         if a.chunk is not None and b.chunk is not None:
-            if a.chunk.key == b.chunk.key and a.skip - a.start == b.skip - b.start:
+            told = a.chunk.digest is not None and b.chunk.digest is not None and comparable(a.chunk, b.chunk)
+            same = a.chunk.key == b.chunk.key or (told and a.chunk.digest == b.chunk.digest)
+            if same and a.skip - a.start == b.skip - b.start:
                 continue
             aligned = (a.start, a.length) == (b.start, b.length) and _is_whole(a) and _is_whole(b)
-            if aligned and comparable(a.chunk, b.chunk):
+            if aligned and told:
                 return None
         if out and sum(out[-1]) == low:
             low = out.pop()[0]
@@ -52,7 +54,7 @@ def unknown_parts(
 
 def _is_whole(piece: _Piece) -> bool:
     chunk = piece.chunk
-    return chunk is not None and chunk.digest is not None and piece.skip == 0 and piece.length == chunk.length
+    return chunk is not None and piece.skip == 0 and piece.length == chunk.length
 
 
 def _pieces(inode: Inode, offset: int, length: int) -> Iterator[_Piece]:

@@ -57,7 +57,8 @@ class EStargzLayer(TocLayer):
 
     def __init__(self, blob: Blob, layer: int, settings: Settings, external: Callable[[], bytes] | None = None) -> None:
         super().__init__(blob, layer, settings)
-        self._digest = Digest.parse(blob.descriptor.annotations[ANNOTATION_TOC_DIGEST])
+        self.table = blob.descriptor.annotations[ANNOTATION_TOC_DIGEST]
+        self._digest = Digest.parse(self.table)
         self._external = external
 
     def _table(self, attempt: int) -> tuple[bytes, int, list[Entry]]:

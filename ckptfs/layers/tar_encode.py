@@ -82,6 +82,8 @@ def encode_header(path: bytes, inode: Inode, link: bytes | None = None) -> bytes
         body = b"".join(_record(key, value) for key, value in records)
         blocks = _block(b"././@PaxHeader", b"x", 0o644, size=len(body)) + body + bytes(padding(len(body)))
     device = kind in (b"3", b"4")
+    if device and max(os.major(inode.rdev), os.minor(inode.rdev)) > _MAX_ID:
+        raise FormatError("a device with such numbers has no place in a tar", hint="Linux has none; remove it")
     return blocks + _block(
         name[:100],
         kind,

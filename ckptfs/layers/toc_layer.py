@@ -21,10 +21,12 @@ ANNOTATION_TOC_DIGEST = "containerd.io/snapshot/stargz/toc.digest"
 class TocLayer(ABC):
     """Random access, every chunk with a digest.
 
+    table         the digest of the table, as the manifest has it: of one layer, two images may name two tables.
     chunk_digest  which one: another than the table's where the chunks are told by an image's index.
     """
 
     format: str
+    table: str
     verification: Verification = "chunk"
     chunk_digest = ChunkDigest.SHA256
     sequential = False

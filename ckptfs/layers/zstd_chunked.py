@@ -75,6 +75,7 @@ class ZstdChunkedLayer(TocLayer):
             # Two tables could tell two stories about the same layer (containers/storage refuses it as well).
             raise FormatError(f"layer {blob.descriptor.digest} claims to be zstd:chunked and eStargz at once")
         self._checksum = Digest.parse(checksum)
+        self.table = checksum
         self._json_digest = Digest.parse(json_digest) if json_digest is not None else None
         self._position = TablePosition.parse(position, blob.size, settings.limits)
 

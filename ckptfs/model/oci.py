@@ -23,6 +23,8 @@ ANNOTATION_REF_NAME = "org.opencontainers.image.ref.name"
 # On descriptors of our own making: the digest names where the bytes are, not what they are, and cannot be checked.
 ANNOTATION_SYNTHETIC = "dev.ckptfs.synthetic-digest"
 
+_VARIANTS = {"amd64": ("", "v1"), "arm64": ("", "v8"), "arm": ("v7",)}  # for all machines of an architecture, as podman
+
 _ALGORITHMS = {"sha256": 64, "sha512": 128}
 _HEX = re.compile(r"[0-9a-f]+\Z")
 # distribution/reference grammar: lower-case path components, separators . _ __ - and /. Compiled when first used (re
@@ -203,16 +205,25 @@ class Index(NamedTuple):
     annotations: Mapping[str, str]
 
     def select(self, architecture: str | None = None) -> Descriptor:
-        """The manifest for this machine; the only one where there is just one; FormatError when none fits."""
+        """The manifest for this machine; the only one where there is just one; FormatError when none fits.
+
+        Artifacts (SOCI's index of an image stands beside it) are images only where nothing else is there.
+        """
         wanted = architecture or machine_architecture()
-        images = [m for m in self.manifests if m.media_type in MANIFEST_TYPES and not _is_attestation(m)]
+        named = [m for m in self.manifests if m.media_type in MANIFEST_TYPES and not _is_attestation(m)]
+        images = [m for m in named if not m.artifact_type] or named
         if not images:
             raise FormatError(f"index {self.digest} names no image")
         if len(images) == 1:
             return images[0]
-        for m in images:
-            if m.platform.get("os", "linux") == "linux" and m.platform.get("architecture") == wanted:
+        fitting = [
+            m for m in images if m.platform.get("os", "linux") == "linux" and m.platform.get("architecture") == wanted
+        ] or [m for m in images if not m.platform]  # as with podman and containerd, it may be for any
+        for m in fitting:
+            if m.platform.get("variant", "") in _VARIANTS.get(wanted, ("",)):
                 return m
+        if fitting:
+            return fitting[0]
         offered = sorted({m.platform.get("architecture", "?") for m in images})
         raise FormatError(f"the index has no image for linux/{wanted}", hint=f"it offers {', '.join(offered)}")
 

@@ -52,7 +52,10 @@ def deleted_paths(data: bytes, limits: Limits) -> list[bytes]:
     listed = parse_json(data, "deleted.files")
     if not isinstance(listed, list) or not all(isinstance(path, str) for path in listed):
         raise FormatError("deleted.files is not a list of paths")
-    paths = {normalise(path.encode("utf-8", "surrogateescape"), limits) for path in listed}
+    try:
+        paths = {normalise(path.encode("utf-8", "surrogateescape"), limits) for path in listed}
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can say and Go does not write
+        raise FormatError("deleted.files has a path that is no text") from None
     if b"" in paths:
         raise FormatError("deleted.files names the root")
     return sorted(path for path in paths if paths.isdisjoint(parents(path)))

@@ -80,6 +80,8 @@ class Tree:
             elif inode is not None:
                 if inode.target:
                     inode.mode = stat.S_IFLNK | 0o777  # Linux has no others, whatever a header says
+                if OPAQUE_XATTR in inode.xattrs:  # only `finish` says so: no header, nor the tree that it was in before
+                    inode.xattrs = {key: value for key, value in inode.xattrs.items() if key != OPAQUE_XATTR}
                 self._place(path, inode, rank)
             self._undescribed.pop(rank, None)
 
@@ -273,7 +275,7 @@ class Tree:
         node.claim = max(node.claim, rank)
 
     def _whiteout(self, parent_path: bytes, name: bytes, rank: int) -> None:
-        if name.startswith(_AUFS) and name != OPAQUE:
+        if (name.startswith(_AUFS) and name != OPAQUE) or self._is_whiteout(parent_path, rank):
             return
         parent = self._directory(parent_path, rank)
         if parent is None:
@@ -292,6 +294,16 @@ class Tree:
             self._hide(node)
             node.claim = rank
 
+    def _is_whiteout(self, path: bytes, rank: int) -> bool:
+        """Whether `rank` has deleted this directory or one above: some tools list what was in it as deleted, too."""
+        node = self.root
+        for name in path.split(b"/") if path else ():
+            child = node.children.get(name)
+            if child is None or (child.inode is None and child.hide == rank):
+                return child is not None
+            node = child
+        return False
+
     def _overlay_whiteout(self, parent_path: bytes, name: bytes, rank: int) -> None:
         if name == OPAQUE:
             self._opaque.setdefault(rank, []).append(parent_path)
@@ -299,12 +311,11 @@ class Tree:
             self.delete(parent_path + b"/" + name[len(WHITEOUT) :] if parent_path else name[len(WHITEOUT) :], rank)
 
     def delete(self, path: bytes, rank: int) -> None:
-        """Show overlayfs's mark of a deleted file at `path`; a directory that was made again becomes opaque."""
+        """Show overlayfs's mark of a deleted file at `path`; a directory that the layer makes again becomes opaque."""
         node = self.find(path)
         if node is None and not self._marked_above(path, rank):
             self._place(path, Inode(stat.S_IFCHR), rank)
-        elif node is not None and node.inode is not None and node.inode.is_dir:
-            self._opaque.setdefault(rank, []).append(path)
+        self._opaque.setdefault(rank, []).append(path)
 
     def _marked_above(self, path: bytes, rank: int) -> bool:
         """Whether `rank` marks a directory above `path` as deleted: what was in it needs no mark of its own."""

@@ -23,7 +23,7 @@ from ckptfs.model.annotations import OURS
 from ckptfs.model.blob import Blob
 from ckptfs.model.oci import Manifest, parse_json
 from ckptfs.model.toc import Chunk, Extent, Inode, piece_of
-from ckptfs.model.tree import Tree
+from ckptfs.model.tree import Tree, Whiteouts
 from ckptfs.push.checkpoint_files import Checkpoint, CheckpointFile
 from ckptfs.push.spool import PiecesPayload, Spool, nameless
 from ckptfs.settings import MiB, Settings
@@ -37,7 +37,15 @@ _FURNITURE = frozenset((b"stargz.index.json", b".prefetch.landmark", b".no.prefe
 class LayerFiles:
     """The files of a few layers. A context manager: unpacked streams are kept until it is closed."""
 
-    def __init__(self, blobs: Sequence[Blob], work: Path, settings: Settings, *, names_only: bool = False) -> None:
+    def __init__(
+        self,
+        blobs: Sequence[Blob],
+        work: Path,
+        settings: Settings,
+        *,
+        names_only: bool = False,
+        whiteouts: Whiteouts = "merge",
+    ) -> None:
         """Scans all layers; streams are unpacked into `work`, unless only the names are asked for."""
         self.tree = Tree(limits=settings.limits)
         self._stack = ExitStack()
@@ -50,11 +58,11 @@ class LayerFiles:
                 reader: _ChunkReader
                 if layer.sequential and not names_only:
                     reader = _Unpacked(self._stack.enter_context(nameless(work)))
-                    self.tree.add(layer.scan(reader.keep), rank)
+                    self.tree.add(layer.scan(reader.keep), rank, whiteouts=whiteouts)
                     reader.complete()
                 else:
                     reader = _Ranged(blob, layer, settings.sizes.sequential_extent)
-                    self.tree.add(layer.scan(_ignore), rank)
+                    self.tree.add(layer.scan(_ignore), rank, whiteouts=whiteouts)
                 self.tree.finish(rank)
                 self._readers.append(reader)
         except BaseException:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from ckptfs.criu.images import parse_name
 from ckptfs.criu.increments import encode_pagemap, left_to_parent, renumbered, stretches
 from ckptfs.criu.mm import AIO_RING, MAP_HUGETLB, PLUGIN, parse_mm
-from ckptfs.criu.pagemap import Pagemap, parse_pagemap
+from ckptfs.criu.pagemap import PARENT, Pagemap, parse_pagemap
 from ckptfs.errors import FormatError
 from ckptfs.layers.zstd_chunked_writer import Payload, read_exactly
 from ckptfs.model.index import IndexedLayer
@@ -124,7 +124,12 @@ def _compared(
     if not chain or not size:
         return None
     pagemap = parse_pagemap(described.pagemap.read(limits.criu_image_bytes), name, limits)
-    levels = [parse_pagemap(raw, name, limits) for raw in chain]
+    if any(run.flags & PARENT for run in pagemap.runs):  # what it leaves to a parent is not in the one that is named
+        return None
+    try:
+        levels = [parse_pagemap(raw, name, limits) for raw in chain]
+    except FormatError:
+        return None
     sizes: dict[str, int] = {}
     for level in levels:
         path = directory + b"/" + level.file.encode()

@@ -13,7 +13,7 @@ from functools import partial
 
 from ckptfs.criu.images import parse_name
 from ckptfs.criu.increments import Joined
-from ckptfs.criu.pagemap import PARENT, Pagemap, parse_pagemap
+from ckptfs.criu.pagemap import Pagemap, parse_pagemap
 from ckptfs.errors import FormatError
 from ckptfs.layers.zstd_chunked_writer import Payload, read_exactly
 from ckptfs.push.checkpoint_files import Checkpoint, CheckpointFile
@@ -50,7 +50,7 @@ def _join(files: dict[bytes, CheckpointFile], top: bytes, limits: Limits) -> Non
             raise FormatError(f"{name.decode('utf-8', 'replace')} lacks the pages of an increment")
         pages = top + b"/" + whole.file.encode()
         dumped[top + b"/" + name] = replace(files[path], path=top + b"/" + name)
-        if not any(run.flags & PARENT for run in levels[0].runs):
+        if levels[0].runs == whole.runs:  # none of its pages is the parent's
             dumped[pages] = replace(found[0], path=pages)
             continue
         memory = Joined(levels, {level.file: file.inode.size for level, file in zip(levels, found, strict=True)})

@@ -105,7 +105,10 @@ class RootfsImage:
                 diff_id = _digest(stream)
                 publisher.add(spool.descriptor, spool, done=spool.close)
                 return spool.descriptor, diff_id
-            files = self._work.enter(LayerFiles([spool], self._work.directory, self._settings))
+            opened = LayerFiles(
+                [spool], self._work.directory, self._settings, whiteouts="plain"
+            )  # they stay as they are
+            files = self._work.enter(opened)
             members = self._layer(files.files(), deleted)
         members = list(members)
         if not members:

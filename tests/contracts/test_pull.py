@@ -170,6 +170,22 @@ def test_links_of_the_image_lead_nowhere(suffix: str, tmp_path: Path) -> None:
     assert os.listdir(outside) == ["victim"] and (outside / "victim").read_text() == "as it was"
 
 
+def test_tars_whose_directory_can_have_no_name(tmp_path: Path) -> None:
+    """They stay files; every way to copy the image gives the others."""
+    tar = member(b"f", b"data") + END
+    names = (b".tar", b"..tar", b"...tar", b"x.tar")
+    files = [member(b"checkpoint/inventory.img"), *(member(b"volumes/" + name, tar) for name in names)]
+    with FakeRegistry() as registry:
+        registry.add_image("repo", "1", [(TAR, b"".join(files) + END)])
+        reference = registry.reference("repo:1")
+        pull(reference, tmp_path / "pulled")
+        copied = ckptfs("cp", reference, "/", tmp_path / "copied", "--cache-dir", tmp_path / "cache")
+    assert copied.code == 0, copied.err
+    for way in ("pulled", "copied"):
+        assert sorted(os.listdir(tmp_path / way / "volumes")) == sorted(["x", *map(os.fsdecode, names)])
+        assert (tmp_path / way / "volumes" / "x" / "f").read_text() == "data"
+
+
 @pytest.mark.parametrize("name", [b"../out", b"a/../../out", b"../../../../../../../tmp/out"])
 def test_names_that_lead_outside_are_refused(name: bytes, tmp_path: Path) -> None:
     with FakeRegistry() as registry:

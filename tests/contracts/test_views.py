@@ -306,6 +306,15 @@ def test_an_image_that_is_no_checkpoint_says_so(
     assert "is not a checkpoint; its files are shown as they are" in caplog.text
 
 
+def test_an_image_in_an_archive_is_no_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What `podman save --format=oci-archive` writes: a layout whose index names images."""
+    layout = ROOT / "tests/data/corpus/counter/k8s-zstdchunked.oci"
+    run("tar", "-cf", tmp_path / "image.tar", "-C", layout, ".")
+    shown = show(f"archive:{tmp_path}/image.tar", tmp_path / "cache")
+    assert shown.layout == "none" and "index.json" in shown.entries
+    assert "holds no checkpoint; its files are shown as they are" in caplog.text
+
+
 def test_the_root_file_system_of_several_containers(made: Callable[[str], Made], tmp_path: Path) -> None:
     with pytest.raises(BaseExceptionGroup) as caught:
         show(FORMATS["tar"](made("pod").tar, tmp_path), tmp_path / "cache", "rootfs")

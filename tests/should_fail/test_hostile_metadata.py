@@ -22,6 +22,7 @@ TAR = "application/vnd.oci.image.layer.v1.tar"
 SHOWN = {b"user.mine": b"1", b"security.capability": b"\1\0\0\2" + bytes(16)}
 HIDDEN = {
     b"trusted.overlay.redirect": b"/etc",
+    b"trusted.overlay.opaque": b"y",
     b"trusted.overlay.metacopy": b"",
     b"user.overlay.redirect": b"/etc",
     b"security.selinux": b"system_u:object_r:etc_t:s0",

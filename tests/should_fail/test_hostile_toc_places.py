@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,8 @@ from tests.support.tocs import (
     table,
     zstd_chunked,
 )
+from tests.support.trees import layout_with
+from tests.support.views import show
 
 # M8: whose table it is
 
@@ -40,6 +43,20 @@ def test_a_layer_that_is_both_estargz_and_zstd_chunked() -> None:
         annotations={**allowed.descriptor.annotations, STARGZ: sha256(toc)}
     )
     assert ScannedLayer.of(allowed).entries
+
+
+@pytest.mark.row("M8")
+def test_a_table_that_one_image_names_is_not_another_images(tmp_path: Path) -> None:
+    """Two images of the same layer, each with a table in it: a node that has seen one shows the other as it is."""
+    first, second = table([entry(name="first")]), table([entry(name="second")])
+    inner = zstd_chunked(first)
+    outer = zstd_chunked(second, payload=inner.data)
+    inner = BytesBlob(outer.data, outer.descriptor._replace(annotations=inner.descriptor.annotations))
+    for name, layer in (("first", inner), ("second", outer), ("first", inner)):
+        layout = tmp_path / name
+        if not layout.exists():
+            layout_with(layout, [layer])
+        assert set(show(f"oci:{layout}", tmp_path / "cache", "raw").entries) == {name}
 
 
 @pytest.mark.row("M8")

@@ -25,9 +25,10 @@ def test_names_do_nothing_to_a_terminal_and_are_exact_in_a_pipe(tmp_path: Path) 
         registry.add_image("repo", "latest", [("application/vnd.oci.image.layer.v1.tar", layer)])
         options = ["--view", "raw", "--cache-dir", str(tmp_path / "cache")]
         command = [sys.executable, "-m", "ckptfs", "ls", registry.reference("repo:latest"), *options]
-        strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as in most locales but C.UTF-8
-        piped = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, env=strict).stdout
-        assert piped == EVIL + b"\nplain\n"
+        for errors in ("surrogateescape", "strict"):  # Python's in the locale C, and in those of languages
+            locale = {**os.environ, "PYTHONIOENCODING": f"utf-8:{errors}"}
+            piped = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, env=locale).stdout
+            assert piped == EVIL + b"\nplain\n"
         ours, theirs = pty.openpty()
         subprocess.run(command, cwd=ROOT, stdout=theirs, check=True)
         os.close(theirs)

@@ -1,5 +1,6 @@
 """`ckptfs diff`: what differs, told from as little as it takes; whatever the formats of the two images."""
 
+import gzip
 import io
 import json
 import math
@@ -18,11 +19,13 @@ from ckptfs.inspection.diff import Difference
 from ckptfs.inspection.image_diff import diff_images
 from ckptfs.model.toc import Chunk, Extent, Inode
 from ckptfs.telemetry import NetworkCounters
+from tests.support.blobs import TAR, blob_of
 from tests.support.command import ckptfs
 from tests.support.counted import with_layouts
 from tests.support.criu_images import CORPUS, image, mm, pagemap, task, vma
 from tests.support.push import DATA, push_to_layout, two_checkpoints
-from tests.support.trees import layout_of
+from tests.support.tars import tar_of
+from tests.support.trees import layout_of, layout_with
 
 P = 4096
 
@@ -96,6 +99,20 @@ def test_formats_that_share_nothing_are_compared_by_content(tmp_path: Path) -> N
     assert found.fetch_bytes == blob and counters.round_trips(math.inf) <= 14
     total = sum(file.stat().st_size for layout in layouts for file in (layout / "blobs" / "sha256").iterdir())
     assert counters.bytes < total + 64 * 1024  # the stream ran once
+
+
+def test_what_the_node_has_learnt_of_streams_is_no_difference(tmp_path: Path) -> None:
+    """The second look knows the digests of the streams' chunks: those of two layers are still called differently."""
+    pages, layouts = random.Random(4).randbytes(5 << 20), []
+    for name in ("first", "second"):
+        files = {
+            "checkpoint/inventory.img": image("inventory", {1: 1}),
+            "config.dump": f'{{"name": "{name}"}}'.encode(),
+        }
+        layer = blob_of(gzip.compress(tar_of({**files, "checkpoint/pages-1.img": pages}), 1), f"{TAR}+gzip")
+        layouts.append(layout_with(tmp_path / name, [layer]))
+    looks = [compare(*layouts, tmp_path / "cache", memory=False) for _ in range(3)]
+    assert [[change.path for change in found.files] for found, _ in looks] == [["config.dump"]] * 3
 
 
 def test_different_containers(tmp_path: Path) -> None:
@@ -209,6 +226,9 @@ def test_equality_by_chunks() -> None:
     nameless = extents((0, 10, b"a", 0), (10, 10, b"c", 0), digests=False)
     assert unknown_parts(one, 0, nameless, 0, 20) == [(10, 10)]
     assert unknown_parts(one, 0, extents((0, 12, b"x", 0), (12, 8, b"y", 0)), 0, 20) == [(0, 20)]
+    # the same digest under two names
+    renamed = Inode(0o100644, size=10, extents=(Extent(0, 10, Chunk(b"z", 0, 0, 1, 10, b"a")),))
+    assert unknown_parts(one, 0, renamed, 0, 10) == []
     # nor with digests of two kinds
     assert unknown_parts(one, 0, extents((0, 10, b"a", 0), (10, 10, b"c", 0)), 0, 20, comparable=False) == [(10, 10)]
     # holes are zeros, which a chunk may hold as well

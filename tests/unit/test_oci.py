@@ -268,6 +268,48 @@ def test_attestations_are_no_images() -> None:
         empty.select()
 
 
+@pytest.mark.parametrize("platform", [{}, {"platform": {"os": "linux", "architecture": "s390x"}}])
+def test_artifacts_beside_an_image_are_no_images(platform: dict[str, Any]) -> None:
+    """As soci convert writes it: an index of the image, and SOCI's of that."""
+    soci = descriptor(mediaType=OCI_MANIFEST, artifactType="application/vnd.amazon.soci.index.v2+json")
+    image = descriptor(mediaType=OCI_MANIFEST, digest=f"sha256:{1:064x}", **platform)
+    for entries in ([image, soci], [soci, image]):
+        parsed = parse_document(index(manifests=entries))
+        assert isinstance(parsed, Index)
+        assert parsed.select("amd64").digest.hex == f"{1:064x}"
+    alone = parse_document(index(manifests=[soci]))
+    assert isinstance(alone, Index)
+    assert alone.select() == alone.manifests[0]
+
+
+def test_an_image_without_a_platform_is_for_any_that_has_none_of_its_own() -> None:
+    entries = json.loads(index("arm64", "amd64"))["manifests"]
+    entries.insert(0, descriptor(mediaType=OCI_MANIFEST, digest=f"sha256:{7:064x}"))
+    parsed = parse_document(index(manifests=entries))
+    assert isinstance(parsed, Index)
+    assert parsed.select("amd64").digest.hex == f"{1:064x}"
+    assert parsed.select("s390x").digest.hex == f"{7:064x}"
+
+
+@pytest.mark.parametrize("others", [["v3"], ["v2", "v3"]])
+@pytest.mark.parametrize("baseline", [{}, {"variant": "v1"}])
+def test_an_image_for_newer_machines_only_is_not_taken_where_there_is_another(
+    others: list[str], baseline: dict[str, str]
+) -> None:
+    platforms = [{"variant": variant} for variant in others] + [baseline]
+    entries = [
+        descriptor(
+            mediaType=OCI_MANIFEST,
+            digest=f"sha256:{number:064x}",
+            platform={"os": "linux", "architecture": "amd64", **platform},
+        )
+        for number, platform in enumerate(platforms)
+    ]
+    parsed = parse_document(index(manifests=entries))
+    assert isinstance(parsed, Index)
+    assert parsed.select("amd64").digest.hex == f"{len(others):064x}"
+
+
 def test_a_descriptor_survives_being_written() -> None:
     value = descriptor(annotations={"a": "b"}, artifactType="t", platform={"os": "linux"})
     assert Descriptor.from_json(value).to_json() == value

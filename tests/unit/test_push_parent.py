@@ -30,6 +30,7 @@ from ckptfs.sources.layout import LayoutSource
 from ckptfs.telemetry import NetworkCounters
 from tests.support.blobs import blob_of
 from tests.support.criu_images import image, mm, pagemap, vma
+from tests.support.golden import directory_listing
 from tests.support.push import manifest_of, push_to_layout
 from tests.support.trees import layout_with
 
@@ -152,8 +153,9 @@ def test_every_page_comes_back(seed: int, table_rows: int, shelf: Shelf, monkeyp
     for number in (1, 2, 3):
         tasks.append({name: later(memory, number) for name, memory in tasks[-1].items()})
     for number, memories in enumerate(tasks):
-        parent = str(number - 1) if number else ""
-        pushed = shelf.push(write(shelf.top / f"images-{number}", **memories), str(number), parent)
+        parent, images = str(number - 1) if number else "", write(shelf.top / f"images-{number}", **memories)
+        os.setxattr(images / "pages-1.img", "user.note", b"of the dump")
+        pushed = shelf.push(images, str(number), parent)
         if number:
             increment = pushed.increment
             assert increment is not None
@@ -164,6 +166,7 @@ def test_every_page_comes_back(seed: int, table_rows: int, shelf: Shelf, monkeyp
         dumped = shelf.top / f"images-{number}"
         assert sorted(os.listdir(view)) == sorted(os.listdir(dumped))
         assert all((view / name).read_bytes() == (dumped / name).read_bytes() for name in os.listdir(dumped))
+        assert directory_listing(view) == directory_listing(dumped)
     again = shelf.push(Path(f"oci:{shelf.layout}:3"), "again")
     assert again.manifest == shelf.push(shelf.top / "images-3", "whole").manifest
 
@@ -225,6 +228,27 @@ def test_a_pod_of_two_containers(shelf: Shelf) -> None:
         assert read(raw / name / "checkpoint", "pagemap_1") == later(memory, 1)
         assert read(view / name / "checkpoint", "pagemap_1") == later(memory, 1)
         assert sorted(os.listdir(view / name / "checkpoint")) == ["inventory.img", "pagemap-1.img", "pages-1.img"]
+
+
+@pytest.mark.parametrize("lie", ["present and a parent's", "a parent's", "cut short in the parent"])
+def test_a_pagemap_that_lies_is_stored_as_it_is(lie: str, shelf: Shelf) -> None:
+    """Other memory is shared all the same, and the view is the dump."""
+    memory, other = process(1), process(5, 90)
+    first = write(shelf.top / "1", pagemap_7=memory, pagemap_8=other)
+    second = write(shelf.top / "2", pagemap_7=later(memory, 1), pagemap_8=other)
+    runs = parse_pagemap((second / "pagemap-8.img").read_bytes(), "pagemap-8.img").runs
+    if lie == "cut short in the parent":
+        (first / "pagemap-8.img").write_bytes((first / "pagemap-8.img").read_bytes()[:-1])
+    elif lie == "a parent's":
+        (second / "pagemap-8.img").write_bytes(pagemap(2, *runs, (runs[-1].vaddr + (1 << 30), 5, PARENT)))
+    else:
+        (second / "pagemap-8.img").write_bytes(pagemap(2, *((run.vaddr, run.pages, 5) for run in runs)))
+    shelf.push(first, "1")
+    pushed = shelf.push(second, "2", "1")
+    assert pushed.increment is not None and pushed.increment.shared > pushed.increment.changed
+    assert directory_listing(shelf.unpack("2")) == directory_listing(second)
+    again = shelf.push(Path(f"oci:{shelf.layout}:2"), "again")
+    assert again.manifest == shelf.push(second, "whole").manifest
 
 
 def test_without_anything_changed(shelf: Shelf) -> None:

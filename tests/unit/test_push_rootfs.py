@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from ckptfs.errors import FormatError, UsageError
 from ckptfs.layers.zstd_chunked_writer import Member, write_layer
@@ -68,8 +69,6 @@ def put_base(layout: Path) -> Manifest:
 
 
 def _untarred(layer: bytes) -> bytes:
-    import zstandard
-
     return zstandard.ZstdDecompressor().stream_reader(layer, read_across_frames=True).read()
 
 
@@ -169,6 +168,21 @@ def test_a_gzip_layer_of_containerd_is_taken_bit_for_bit(tmp_path: Path) -> None
     assert tree.find(b"data/new") is not None
 
 
+@pytest.mark.parametrize("packed", [bytes, gzip.compress, zstandard.compress], ids=["tar", "gzip", "zstd"])
+def test_whiteouts_of_a_delta_stay_whiteouts(packed: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    """In whatever the layer is packed: the pushed root and the view of it agree."""
+    layout = tmp_path / "layout"
+    put_base(layout)
+    delta = packed(tar_of({"srv/.wh.gone.txt": b"", "opt/app/.wh..wh..opq": b"", "opt/app/fresh": b"fresh\n"}))
+    push_to_layout(checkpoint(tmp_path, delta), layout, "ck", base=f"oci:{layout}:base")
+    expected = (set(BASE) | {b"opt/app/fresh"}) - {b"srv/gone.txt", b"opt/app/stale"}
+    root = merged(layout, manifest_of(layout, "ck-rootfs"))
+    assert {node.path for node in root.walk() if node.path and node.inode} == expected
+    source, base = (LayoutSource(Reference.parse(f"oci:{layout}:{tag}")) for tag in ("ck", "base"))
+    pull(source, tmp_path / "view", LayoutSource, NetworkCounters(), view="rootfs", base=base.reference)
+    assert {os.fsencode(path.relative_to(tmp_path / "view")) for path in (tmp_path / "view").rglob("*")} == expected
+
+
 def test_only_deletions_make_a_layer_and_no_change_makes_none(tmp_path: Path) -> None:
     layout = tmp_path / "layout"
     base = put_base(layout)
@@ -241,7 +255,7 @@ def test_gnu_tar_sees_opaque_markers_before_what_is_new(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("deleted", [{"a": 1}, [1], ["/../x"], ["/"], "x"])
+@pytest.mark.parametrize("deleted", [{"a": 1}, [1], ["/../x"], ["/"], "x", ["/a\ud800"]])
 def test_a_senseless_list_of_deletions_is_refused(tmp_path: Path, deleted: Any) -> None:
     layout = tmp_path / "layout"
     put_base(layout)

@@ -215,9 +215,12 @@ def test_a_path_may_come_once() -> None:
         write_layer([Member(b"a", Inode(0o100644))] * 2, io.BytesIO().write)
 
 
-def test_a_socket_has_no_place() -> None:
+@pytest.mark.parametrize(
+    "inode", [Inode(0o140755), Inode(0o020600, rdev=os.makedev(1 << 21, 1))], ids=["socket", "device"]
+)
+def test_a_file_that_has_no_place(inode: Inode) -> None:
     with pytest.raises(FormatError, match="no place"):
-        write_layer([Member(b"s", Inode(0o140755))], io.BytesIO().write)
+        write_layer([Member(b"s", inode)], io.BytesIO().write)
 
 
 def test_memory_does_not_grow_with_the_payload() -> None:

@@ -62,6 +62,15 @@ def test_an_addition_wins_over_a_whiteout_of_the_same_layer() -> None:
         assert shown(build([file("x", 1)], upper))["x"] == ("f", 0o644, 2)
 
 
+def test_whiteouts_below_a_whiteout_bring_nothing_back() -> None:
+    """As podman has it: rm -rf in an image makes such layers (containers/storage pkg/archive/archive_linux.go)."""
+    lower = [directory("d"), directory("d/e"), file("d/e/f")]
+    upper = [file(".wh.d"), file("d/.wh.e"), file("d/e/.wh.f"), file("d/.wh..wh..opq")]
+    for order in ((1, 2), (2, 1)):
+        assert set(shown(build(lower, upper, order=order))) == {""}
+        assert set(shown(build(lower, [*upper, file("d/new")], order=order))) == {"", "d", "d/new"}
+
+
 def test_opaque_directory_hides_what_is_below() -> None:
     for order in ((1, 2), (2, 1)):
         tree = build([file("d/x", 1)], [directory("d", 0o700), file("d/.wh..wh..opq"), file("d/y", 2)], order=order)
@@ -268,3 +277,30 @@ def test_whether_a_directory_is_opaque_is_known_at_the_end() -> None:
     tree.finish(1)
     assert tree.marked(node)
     assert set(node.inode.xattrs) == {OPAQUE_XATTR}
+
+
+@pytest.mark.parametrize("again", [[directory("d"), file("d/new")], [file("d/new")]], ids=["listed", "implied"])
+def test_a_directory_made_again_is_opaque_in_any_order(again: list[Entry]) -> None:
+    for entries in ([file(".wh.d"), *again], [*again, file(".wh.d")]):
+        tree = Tree()
+        tree.begin(1)
+        tree.add(entries, 1, whiteouts="overlay")
+        tree.finish(1)
+        node = tree.find(b"d")
+        assert node is not None and node.inode is not None and node.inode.is_dir
+        assert set(node.inode.xattrs) == {OPAQUE_XATTR}
+
+
+def test_only_a_whiteout_makes_a_directory_opaque() -> None:
+    """Not what a layer says of itself, nor what another tree has made of its entries: a node keeps them."""
+    entries = [directory("d"), file("d/.wh..wh..opq"), directory("e")]
+    marked, described = entries[0].inode, entries[2].inode
+    assert marked is not None and described is not None
+    described.xattrs = {b"user.note": b"1", OPAQUE_XATTR: b"y"}
+    as_lower, merged = Tree(), Tree()
+    as_lower.add(entries, 1, whiteouts="overlay")
+    as_lower.finish(1)
+    assert set(marked.xattrs) == {OPAQUE_XATTR} and set(described.xattrs) == {b"user.note"}
+    merged.add(entries, 1)
+    merged.finish(1)
+    assert not marked.xattrs and set(described.xattrs) == {b"user.note"}
