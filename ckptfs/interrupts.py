@@ -38,7 +38,12 @@ def interrupt_by(*numbers: int, once: bool = False) -> Mapping[int, Any]:
                 signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    return {number: signal.signal(number, handler) for number in (*numbers, signal.SIGALRM)}
+    return {number: signal.signal(number, handler) for number in heard(*numbers, signal.SIGALRM)}
+
+
+def heard(*numbers: int) -> tuple[int, ...]:
+    """Those of the signals that may end us: nohup(1) has SIGHUP ignored by what it starts."""
+    return tuple(n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -52,14 +57,19 @@ def interruptible(*numbers: int) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def lines(pipe: int) -> Iterator[bytes]:
-    """The lines that somebody writes to `pipe`, as they come, without their ends; it stays open."""
+def lines(pipe: int, child: int | None = None) -> Iterator[bytes]:
+    """The lines that somebody writes to `pipe`, as they come, without their ends; it stays open.
+
+    Until nobody can write any more. `child`: or until this one has ended, whose own children may have the pipe.
+    """
+    ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
     poll = select.poll()
     poll.register(pipe, select.POLLIN)
     rest = b""
     while True:
         while not poll.poll(_LOOK):
-            pass
+            if child is not None and os.waitid(os.P_PID, child, ended) is not None and not poll.poll(0):
+                return
         data = os.read(pipe, 1 << 16)
         if not data:
             return

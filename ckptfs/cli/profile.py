@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from ckptfs.cli.options import (
     verify_option,
 )
 from ckptfs.errors import NotFoundError, RestoreError, UsageError
+from ckptfs.interrupts import interruptible
 from ckptfs.model.oci import Reference
 from ckptfs.settings import Limits, MiB
 from ckptfs.telemetry import NetworkCounters
@@ -101,7 +103,9 @@ def record(
         found = [_read_recording(file, limits) for file in recordings]
     else:
         assert reference is not None
-        with tempfile.TemporaryDirectory(prefix="ckptfs-profile-") as folder:
+        # What ends this command must end the mount as well.
+        ended = interruptible(signal.SIGTERM, signal.SIGHUP)
+        with ended, tempfile.TemporaryDirectory(prefix="ckptfs-profile-") as folder:
             request = MountRequest(
                 reference,
                 f"{folder}/mount",
@@ -256,11 +260,14 @@ def _run(command: tuple[str, ...], mount: Path) -> None:
         process = subprocess.Popen(words, env={**os.environ, MOUNT_VARIABLE: str(mount)})
     except OSError as error:
         raise UsageError(f"{words[0]} cannot be run: {error.strerror}", hint="give a program after --") from None
+    before = signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))  # a terminal tells both
     try:
         code = process.wait()
     except KeyboardInterrupt:
-        process.wait()  # the terminal has told it as well
+        process.wait()
         return
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if code:
         raise RestoreError(f"{shlex.join(words)} failed with exit code {code}", hint="nothing has been written")
 
@@ -317,12 +324,17 @@ def _default_name(reference: Reference | None) -> str:
 
 
 def _facts(found: "Profile") -> dict[str, Any]:
-    files = []
-    for path in found.paths:
-        runs = [run for run in found.runs if run.path == path]
-        total = sum(run.length for run in runs)
-        files.append({"path": os.fsdecode(path), "runs": len(runs), "bytes": total, "at": runs[0].at})
-    return {"recordings": found.recordings, "runs": len(found.runs), "bytes": found.total, "files": files}
+    files: dict[bytes, dict[str, Any]] = {}
+    for run in found.runs:
+        file = files.setdefault(run.path, {"path": os.fsdecode(run.path), "runs": 0, "bytes": 0, "at": run.at})
+        file["runs"] += 1
+        file["bytes"] += run.length
+    return {
+        "recordings": found.recordings,
+        "runs": len(found.runs),
+        "bytes": found.total,
+        "files": list(files.values()),
+    }
 
 
 def _sentence(found: "Profile") -> str:

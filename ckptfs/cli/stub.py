@@ -51,14 +51,16 @@ def stub(
 ) -> None:
     """Make a small archive (or image) that lets an unmodified engine restore REF from a mount.
 
-    It has everything but the memory, and makes criu read that from the mount. `ckptfs restore --engine podman` does
-    all of the following by itself.
+    It has everything but the memory, and makes criu read that from the mount, as long as criu.conf is there: with it
+    the next checkpoint would go to the mount, too. `ckptfs restore --engine podman` does all of the following by
+    itself.
 
     \b
     ckptfs stub localhost:5000/counter:1 --out counter.tar --mount /mnt/ckpt
     ckptfs mount localhost:5000/counter:1 /mnt/ckpt
     criu lazy-pages --daemon -D /mnt/ckpt/checkpoint -W /var/lib/ckptfs/stub/work
     podman container restore --import counter.tar
+    rm /var/lib/ckptfs/stub/criu.conf
     """
     if out is None and image is None:
         raise UsageError("nothing to write", hint="give --out FILE, --image REF2, or both")

@@ -23,7 +23,7 @@ from ckptfs.settings import KiB, Limits
 _VERSION = 1
 _GAP = 64 * KiB  # bytes between two runs that are fetched with them: the engine's coalesce_gap
 _TOGETHER = 1000  # milliseconds between neighbours that become one run; later ones need not come that early
-_LATEST = 24 * 3600 * 1000  # milliseconds
+LATEST = 24 * 3600 * 1000  # milliseconds
 _MOST_RECORDINGS = 1 << 20
 
 
@@ -148,7 +148,7 @@ def _run(value: object, paths: list[bytes], limits: Limits) -> Run:
     if not isinstance(value, list) or len(value) != 4:
         raise FormatError("a run of the profile is not [file, offset, length, milliseconds]")
     file, offset, length, at = value
-    if not (_number(file, 0, len(paths) - 1) and _number(at, 0, _LATEST)):
+    if not (_number(file, 0, len(paths) - 1) and _number(at, 0, LATEST)):
         raise FormatError("a run of the profile names no file, or no time")
     if not (_number(offset, 0, limits.file_bytes) and _number(length, 1, limits.file_bytes)):
         raise FormatError("a run of the profile has no place in a file")

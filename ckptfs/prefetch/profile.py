@@ -19,6 +19,7 @@ class Recorded:
 
     def __init__(self, profile: Profile, tree: Tree) -> None:
         self._runs: list[tuple[Inode, Run]] = []
+        self._of: dict[Inode, list[Run]] = defaultdict(list)
         self._apart: Mapping[bytes, Sequence[Extent]] = {}
         inodes: dict[bytes, Inode | None] = {}
         for path in profile.paths:
@@ -28,20 +29,20 @@ class Recorded:
             inode = inodes[run.path]
             if inode is not None and inode.is_file:
                 self._runs.append((inode, run))
+                self._of[inode].append(run)
 
     @property
     def files(self) -> Sequence[Inode]:
         """The files that the profile names."""
-        return list(dict.fromkeys(inode for inode, _ in self._runs))
+        return list(self._of)
 
     def spare(self, inode: Inode) -> int:
         """About how many encoded bytes of the chunks would be fetched for nothing, without cells."""
         sizes: dict[bytes, float] = {}
-        for owner, run in self._runs:
-            if owner is inode:
-                for extent in overlapping(inode.extents, run.offset, run.length):
-                    key, size = extent.chunk.key, extent.chunk.size
-                    sizes[key] = sizes.get(key, size) - size * _common(extent, run) / extent.length
+        for run in self._of[inode]:
+            for extent in overlapping(inode.extents, run.offset, run.length):
+                key, size = extent.chunk.key, extent.chunk.size
+                sizes[key] = sizes.get(key, size) - size * _common(extent, run) / extent.length
         return int(sum(sizes.values()))
 
     def take_apart(self, cells: Cells) -> Mapping[bytes, Sequence[Extent]]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 
 from ckptfs.engine.reader import Handle
 from ckptfs.errors import FormatError
-from ckptfs.model.profile import Profile, Run, joined
+from ckptfs.model.profile import LATEST, Profile, Run, joined
 from ckptfs.model.toc import Inode
 from ckptfs.settings import KiB, Limits
 
@@ -31,7 +31,7 @@ def _reads(lines: Iterable[str]) -> Iterator[Run]:
         try:
             value = json.loads(line)
             path, at = os.fsencode(value["path"]), int(value["t_ms"])
-            run = Run(path, int(value["offset"]), int(value["length"]), max(0, at))
+            run = Run(path, int(value["offset"]), int(value["length"]), min(max(0, at), LATEST))
         except (ValueError, KeyError, TypeError, OverflowError):
             raise FormatError(f"line {number} is no recorded read", hint="use `mount --record`") from None
         if run.offset < 0 or run.length < 0:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tomllib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,24 +50,31 @@ def mounted_image(name: str, settings: Settings, *, keep: bool) -> Iterator[Path
     """An image of the storage as a directory, until the block ends unless `keep`. NotFoundError when there is none."""
     if shutil.which("podman") is None:
         raise RestoreError("podman is not in PATH, so local images cannot be mounted", hint="name --base REF")
-    path = _podman(settings, "image", "mount", name)
-    try:
-        yield Path(path)
-    finally:
-        if not keep:
-            with contextlib.suppress(NotFoundError, RestoreError):
-                _podman(settings, "image", "unmount", name)
+    with ThreadPoolExecutor(1) as worker:  # what an interrupt does not wait for must still be undone
+        mounting = worker.submit(_podman, settings, "image", "mount", name)
+        try:
+            yield Path(mounting.result())
+        finally:
+            if not keep and mounting.exception() is None:
+                with contextlib.suppress(NotFoundError, RestoreError):
+                    _podman(settings, "image", "unmount", name)
 
 
 def _podman(settings: Settings, *words: str) -> str:
-    done = subprocess.run(
-        ["podman", *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=settings.timeouts.tool,
-        stdin=subprocess.DEVNULL,
-    )
+    try:
+        done = subprocess.run(
+            ["podman", *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=settings.timeouts.tool,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RestoreError(
+            f"podman {' '.join(words)} has not ended after {error.timeout:g} s", hint="is its storage locked?"
+        ) from None
     if done.returncode != 0:
         said = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
         raise NotFoundError(f"podman {' '.join(words)}: {said}", hint="`podman images` shows what is here")

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ckptfs.errors import NotFoundError, RestoreError, UsageError
+from ckptfs.restore.bundle import CRIU_CONFIG
 from ckptfs.restore.facts import check_engine
 from ckptfs.restore.flow import Flow, RestoreRequest
 from ckptfs.restore.image_store import has_image
@@ -58,15 +59,16 @@ def finish(flow: Flow) -> None:
         if taken.result():
             raise RestoreError(f"podman has a container {name} already", hint="give another --name")
     undo = flow.stack.enter_context(contextlib.ExitStack())
-    undo.callback(_podman, "rm", "--force", "--time=0", "--ignore", name)
+    undo.callback(_remove, name, redirection.config)
     done = _podman("container", "restore", f"--import={archive}", f"--name={name}", *flow.request.extra)
     if done.returncode != 0:
         raise _failure(done, redirection.work, str(config.get("rootfsImageName", "")), flow.settings)
     pid = int(_podman("container", "inspect", "--format={{.State.Pid}}", name).stdout.strip() or 0)
     flow.name = name
+    flow.place.record(pid=pid)
     flow.running(pid, runtime=config.get("runtime"), engine="podman", container=done.stdout.strip())
     if lazy is not None and pid and not wait_resident(pid, lazy):
-        return  # interrupted: a container without the rest of its memory is of no use
+        raise KeyboardInterrupt  # a container without the rest of its memory is of no use
     undo.pop_all()
     if lazy is not None:
         flow.resident()
@@ -74,6 +76,14 @@ def finish(flow: Flow) -> None:
 
 def _exists(name: str) -> bool:
     return _podman("container", "exists", name).returncode == 0
+
+
+def _remove(name: str, config: Path) -> None:
+    """The container that was restored with that configuration of criu; one of its name may be somebody else's."""
+    shown = f'--format={{{{.ID}}}} {{{{index .Config.Annotations "{CRIU_CONFIG}"}}}}'
+    identity, _, annotation = _podman("container", "inspect", shown, name).stdout.strip().partition(" ")
+    if annotation == str(config):
+        _podman("rm", "--force", "--time=0", "--ignore", identity)
 
 
 def _podman(*words: str) -> subprocess.CompletedProcess[str]:

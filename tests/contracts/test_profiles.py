@@ -3,6 +3,8 @@
 import base64
 import json
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -211,6 +213,13 @@ def recording(folder: Path, *offsets: int) -> Path:
     return file
 
 
+def test_a_profile_of_many_files_is_shown(tmp_path: Path) -> None:
+    many = Profile(tuple(Run(f"{number}".encode(), 0, 1, 0) for number in range(50_000)))
+    (tmp_path / "many.json").write_bytes(encode_profile(many))
+    shown = ckptfs("profile", "show", tmp_path / "many.json", "--json", timeout=30)
+    assert len(shown.json["files"]) == shown.json["runs"] == 50_000
+
+
 def test_record_show_push(case: Case, tmp_path: Path) -> None:
     out = tmp_path / "p.json"
     done = ckptfs("profile", "record", "--from", recording(tmp_path, 5 * MiB, 9 * MiB), case.reference, "--out", out)
@@ -299,6 +308,23 @@ def test_a_command_that_fails_leaves_nothing(
     )
     assert done.code == code and done.line
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+@pytest.mark.fuse
+def test_what_ends_it_ends_its_command_and_the_mount(
+    mountable: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    words = ["profile", "record", mountable.reference, "--cache-dir", tmp_path / "cache", "--out", tmp_path / "p.json"]
+    command = ["--", "sh", "-c", f"touch {tmp_path}/begun; exec sleep 60"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ckptfs", *map(str, words), *command], stderr=subprocess.PIPE, text=True
+    )
+    wait_for("the command", (tmp_path / "begun").exists)
+    process.terminate()
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 8 and "failed with exit code -15; nothing has been written" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["begun", "cache"]
 
 
 @pytest.mark.fuse

@@ -73,12 +73,13 @@ def test_the_first_five_minutes(podman: Podman, registry: DockerRegistry, tmp_pa
             wait_for("the end", lambda: not list(folder.iterdir()), patience=30)
         assert "again" in shell(block("ckptfs restore localhost:5000/counter:1 --engine"))
         wait_for("a tick", lambda: podman.ticks("again"))
-        by_hand, unmount, _ = block("ckptfs stub").partition("ckptfs umount")
+        by_hand, unmount, after = block("ckptfs stub").partition("ckptfs umount")
         shell(by_hand)
         wait_for("a tick", lambda: podman.ticks("by-hand"))
         stub = f"{tmp_path}/stub/work"
         wait_for("the last page", lambda: not [words for words in processes(tmp_path) if stub in words], patience=60)
-        shell(f"{unmount} /mnt/ckpt")
+        shell(f"{unmount}{after}")
+        podman("container", "checkpoint", "by-hand")
     finally:
         podman("rm", "--force", "--time=0", "--ignore", "again", "by-hand", "counter")
         podman("image", "unmount", BASE)

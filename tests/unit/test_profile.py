@@ -1,6 +1,7 @@
 """Profiles: from recorded reads to runs, from runs to a document and back, from a document to chunks."""
 
 import json
+import time
 from collections.abc import Iterable
 
 import pytest
@@ -179,6 +180,12 @@ def test_of_a_plain_restore_only_the_other_files_count() -> None:
     assert [(one.path, one.length) for one in found.runs] == [(b"rootfs-diff.tar", 20 * MiB)]
 
 
+def test_what_a_mount_of_many_days_has_read_makes_a_profile() -> None:
+    found = profile_of([line("a", 0, 10, 5), line("a", 1 << 20, 10, 40 * 24 * 3600 * 1000)], LIMITS)
+    assert len(found.runs) == 2
+    assert decode_profile(encode_profile(found), LIMITS) == found
+
+
 def test_reads_of_nothing_do_not_count() -> None:
     assert profile_of([line("a", 0, 0, 1), line("", 0, 10, 1)], LIMITS).runs == ()
 
@@ -243,3 +250,18 @@ def test_cells_that_do_not_fit_their_chunk_are_not_used() -> None:
     recorded = Recorded(Profile((run(5 * CHUNK),)), tree)
     assert not recorded.take_apart({inode: pieces(2 * MiB, 3 * CELL, "cell")})
     assert keys(recorded) == [b"chunk5"]
+
+
+def test_a_profile_of_many_files_is_gone_through_once() -> None:
+    count = 20_000
+    paths = [f"checkpoint/pages-{number}.img".encode() for number in range(count)]
+    tree = Tree(lambda ino, name: None)
+    tree.begin(1, b"")
+    inodes = [Inode(0o100600, size=CHUNK, extents=pieces(CHUNK, CHUNK, path.decode())) for path in paths]
+    tree.add([Entry(b"checkpoint", Inode(0o040700)), *map(Entry, paths, inodes)], 1, whiteouts="merge")
+    tree.finish(1)
+    found = decode_profile(encode_profile(Profile(tuple(run(0, path=path) for path in paths))), LIMITS)
+    began = time.monotonic()
+    recorded = Recorded(found, tree)
+    assert sum(recorded.spare(inode) > 0 for inode in recorded.files) == count
+    assert time.monotonic() - began < 5
