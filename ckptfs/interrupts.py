@@ -3,7 +3,7 @@
 Python raises it wherever the main thread is. Inside importlib that does harm: a weak reference's callback swallows what
 is raised, or a lock stays taken, and a thread that imports the same module waits for ever. And one that arrives right
 before a blocking system call is noticed after it. Of 480 restores that got Ctrl-C while they began, on two busy cores,
-16 went on as if nothing had been said. Called by __main__.py, mounting.py, bench/ and restore/.
+16 went on as if nothing had been said. Called by __main__.py, cli/, mounting.py, bench/ and restore/.
 """
 
 import contextlib
@@ -50,6 +50,28 @@ def interruptible(*numbers: int) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def taken_for_ctrl_c(*numbers: int) -> Iterator[None]:
+    """Inside, these signals do what Ctrl-C does: whatever cleans up after that one does so after them.
+
+    Those that are ignored stay so (nohup), and all are as ever where Ctrl-C is (a job in the background of a script).
+    """
+
+    def hand_on(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    ours = () if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else numbers
+    before = {number: signal.getsignal(number) for number in ours}
+    caught = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+    for number in caught:
+        signal.signal(number, hand_on)
+    try:
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, before[number])
 
 
 def lines(pipe: int) -> Iterator[bytes]:

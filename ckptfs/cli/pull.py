@@ -15,6 +15,7 @@ from ckptfs.cli.options import (
     reference_argument,
     transfer_options,
 )
+from ckptfs.cli.output import tidy
 from ckptfs.model.oci import Reference
 from ckptfs.telemetry import NetworkCounters
 from ckptfs.terminal import printable, size_text
@@ -33,6 +34,7 @@ from ckptfs.terminal import printable, size_text
 @click.option("--base", type=RegistryReference(), help="The base image of the rootfs view, if the image names none.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @transfer_options
+@tidy
 def pull(
     reference: Reference,
     directory: Path,
