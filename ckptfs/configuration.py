@@ -16,6 +16,7 @@ from ckptfs.errors import UsageError
 from ckptfs.settings import Registries, Settings, default_cache_dir
 
 SYSTEM_FILE = Path("/etc/ckptfs/config.toml")
+LEAST_CACHE = 1 << 20  # bytes, on disk and in memory
 _FILE_BYTES = 1 << 20
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _HOST = re.compile(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?\Z")
@@ -49,7 +50,10 @@ def parse_deadline(value: Any) -> float:
 
 
 def _size(value: Any, _: Path) -> int:
-    return parse_size(value)
+    size = parse_size(value)
+    if size < LEAST_CACHE:
+        raise ValueError(f"{value!r} is too small; give at least 1M")
+    return size
 
 
 def _deadline(value: Any, _: Path) -> str:

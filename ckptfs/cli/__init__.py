@@ -112,6 +112,8 @@ def run(arguments: list[str], program: str = PROGRAM) -> int:
         if error.errno in _UNWRITABLE and error.filename is None:
             _silence(sys.stdout)
             return fail(f"cannot write the output: {error.strerror}", MountError.exit_code)
+        if error.errno == errno.ENOENT and _nowhere():
+            return fail("the directory you are in is not there any more; cd to one that is", UsageError.exit_code)
         return _bug(error)
     except Exception as error:
         return _bug(error)
@@ -140,6 +142,15 @@ def fail(message: str, code: int) -> int:
     except OSError:  # the exit code is all that is left to tell
         _silence(sys.stderr)
     return code
+
+
+def _nowhere() -> bool:
+    """Whether relative paths mean nothing: the working directory has been removed."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _bug(error: Exception) -> int:

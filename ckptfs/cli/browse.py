@@ -12,6 +12,7 @@ import click
 
 from ckptfs.cli.opening import Progress, image_options, with_image
 from ckptfs.cli.options import reference_argument, view_options
+from ckptfs.cli.output import tidy
 from ckptfs.model.oci import Reference
 from ckptfs.model.times import as_datetime
 from ckptfs.terminal import printable
@@ -98,6 +99,7 @@ def cat(reference: Reference, paths: tuple[str, ...], **options: Any) -> None:
 @click.argument("target", type=click.Path(path_type=Path))
 @view_options
 @image_options
+@tidy
 def cp(reference: Reference, path: str, target: Path, **options: Any) -> None:
     """Copy a file, or a directory with all below it, out of the image.
 

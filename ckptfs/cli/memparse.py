@@ -12,7 +12,7 @@ import click
 
 from ckptfs.cli.opening import Progress, console, image_options, say_traffic, with_images
 from ckptfs.cli.options import reference_argument
-from ckptfs.cli.output import appearing, create
+from ckptfs.cli.output import appearing, create, tidy
 from ckptfs.errors import UsageError
 from ckptfs.model.oci import Reference
 from ckptfs.terminal import size_text
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the raw memory to FILE.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @image_options
+@tidy
 def memparse(
     reference: Reference,
     pid: int | None,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 import click
 
 from ckptfs import configuration
-from ckptfs.configuration import parse_address, parse_deadline, parse_size
+from ckptfs.configuration import LEAST_CACHE, parse_address, parse_deadline, parse_size
 from ckptfs.errors import UsageError
 from ckptfs.model.oci import Reference
 from ckptfs.redaction import log_to_stderr
@@ -252,11 +252,11 @@ def make_settings(
     settings = Settings()
     sizes = settings.sizes
     if cache_size is not None:
-        if cache_size < 1 << 20:
+        if cache_size < LEAST_CACHE:
             raise UsageError(f"--cache-size {cache_size} is too small", hint="give at least 1M")
         sizes = sizes._replace(disk_cache=cache_size)
     if memory is not None:
-        if memory < 1 << 20:
+        if memory < LEAST_CACHE:
             raise UsageError(f"--memory {memory} is too small", hint="give at least 1M")
         sizes = sizes._replace(memory_cache=memory)
     timeouts = settings.timeouts

@@ -7,12 +7,17 @@ import errno
 import os
 import secrets
 import shutil
+import signal
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
+from typing import Any, cast
 
+from ckptfs.cli.options import F
 from ckptfs.errors import CacheError, CkptfsError, UsageError
+from ckptfs.interrupts import interruptible
 
 # What another path is needed for; anything else may be mended where it is.
 _WRONG_PATH = frozenset((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP))
@@ -37,6 +42,17 @@ def appearing(target: Path) -> Iterator[Path]:
             raise
     except OSError as error:
         raise _unwritable(target, error) from None
+
+
+def tidy(function: F) -> F:
+    """A command that leaves nothing half written behind by whatever it is ended: also a lost terminal, or `timeout`."""
+
+    @wraps(function)
+    def command(*arguments: Any, **options: Any) -> Any:
+        with interruptible(signal.SIGTERM, signal.SIGHUP):
+            return function(*arguments, **options)
+
+    return cast("F", command)
 
 
 def create(path: Path) -> int:

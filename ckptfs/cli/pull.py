@@ -15,6 +15,7 @@ from ckptfs.cli.options import (
     transfer_options,
     view_options,
 )
+from ckptfs.cli.output import tidy
 from ckptfs.model.oci import Reference
 from ckptfs.telemetry import NetworkCounters
 from ckptfs.terminal import printable, size_text
@@ -26,6 +27,7 @@ from ckptfs.terminal import printable, size_text
 @view_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @transfer_options
+@tidy
 def pull(
     reference: Reference,
     directory: Path,

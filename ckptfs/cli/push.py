@@ -12,6 +12,7 @@ import click
 
 from ckptfs.cli import fail
 from ckptfs.cli.options import RegistryReference, configure_logging, make_settings, transfer_options
+from ckptfs.cli.output import tidy
 from ckptfs.errors import UsageError
 from ckptfs.model.oci import Descriptor, Reference
 from ckptfs.telemetry import NetworkCounters
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @transfer_options
+@tidy
 def push(
     source: str,
     reference: Reference,

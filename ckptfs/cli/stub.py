@@ -13,7 +13,7 @@ import click
 
 from ckptfs.cli.opening import image_options, with_image
 from ckptfs.cli.options import RegistryOptions, RegistryReference, make_settings, reference_argument
-from ckptfs.cli.output import appearing
+from ckptfs.cli.output import appearing, tidy
 from ckptfs.errors import RestoreError, UsageError
 from ckptfs.model.oci import Reference
 from ckptfs.telemetry import NetworkCounters
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 @click.option("--lazy-pages/--no-lazy-pages", default=True, help="Restore with lazy pages. [default: on]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @image_options
+@tidy
 def stub(
     reference: Reference,
     mountpoint: Path,

@@ -269,6 +269,16 @@ def test_what_may_not_be_looked_at(words: tuple[str, ...], code: int, said: str,
     assert said in done.stderr
 
 
+@pytest.mark.parametrize("words", [("ls", "oci:x"), ("status", "x"), ("mount", "localhost:1/a:b", "x")])
+def test_in_a_directory_that_is_gone(words: tuple[str, ...], folder: Path) -> None:
+    command = shlex.join([sys.executable, "-m", "ckptfs", *words])
+    script = f"mkdir {folder}/here && cd {folder}/here && rmdir {folder}/here && exec {command}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False, env=environment)
+    assert_one_line(words[0], Result(done.returncode, done.stdout, done.stderr), 2)
+    assert "cd to one that is" in done.stderr
+
+
 def test_a_cache_of_somebody_else(registry: FakeRegistry, folder: Path) -> None:
     (folder / "cache").mkdir(mode=0o755)
     done = ckptfs("ls", registry.reference("repo:latest"), "--cache-dir", folder / "cache")

@@ -70,9 +70,10 @@ def test_a_full_disk_leaves_nothing(words: tuple[str, ...], tmp_path: Path) -> N
         assert os.listdir(small) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("path", ["checkpoint", "checkpoint/pages-1.img"])
-def test_ctrl_c_leaves_nothing(path: str, tmp_path: Path) -> None:
-    """Also what is being written is under another name, and nobody else's to read."""
+def test_ctrl_c_leaves_nothing(path: str, number: signal.Signals, tmp_path: Path) -> None:
+    """Nor do kill(1) and a lost terminal. What is being written is under another name, and nobody else's to read."""
     target = tmp_path / "into"
     target.mkdir()
     with FakeRegistry() as registry:
@@ -88,7 +89,7 @@ def test_ctrl_c_leaves_nothing(path: str, tmp_path: Path) -> None:
                 time.sleep(0.01)
             (name,) = os.listdir(target)
             assert name != "new" and not stat.S_IMODE((target / name).stat().st_mode) & 0o077
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             _, said = process.communicate(timeout=30)
     assert (process.returncode, said) == (130, "ckptfs: interrupted\n")
     assert os.listdir(target) == []

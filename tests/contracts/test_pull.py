@@ -302,7 +302,8 @@ def test_a_full_disk(tmp_path: Path) -> None:
         assert result.code == 8 and "No space left" in result.line
 
 
-def test_ctrl_c_leaves_nothing(registry: DockerRegistry, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_leaves_nothing(number: signal.Signals, registry: DockerRegistry, tmp_path: Path) -> None:
     two_checkpoints(tmp_path)
     assert ckptfs("push", tmp_path / "first.tar", registry.reference("pull/slow:1")).code == 0
     into = tmp_path / "into"
@@ -312,7 +313,7 @@ def test_ctrl_c_leaves_nothing(registry: DockerRegistry, tmp_path: Path) -> None
         with subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True) as process:
             wait_for("the pull to begin", lambda: link.stats().bytes_down > 300_000)
             assert leftovers(into / "out")
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             _, said = process.communicate(timeout=10)
     assert (process.returncode, said.strip()) == (130, "ckptfs: interrupted")
     assert os.listdir(into) == []

@@ -68,6 +68,7 @@ def test_mirrors(places: dict[str, Path]) -> None:
         ("colour = 1", "line 1: unknown key 'colour'; there are cache_dir, cache_size"),
         ("[cache]\ndir = 'x'", "line 1: unknown key 'cache'; did you mean cache_"),
         ('\n\ncache_size = "10X"', "line 3: cache_size: '10X' is not a size"),
+        ('\nmemory = "1K"', "line 2: memory: '1K' is too small; give at least 1M"),
         ("cache_size = true", "not a size"),
         ("cache_size = -1", "not a size"),
         ("read_deadline = 0", "not a number of seconds"),

@@ -15,6 +15,7 @@ from ckptfs.interrupts import interrupt_by, lines
 from ckptfs.model.oci import Reference
 from ckptfs.mounting import MountRequest, begin
 from tests.support.fake_registry import FakeRegistry, Silent
+from tests.support.tools import ROOT
 
 
 @pytest.fixture
@@ -112,3 +113,39 @@ def test_a_daemon_that_does_not_serve_yet_ends_at_once(tmp_path: Path) -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
     assert os.WTERMSIG(ended) == signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("before", "number", "code"),
+    [
+        ("", signal.SIGTERM, 3),
+        ("trap '' HUP;", signal.SIGHUP, 0),  # nohup: it goes on
+        ("trap '' INT;", signal.SIGTERM, 3),  # in the background of a script, where Ctrl-C is ignored
+    ],
+)
+def test_signals_that_end_a_command_tidily(before: str, number: int, code: int) -> None:
+    program = """
+import signal, sys, time
+from ckptfs.interrupts import interruptible
+with interruptible(signal.SIGTERM, signal.SIGHUP):
+    try:
+        print("ready", flush=True)
+        time.sleep(1)
+    except KeyboardInterrupt:
+        sys.exit(3)
+"""
+    command = [
+        "env",
+        "--default-signal=INT,HUP",
+        "sh",
+        "-c",
+        f'{before} exec "$@"',
+        "sh",
+        sys.executable,
+        "-c",
+        program,
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        assert process.wait(10) == code
