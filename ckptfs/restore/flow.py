@@ -122,8 +122,9 @@ class Flow:
         from ckptfs.restore.bundle import copy_tree
 
         target = self.place / f"{name}-unpacked"
-        target.mkdir(mode=0o755)
-        copy_tree(self.place / name, target)
+        with self.place.writing():
+            target.mkdir(mode=0o755)
+            copy_tree(self.place / name, target)
         mounted.end()
         self.tell("step", text=f"pulled and unpacked ({name}) after {self.now():.0f} ms")
         return target
@@ -136,6 +137,7 @@ class Flow:
 
         lazy = self.stack.enter_context(LazyPages(self.images, self.place / "work", self.settings))
         self.daemons.add(lazy.pid)
+        self.place.record(lazy_pid=lazy.pid)
         return lazy
 
     def document(self, name: str) -> dict[str, Any] | None:
