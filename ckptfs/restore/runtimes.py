@@ -221,9 +221,9 @@ def criu_complaint(log: Path) -> str:
     except OSError:
         return ""
     for line in lines:
-        _, found, text = line.partition("Error ")
+        _, found, text = line.partition("Error (")  # where in criu; the tar that it runs has errors of its own there
         if found and not any(word in text for word in _HARMLESS):
-            return text.strip()
+            return f"({text.strip()}"
     return ""
 
 

@@ -6,15 +6,20 @@ from pathlib import Path
 
 import pytest
 
+from ckptfs.bench.link import ShapedLink
 from ckptfs.errors import UnavailableError
 from ckptfs.inspection.source import LocalFiles
+from tests.support import runc
 from tests.support.blobs import TAR
 from tests.support.command import ckptfs, mounted
+from tests.support.criu import require_criu
+from tests.support.docker_registry import DockerRegistry
 from tests.support.fake_registry import FakeRegistry, Status, Truncate
-from tests.support.restored import assert_nothing_left
+from tests.support.restored import assert_nothing_left, start
 from tests.support.tars import END, member
+from tests.support.tools import require, wait_for
 
-pytestmark = [pytest.mark.restore, pytest.mark.fuse]
+pytestmark = [pytest.mark.restore, pytest.mark.registry, pytest.mark.fuse]
 
 IMAGE = b"checkpoint/inventory.img"
 LARGE = random.Random(1).randbytes(4 << 20)
@@ -47,6 +52,27 @@ def test_a_restore_says_that_it_cannot_read(tmp_path: Path) -> None:
         done = ckptfs("restore", registry.reference("repo:latest"), *words, "--read-deadline", "2")
     assert (done.code, done.out) == (5, ""), done.err
     assert "cannot be read" in done.line
+    assert_nothing_left(tmp_path)
+
+
+def test_a_runtime_that_could_not_read_is_not_to_blame(
+    registry: DockerRegistry, scratch_folder: Path, tmp_path: Path
+) -> None:
+    """criu knows of an I/O error only; what it stands for is said, with the exit code of an outage."""
+    require_criu()
+    require("runc", root=True)
+    folder = scratch_folder / "outage"
+    folder.mkdir()
+    reference = registry.reference("outages/ticker:1")
+    assert ckptfs("push", runc.checkpoint(folder, "outage"), reference).code == 0
+    with ShapedLink(registry.host, rate=3e6) as link:
+        here = reference.replace(registry.host, link.address)
+        options = ("--rootfs", folder / "rootfs", "--read-deadline", "1", "--no-lazy-pages")
+        process = start(tmp_path, here, *options)
+        wait_for("criu", (tmp_path / "place/work/restore.log").exists, patience=30)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (5, ""), err
+    assert "runc could not restore" in err and "connection refused" in err
     assert_nothing_left(tmp_path)
 
 

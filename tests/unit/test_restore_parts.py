@@ -266,6 +266,7 @@ def test_the_first_error_that_explains(tmp_path: Path) -> None:
     log = tmp_path / "restore.log"
     log.write_text(
         "(00.029837) Error (criu/util.c:1533): rlimit: Can't setup RLIMIT_NOFILE for self: Operation not permitted\n"
+        "tar: Error is not recoverable: exiting now\n"
         "(00.098786)      1: Error (criu/files-reg.c:2294): File . has bad mode 040755 (expect 040555)\n"
         "(00.100434) Error (criu/cr-restore.c:2320): Restoring FAILED.\n"
     )
