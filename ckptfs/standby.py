@@ -61,6 +61,12 @@ def take() -> Standby | None:
     return found
 
 
+def dismiss() -> None:
+    """End the daemon that waits: before a fork whose child will begin mounts, and could not wait for it."""
+    if (waiting := take()) is not None:
+        waiting.channel.close()
+
+
 def _asks_a_registry(arguments: Sequence[str]) -> bool:
     """Whether a tag has to be asked for. A guess: a wrong one costs some milliseconds, no more."""
     return not any("@sha" in word or word.startswith(("oci:", "archive:")) or word == "--offline" for word in arguments)

@@ -104,13 +104,13 @@ def run(arguments: list[str], program: str = PROGRAM) -> int:
     try:
         return _run(arguments, program)
     except (_ReaderGone, BrokenPipeError):
-        _silence(sys.stdout)
+        silence(sys.stdout)
         return 0
     except CkptfsError as error:
         return fail(str(error), error.exit_code)
     except OSError as error:
         if error.errno in _UNWRITABLE and error.filename is None:
-            _silence(sys.stdout)
+            silence(sys.stdout)
             return fail(f"cannot write the output: {error.strerror}", MountError.exit_code)
         if error.errno == errno.ENOENT and _nowhere():
             return fail("the directory you are in is not there any more; cd to one that is", UsageError.exit_code)
@@ -140,7 +140,7 @@ def fail(message: str, code: int) -> int:
     try:
         click.echo(f"ckptfs: {redact(' '.join(line.strip() for line in message.splitlines()))}", err=True)
     except OSError:  # the exit code is all that is left to tell
-        _silence(sys.stderr)
+        silence(sys.stderr)
     return code
 
 
@@ -158,6 +158,6 @@ def _bug(error: Exception) -> int:
     return fail(f"internal error: {type(error).__name__}: {error}; run with -v for the traceback", 1)
 
 
-def _silence(stream: TextIO) -> None:
+def silence(stream: TextIO) -> None:
     """Nothing more can be written there, and what is still buffered must not fail when Python exits."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import click
 
+from ckptfs.cli import silence
 from ckptfs.cli.options import (
     F,
     RegistryOptions,
@@ -173,6 +174,14 @@ class _Printer:
         self._quiet = quiet
 
     def __call__(self, event: str, **facts: Any) -> None:
+        try:
+            self._print(event, facts)
+        except OSError:
+            if event in ("step", "running"):
+                raise
+            silence(sys.stdout)  # whoever listened has left; the container goes on, as when nobody hears what it says
+
+    def _print(self, event: str, facts: dict[str, Any]) -> None:
         if self._json:
             if event != "step":
                 click.echo(json.dumps({"event": event, **facts}))

@@ -3,17 +3,20 @@
 Owns the protocol and its simplest form, a local directory. An open image of a registry is another form; it is not here.
 """
 
+import contextlib
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from ckptfs.errors import FormatError, LimitExceeded, NotFoundError
+from ckptfs.errors import AuthError, FormatError, LimitExceeded, NotFoundError, UnavailableError
 from ckptfs.settings import Limits, MiB
 
 Range = tuple[str, int, int]  # path, offset, length
 BATCH = 4 * MiB  # announced together: an extent of a sequential fetch
+_ABSENT = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP))
 
 T = TypeVar("T")
 
@@ -39,29 +42,33 @@ class CheckpointFiles(Protocol):
 
 
 class LocalFiles:
-    """CheckpointFiles of a directory, a mount or an unpacked archive."""
+    """CheckpointFiles of a directory, a mount or an unpacked archive.
+
+    What a mount cannot read is an error, never a file that is not there.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root.resolve()
 
     def list(self, directory: str) -> Sequence[str]:
         try:
-            with os.scandir(self._inside(directory)) as entries:
+            with _reading(directory), os.scandir(self._inside(directory)) as entries:
                 return sorted(entry.name + ("/" if entry.is_dir(follow_symlinks=False) else "") for entry in entries)
-        except (FileNotFoundError, NotADirectoryError, NotFoundError):
+        except NotFoundError:
             return ()
 
     def size(self, path: str) -> int | None:
         try:
-            status = self._inside(path).lstat()
-        except (OSError, NotFoundError):
+            with _reading(path):
+                status = self._inside(path).lstat()
+        except NotFoundError:
             return None
         return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def read(self, path: str, offset: int, length: int) -> bytes:
         if self.size(path) is None:
             raise NotFoundError(f"{path} is not in the checkpoint")
-        with open(self._inside(path), "rb") as file:
+        with _reading(path), open(self._inside(path), "rb") as file:
             file.seek(offset)
             data = file.read(length)
         if len(data) != length:
@@ -70,13 +77,27 @@ class LocalFiles:
 
     def _inside(self, path: str) -> Path:
         """The real path; NotFoundError where a link leads out of the directory."""
-        full = (self._root / path).resolve()
+        full = Path(os.path.realpath(self._root / path))
         if not full.is_relative_to(self._root):
             raise NotFoundError(f"{path} leads out of the checkpoint")
         return full
 
     def expect(self, ranges: Sequence[Range]) -> None:
         pass
+
+
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """What the kernel says of a path, in our words."""
+    try:
+        yield
+    except OSError as error:
+        message = f"{path or 'the checkpoint'} cannot be read: {error.strerror}"
+        if error.errno in _ABSENT:
+            raise NotFoundError(message) from None
+        if error.errno == errno.EACCES:
+            raise AuthError(message) from None
+        raise UnavailableError(message, hint="the registry or the network failed: try it again") from None
 
 
 def announced(

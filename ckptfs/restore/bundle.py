@@ -5,6 +5,7 @@ to a pod or to an engine's network. Taken out are hooks and criu's configuration
 this machine because an image says so. Owns config.json and what it points to. Called by container.py.
 """
 
+import errno
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ckptfs.errors import FormatError, RestoreError, UsageError
+from ckptfs.errors import FormatError, RestoreError, UnavailableError, UsageError
 from ckptfs.restore.runtimes import cgroup
 from ckptfs.restore.workplace import Workplace, mount
 from ckptfs.settings import MiB
@@ -73,13 +74,13 @@ class Bundle:
     def terminal(self) -> bool:
         return bool(_mapping(self.spec.get("process")).get("terminal"))
 
+    def annotate(self, key: str, value: str) -> None:
+        self.spec["annotations"] = {**_mapping(self.spec.get("annotations")), key: value}
+
     def _fix_mounts(self) -> None:
-        mounts = self.spec.get("mounts") or []
-        if not isinstance(mounts, list) or not all(isinstance(m, dict) for m in mounts):
-            raise FormatError("spec.dump: mounts is not a list of objects")
         missing = []
-        for one in mounts:
-            if one.get("type") != "bind" and not {"bind", "rbind"} & set(one.get("options") or ()):
+        for one in _objects(self.spec.get("mounts"), "spec.dump: mounts"):
+            if not _binds(one):
                 continue
             destination, source = str(one.get("destination", "")), str(one.get("source", ""))
             found = self._source(destination, source)
@@ -113,23 +114,27 @@ class Bundle:
         path = self._place / "bundle" / destination.replace("/", "_")
         host = str(self.spec.get("hostname", "")) or "localhost"
         text = _STAND_INS[destination]
-        path.write_text(Path("/etc/resolv.conf").read_text() if text is None else text.format(host=host))
+        path.write_text(
+            Path("/etc/resolv.conf").read_text() if text is None else text.format(host=host), errors="replace"
+        )
         return str(path)
 
     def _shared_memory(self) -> Path:
         path = self._place / "bundle" / "shm"
-        path.mkdir()
-        size = self._config.get("shmSize")
-        mount("shm", path, "tmpfs", f"mode=1777,size={size if isinstance(size, int) and size > 0 else _SHM_BYTES}")
-        copy_tree(self._image / "devshm-checkpoint", path)
+        if not path.is_dir():
+            path.mkdir()
+            size = self._config.get("shmSize")
+            size = size if isinstance(size, int) and size > 0 else _SHM_BYTES
+            mount("shm", path, "tmpfs", f"mode=1777,size={size}")
+            copy_tree(self._image / "devshm-checkpoint", path)
         return path
 
     def _volume(self, destination: str) -> Path | None:
         """A named volume of podman, from the checkpoint, in a copy of its own; None where the image has none."""
-        for volume in self._config.get("namedVolumes") or ():
-            name = os.path.basename(str(_mapping(volume).get("volumeName", "")))
+        for volume in _objects(self._config.get("namedVolumes"), "config.dump: namedVolumes"):
+            name = os.path.basename(str(volume.get("volumeName", "")))
             source = self._image / "volumes" / name
-            if name and _mapping(volume).get("dest") == destination and source.is_dir():
+            if name and volume.get("dest") == destination and source.is_dir():
                 target = self._place / "bundle" / f"volume_{name}"
                 if not target.is_dir():  # else it is mounted twice: what is written there is seen here
                     target.mkdir()
@@ -139,8 +144,8 @@ class Bundle:
 
     def _fix_namespaces(self, linux: dict[str, Any]) -> None:
         """Namespaces that were joined and are not here are made new; the network's is empty but for loopback."""
-        for one in linux.get("namespaces") or ():
-            path, kind = _mapping(one).get("path", ""), _mapping(one).get("type")
+        for one in _objects(linux.get("namespaces"), "spec.dump: namespaces"):
+            path, kind = str(one.get("path") or ""), one.get("type")
             if kind == "network" and self._join:
                 one["path"] = self._join
             elif path and not os.path.exists(path):
@@ -164,19 +169,37 @@ def copy_tree(source: Path, target: Path) -> None:
     """Everything below `source`, with owners, times, links and attributes; nothing where there is no such directory."""
     if not source.is_dir():
         return
-    done = subprocess.run(["cp", "-a", f"{source}/.", str(target)], capture_output=True, text=True, check=False)
+    command, plain = ["cp", "-a", f"{source}/.", str(target)], {**os.environ, "LC_ALL": "C"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=plain)
     if done.returncode != 0:
         said = (done.stderr.strip().splitlines() or ["cp failed"])[-1]
+        if os.strerror(errno.EIO) in done.stderr:
+            raise UnavailableError(said, hint="the registry or the network failed: try it again")
         raise RestoreError(f"{source} cannot be copied: {said}", hint=f"is there room in {target}?")
 
 
 def _root_group(linux: Mapping[str, Any]) -> int | None:
     """Which group of this machine the container's root has; None without a user namespace of its own."""
-    for one in map(_mapping, linux.get("gidMappings") or ()):
+    for one in _objects(linux.get("gidMappings"), "spec.dump: gidMappings"):
         group = one.get("hostID")
         if one.get("containerID") == 0 and isinstance(group, int) and 0 <= group < _NO_ID:
             return group
     return None
+
+
+def _objects(value: object, what: str) -> list[dict[str, Any]]:
+    """A list of objects; absent and null are empty. FormatError for all else."""
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        raise FormatError(f"{what} is not a list of objects")
+    return value
+
+
+def _binds(mounted: Mapping[str, Any]) -> bool:
+    """Whether a mount of a spec shows a directory or file of the machine."""
+    options = mounted.get("options")
+    return mounted.get("type") == "bind" or (isinstance(options, list) and ("bind" in options or "rbind" in options))
 
 
 def _mapping(value: object) -> dict[str, Any]:

@@ -50,7 +50,8 @@ def make_bundle(flow: Flow, image: Path) -> tuple[Bundle, str]:
         raise FormatError("the checkpoint has no spec.dump, which a container needs", hint="leave --engine out")
     bundle = Bundle(flow.place, image, spec, config, flow.request.binds, flow.request.network)
     root = _Root(flow)
-    bundle.write(root.mount(config), flow.name)
+    with flow.place.writing():
+        bundle.write(root.mount(config), flow.name)
     return bundle, root.origin
 
 
@@ -63,7 +64,8 @@ def _run(flow: Flow, runtime: str, lazy: LazyPages | None, bundle: Bundle | None
     if flow.request.name:
         runtimes.require_free(runtime, flow.name)
     flow.stack.callback(end_orphans, flow.daemons)
-    flow.stack.callback(runtimes.delete, runtime, flow.name)
+    flow.stack.callback(runtimes.delete, runtime, flow.name, flow.place / "bundle")
+    flow.place.record(runtime=runtime, name=flow.name)
     with _output(flow) as (stdout, stderr, relays):
         where = console.path if console is not None else None
         job = runtimes.Job(
@@ -80,10 +82,9 @@ def _run(flow: Flow, runtime: str, lazy: LazyPages | None, bundle: Bundle | None
         if lazy is not None:
             lazy.listen()
         pid = runtimes.restore(runtime, job, flow.settings)
-    flow.place.record(pid=pid, lazy_pid=lazy.pid if lazy is not None else None, runtime=runtime, name=flow.name)
     if console is not None:
         relays.append(Relay(console.master(), output[0] if output is not None else None))
-    watch = Watch(pid, stop_signal(bundle), flow.settings.timeouts.stop, relays)
+    watch = Watch(pid, stop_signal(bundle), flow.settings.timeouts.stop, relays, flow.daemons)
     code = watch.run(lazy, lambda: flow.running(pid, runtime=runtime, rootfs=rootfs), flow.resident)
     flow.tell("ended", exit_code=code, ended_ms=flow.now())
 
@@ -155,5 +156,7 @@ def stop_signal(bundle: Bundle | None) -> int:
     annotations = bundle.spec.get("annotations") if bundle is not None else None
     text = str(annotations.get("org.opencontainers.image.stopSignal", "")) if isinstance(annotations, dict) else ""
     with contextlib.suppress(ValueError, KeyError):
-        return int(text) if text.isdigit() else signal.Signals[text].value
+        number = int(text) if text.isdigit() else signal.Signals[text].value
+        if number in signal.valid_signals():
+            return number
     return signal.SIGTERM

@@ -44,8 +44,9 @@ def finish(flow: Flow) -> None:
     bundle, origin = make_bundle(flow, image)
     work = flow.place / "work"
     words = [word.removeprefix("--").replace("=", " ", 1) for word in flow.request.extra]
-    config = runtimes.write_criu_config(work / "criu.conf", lazy=lazy is not None, words=words)
-    bundle.spec.setdefault("annotations", {})[CRIU_CONFIG] = str(config)
+    with flow.place.writing():
+        config = runtimes.write_criu_config(work / "criu.conf", lazy=lazy is not None, words=words)
+    bundle.annotate(CRIU_CONFIG, str(config))
     engine = Containerd()
     flow.stack.callback(engine.close)
     flow.place.record(name=flow.name, containerd=engine.place)
@@ -64,9 +65,8 @@ def finish(flow: Flow) -> None:
             said = runtimes.criu_complaint(work / "restore.log") or error.message
             hint = f"the logs are in {work} (stay with --keep)"
             raise RestoreError(f"containerd could not restore: {said}", hint=hint) from None
-        lazy_pid = lazy.pid if lazy is not None else None
-        flow.place.record(pid=pid, lazy_pid=lazy_pid, name=flow.name, containerd=engine.place)
-        watch = Watch(pid, stop_signal(bundle), flow.settings.timeouts.stop, relays)
+        flow.place.record(pid=pid)
+        watch = Watch(pid, stop_signal(bundle), flow.settings.timeouts.stop, relays, flow.daemons)
         running = {"runtime": _RUNTIME, "engine": "containerd", "rootfs": origin}
         watch.run(lazy, lambda: flow.running(pid, **running), flow.resident)
         flow.tell("ended", exit_code=engine.wait(flow.name), ended_ms=flow.now())

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from ckptfs.errors import CkptfsError, RestoreError, UnavailableError
 from ckptfs.interrupts import interruptible
 from ckptfs.model.oci import Reference
-from ckptfs.mounting import MountRequest, Pending, begin
+from ckptfs.mounting import MountRequest, Pending, begin, statuses
 from ckptfs.restore import checking
 from ckptfs.restore.supervise import SIGNALS
 from ckptfs.restore.workplace import Workplace, check_name
@@ -69,7 +70,11 @@ def begun(request: RestoreRequest, report: Report, *, base: bool) -> "Iterator[F
         finding.require()
     with interruptible(*SIGNALS), contextlib.ExitStack() as stack:
         try:
-            yield Flow(request, report, stack, base=base)
+            flow = Flow(request, report, stack, base=base)
+            try:
+                yield flow
+            except RestoreError as error:
+                raise flow.reason(error) from None
         finally:
             for number in SIGNALS:  # nothing disturbs the unwinding
                 signal.signal(number, signal.SIG_IGN)
@@ -122,8 +127,9 @@ class Flow:
         from ckptfs.restore.bundle import copy_tree
 
         target = self.place / f"{name}-unpacked"
-        target.mkdir(mode=0o755)
-        copy_tree(self.place / name, target)
+        with self.place.writing():
+            target.mkdir(mode=0o755)
+            copy_tree(self.place / name, target)
         mounted.end()
         self.tell("step", text=f"pulled and unpacked ({name}) after {self.now():.0f} ms")
         return target
@@ -136,6 +142,7 @@ class Flow:
 
         lazy = self.stack.enter_context(LazyPages(self.images, self.place / "work", self.settings))
         self.daemons.add(lazy.pid)
+        self.place.record(lazy_pid=lazy.pid)
         return lazy
 
     def document(self, name: str) -> dict[str, Any] | None:
@@ -143,6 +150,15 @@ class Flow:
         from ckptfs.restore.facts import document
 
         return document(self.files, name, self.settings.limits)
+
+    def reason(self, error: RestoreError) -> CkptfsError:
+        """Why somebody else could not restore: what our mounts could not read for it, if that was it."""
+        for name in ("image", "base"):
+            with contextlib.suppress(CkptfsError):
+                if errors := statuses(str(self.place / name))[0]["errors"]:
+                    hint = "--read-deadline hard waits for as long as it takes"
+                    return UnavailableError(f"{error.message}: {errors[-1]}", hint=hint)
+        return error
 
     def require(self, findings: Iterable[checking.Finding]) -> None:
         """Raise the first that does not hold."""

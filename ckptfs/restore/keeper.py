@@ -12,6 +12,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from ckptfs import standby
 from ckptfs.control.ready import notify
 from ckptfs.errors import CkptfsError, rebuilt, told
 from ckptfs.interrupts import lines
@@ -53,6 +54,7 @@ def engine_of(request: RestoreRequest) -> ModuleType | None:
 
 def restore_detached(request: RestoreRequest, report: Report) -> None:
     """Return when the container runs; a child stays, without a terminal, and cleans up when it has ended."""
+    standby.dismiss()
     reader, writer = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -62,7 +64,7 @@ def restore_detached(request: RestoreRequest, report: Report) -> None:
         _keep(request, writer)
     os.close(writer)
     try:
-        for line in lines(reader):
+        for line in lines(reader, child):
             message = json.loads(line)
             if "error" in message:
                 os.waitpid(child, 0)

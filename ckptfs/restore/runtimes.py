@@ -22,6 +22,7 @@ from ckptfs.namespace import in_own_namespace, mount, unmount
 from ckptfs.settings import Settings
 
 RUNTIMES = ("runc", "crun")
+PID_FILE = "container.pid"  # in the work directory
 _CGROUPS = Path("/sys/fs/cgroup")
 _CGROUP_TRIES = 100  # of 10 ms
 _TIDY = 5.0  # seconds for a runtime to clean up; it takes some 20 ms
@@ -45,7 +46,7 @@ class Job:
 
     @property
     def pid_file(self) -> Path:
-        return self.work / "container.pid"
+        return self.work / PID_FILE
 
 
 def why_not(name: str, settings: Settings) -> str:
@@ -57,11 +58,14 @@ def why_not(name: str, settings: Settings) -> str:
 
 def require_free(runtime: str, name: str) -> None:
     """RestoreError when the runtime has a container of that name: it is someone else's and must not be touched."""
-    if runtime == "criu":
-        return
-    done = subprocess.run([runtime, "state", name], capture_output=True, check=False, stdin=subprocess.DEVNULL)
-    if done.returncode == 0:
+    if runtime != "criu" and _bundle_of(runtime, name) is not None:
         raise RestoreError(f"{runtime} has a container {name} already", hint="give another --name")
+
+
+def _bundle_of(runtime: str, name: str) -> str | None:
+    """What the container of that name was made from; None where there is none."""
+    done = subprocess.run([runtime, "state", name], capture_output=True, check=False, stdin=subprocess.DEVNULL)
+    return str(json.loads(done.stdout)["bundle"]) if done.returncode == 0 else None
 
 
 def restore(runtime: str, job: Job, settings: Settings) -> int:
@@ -131,9 +135,9 @@ def children(pid: int) -> set[int]:
     return found
 
 
-def delete(runtime: str, name: str) -> None:
-    """Have the runtime forget the container, and end it if it still runs."""
-    if runtime != "criu":
+def delete(runtime: str, name: str, bundle: Path) -> None:
+    """Have the runtime forget the container, and end it if it still runs; not one that was made from something else."""
+    if runtime != "criu" and _bundle_of(runtime, name) in (None, str(bundle)):
         subprocess.run([runtime, "delete", "--force", name], capture_output=True, check=False, stdin=subprocess.DEVNULL)
 
 
@@ -217,9 +221,9 @@ def criu_complaint(log: Path) -> str:
     except OSError:
         return ""
     for line in lines:
-        _, found, text = line.partition("Error ")
+        _, found, text = line.partition("Error (")  # where in criu; the tar that it runs has errors of its own there
         if found and not any(word in text for word in _HARMLESS):
-            return text.strip()
+            return f"({text.strip()}"
     return ""
 
 

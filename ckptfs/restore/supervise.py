@@ -14,9 +14,10 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
+from ckptfs.interrupts import heard
 from ckptfs.processes import wait_gone
 from ckptfs.restore.lazy_pages import LazyPages
 from ckptfs.restore.runtimes import children
@@ -82,10 +83,16 @@ class Relay:
 
 
 class Watch:
-    """Waits for the container `pid`. `stop_signal` is its own; `patience` are the seconds from that to SIGKILL."""
+    """Waits for the container `pid`. `stop_signal` is its own; `patience` are the seconds from that to SIGKILL.
 
-    def __init__(self, pid: int, stop_signal: int, patience: float, relays: list[Relay]) -> None:
+    `daemons`: children of this process that are somebody else's to wait for.
+    """
+
+    def __init__(
+        self, pid: int, stop_signal: int, patience: float, relays: list[Relay], daemons: Collection[int] = ()
+    ) -> None:
         self._pid = pid
+        self._keep = {pid, *daemons}
         self._stop_signal = stop_signal
         self._patience = patience
         self._relays = relays
@@ -102,7 +109,7 @@ class Watch:
         relays = list(self._relays)
         with contextlib.ExitStack() as stack:
             container = stack.enter_context(_pidfd(self._pid))
-            wakeup = stack.enter_context(_collected(self._signals))
+            wakeup = stack.enter_context(_collected(self._signals, signal.SIGCHLD))
             wanted = {container, wakeup}
             daemon = stack.enter_context(_pidfd(lazy.pid)) if lazy is not None else -1
             if lazy is not None:
@@ -123,10 +130,17 @@ class Watch:
                     resident()
                 if wakeup in ready:
                     os.read(wakeup, _PIECE)
+                    self._reap()
                 self._stop(container)
             for relay in relays:
                 relay.drain(self._patience)
         return _exit_code(self._pid)
+
+    def _reap(self) -> None:
+        """Orphans of the container that have ended: whoever it was that got them before, here it is us."""
+        for pid in children(os.getpid()) - self._keep:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
 
     def _stop(self, container: int) -> None:
         """What signals ask for: the container's own signal, SIGKILL after a while, or at once when a second one comes.
@@ -204,11 +218,15 @@ def end_orphans(known: set[int]) -> None:
 
 
 @contextlib.contextmanager
-def _collected(signals: list[int]) -> Iterator[int]:
-    """Signals go into the list instead of interrupting; yields a descriptor that is readable when there are some."""
+def _collected(signals: list[int], *waking: int) -> Iterator[int]:
+    """Signals go into the list instead of interrupting; yields a descriptor that is readable when there are some.
+
+    `waking` are others by which it gets readable, and nothing else.
+    """
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    before = {number: signal.signal(number, lambda n, _: signals.append(n)) for number in SIGNALS}
+    before = {number: signal.signal(number, lambda n, _: signals.append(n)) for number in heard(*SIGNALS)}
+    before |= {number: signal.signal(number, lambda *_: None) for number in waking}
     try:
         yield reader
     finally:
@@ -229,7 +247,12 @@ def _ready(wanted: Iterable[tuple[int, int]], milliseconds: float | None) -> set
 
 @contextlib.contextmanager
 def _pidfd(pid: int) -> Iterator[int]:
-    descriptor = os.pidfd_open(pid)
+    """A descriptor that is ready when the process has ended; it may have, and an engine may have reaped it."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        descriptor, writer = os.pipe()
+        os.close(writer)
     try:
         yield descriptor
     finally:

@@ -24,11 +24,11 @@ from typing import Any, Self
 
 from ckptfs import namespace
 from ckptfs.control.client import ensure_runtime_dir
-from ckptfs.errors import CkptfsError, MountError, RestoreError, UsageError
+from ckptfs.errors import CkptfsError, FormatError, MountError, RestoreError, UnavailableError, UsageError
 from ckptfs.fuse.mountpoint import detach, mounts
 from ckptfs.mounting import umount
 from ckptfs.processes import alive
-from ckptfs.restore.runtimes import delete, remove_cgroups
+from ckptfs.restore.runtimes import PID_FILE, RUNTIMES, delete, remove_cgroups
 from ckptfs.settings import state_dir
 
 log = logging.getLogger(__name__)
@@ -49,19 +49,23 @@ class Workplace:
         self.path = path.parent.resolve() / path.name
         self.kept = keep
         self._lock = -1
+        self._facts: dict[str, object] = {}
 
     def __enter__(self) -> Self:
         try:
             self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-            with _alone():
+            with _alone(), contextlib.ExitStack() as undo:
                 for path in self.path.parent.iterdir():
                     _bury_dead(path)
                 # Below it everybody may read what they find: criu's images are of mode 0644.
                 self.path.mkdir(mode=0o700)
+                undo.callback(shutil.rmtree, self.path, ignore_errors=True)
                 self._lock = os.open(self.path / _STATE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                undo.callback(os.close, self._lock)
                 fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for name in ("image", "base", "merged", "upper", "overlay", "bundle", "work"):
-                (self.path / name).mkdir(mode=0o755)
+                for name in ("image", "base", "merged", "upper", "overlay", "bundle", "work"):
+                    (self.path / name).mkdir(mode=0o755)
+                undo.pop_all()
         except FileExistsError as error:
             raise RestoreError(f"{error.filename} exists", hint=self._way_out()) from None
         except OSError as error:
@@ -92,10 +96,26 @@ class Workplace:
         return "; ".join(how)
 
     def record(self, **facts: object) -> None:
-        """Note what runs from here (pid, lazy_pid, runtime, name): whoever finds the directory later must know."""
-        data = json.dumps(facts).encode()
-        os.pwrite(self._lock, data, 0)
-        os.ftruncate(self._lock, len(data))
+        """Note what runs from here (pid, lazy_pid, runtime, name), besides what was noted before.
+
+        Whoever finds the directory of a restore that was killed must know. The runtime says the pid in PID_FILE.
+        """
+        self._facts |= facts
+        data = json.dumps(self._facts).encode()
+        with self.writing():
+            os.pwrite(self._lock, data, 0)
+            os.ftruncate(self._lock, len(data))
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """What goes wrong while something is written here, out of a mount as well, as an error for the user."""
+        try:
+            yield
+        except OSError as error:
+            where = f"{error.filename or self.path}: {error.strerror}"
+            if error.errno == errno.EIO:
+                raise UnavailableError(where, hint="the registry or the network failed: try it again") from None
+            raise RestoreError(where, hint="is there room? another place: --dir") from None
 
     def admit(self, group: int) -> None:
         """Let `group` pass: of a container with a user namespace the root is nobody special here."""
@@ -154,35 +174,58 @@ def _bury_dead(path: Path) -> None:
     """Remove `path` if it is of a restore that was killed and whose container has ended: nobody else will."""
     with contextlib.ExitStack() as stack:
         try:
-            found = path.lstat()
-            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-                return  # another user would tell us which program to run
+            if not _may_be_ours(path):
+                return
             file = stack.enter_context(open(path / _STATE, "r+b"))  # keeps its lock until the directory is gone
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             state = json.loads(file.read() or b"{}")
         except (OSError, ValueError):
             return  # it is nothing of ours, or lives
         # One that ended while we came for the lock is gone.
-        if (path / _KEPT).exists() or not (path / _STATE).exists() or alive(state.get("pid")):
+        if (path / _KEPT).exists() or not (path / _STATE).exists():
             return
         try:
-            _bury(path, state)
-        except (OSError, CkptfsError) as error:
+            if not alive(_pid(path, state)):
+                _bury(path, state)
+        except (OSError, CkptfsError, AttributeError, LookupError, TypeError, ValueError) as error:
             log.warning("%s is of a restore that was killed, and cannot be removed: %s", path, error)
+
+
+def _may_be_ours(path: Path) -> bool:
+    """A directory that only we can write to: others would tell us there what to run and what to remove.
+
+    And no mount: a name in one of ours is looked for as long as a read may take.
+    """
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        return False
+    return not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and found.st_dev == path.parent.lstat().st_dev
+
+
+def _pid(path: Path, state: Mapping[str, Any]) -> object:
+    """Of the container; None where no runtime has come so far."""
+    if "pid" in state:
+        return state["pid"]
+    with contextlib.suppress(OSError, ValueError):
+        return int((path / "work" / PID_FILE).read_text())
+    return None
 
 
 def _bury(path: Path, state: Mapping[str, Any]) -> None:
     """What a killed restore could not do for itself."""
+    runtime = state.get("runtime")
+    if runtime not in (None, "criu", *RUNTIMES):  # an image that was pulled to here may have such a file
+        raise FormatError(f"{_STATE} names the runtime {runtime!r}")
     if _runs_criu(state.get("lazy_pid")):
         os.killpg(state["lazy_pid"], signal.SIGKILL)
-    if state.get("runtime"):
-        delete(state["runtime"], state["name"])
+    if runtime is not None:
+        delete(runtime, state["name"], path / "bundle")
     if state.get("containerd"):
         from ckptfs.restore.containerd import bury
 
         bury(state["containerd"], state["name"], path)
     if state.get("name"):
-        remove_cgroups(state["name"])
+        remove_cgroups(check_name(state["name"]))
     clear(path)
 
 

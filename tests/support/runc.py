@@ -22,7 +22,19 @@ _OWNER = 100_000  # the container's root on this machine, with a user namespace
 
 def checkpoint(folder: Path, name: str, *, user_namespace: bool = False, terminal: bool = False) -> Path:
     """A ticker of 4 MB in a container `name`, dumped and gone; its root file system stays in folder/rootfs."""
-    root, dump = folder / "rootfs", folder / "dump"
+    dump = folder / "dump"
+    with running(folder, name, user_namespace=user_namespace, terminal=terminal):
+        (dump / "checkpoint").mkdir(parents=True)  # runc 1.1 would make it of mode 0600: of no use to anybody else
+        run("runc", "checkpoint", "--image-path", dump / "checkpoint", "--work-path", folder, name)
+    shutil.copy(folder / "config.json", dump / "spec.dump")
+    (dump / "config.dump").write_text(json.dumps({"name": name, "runtime": "runc"}))
+    return dump
+
+
+@contextlib.contextmanager
+def running(folder: Path, name: str, *, user_namespace: bool = False, terminal: bool = False) -> Iterator[int]:
+    """The pid of a ticker in a container `name` of the bundle `folder`, which is gone after the block."""
+    root = folder / "rootfs"
     for directory in ("proc", "dev", "data"):
         (root / directory).mkdir(parents=True)
     shutil.copy(compile_program(_PROGRAM, folder), root)
@@ -36,13 +48,9 @@ def checkpoint(folder: Path, name: str, *, user_namespace: bool = False, termina
         run("sh", "-c", quiet)
         try:
             wait_for("the container to tick", lambda: ticks(root))
-            (dump / "checkpoint").mkdir(parents=True)  # runc 1.1 would make it of mode 0600: of no use to anybody else
-            run("runc", "checkpoint", "--image-path", dump / "checkpoint", "--work-path", folder, name)
+            yield int(json.loads(run("runc", "state", name).stdout)["pid"])
         finally:
             run("runc", "delete", "--force", name)
-    (dump / "spec.dump").write_text(json.dumps(spec))
-    (dump / "config.dump").write_text(json.dumps({"name": name, "runtime": "runc"}))
-    return dump
 
 
 def ticks(root: Path) -> list[Line]:

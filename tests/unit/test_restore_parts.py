@@ -1,5 +1,6 @@
 """The parts of a restore, without a container: bundle, directory, the machine's conditions, criu's words, the watch."""
 
+import contextlib
 import json
 import os
 import platform
@@ -16,11 +17,12 @@ from typing import Any
 
 import pytest
 
-from ckptfs.errors import RestoreError, UsageError
+from ckptfs.errors import FormatError, RestoreError, UsageError
 from ckptfs.restore import checking
 from ckptfs.restore.bundle import Bundle
+from ckptfs.restore.container import stop_signal
 from ckptfs.restore.runtimes import criu_complaint, write_criu_config
-from ckptfs.restore.supervise import Relay, Watch
+from ckptfs.restore.supervise import Relay, Watch, become_subreaper
 from ckptfs.restore.workplace import Workplace, check_name
 from ckptfs.settings import Settings
 from tests.support.other_user import as_nobody
@@ -101,6 +103,43 @@ def test_binds_must_mean_something(place: Workplace, tmp_path: Path) -> None:
         written(place, binds)
     with pytest.raises(UsageError, match="there is no /nowhere"):
         written(place, {**binds, "/data": "/nowhere"})
+
+
+@pytest.mark.parametrize(
+    ("spec", "config"),
+    [
+        ({"mounts": [{"destination": "/data", "options": [["rbind"], {}]}]}, {}),
+        ({"mounts": [{"destination": "/data", "options": 5}]}, {}),
+        ({"mounts": [5]}, {}),
+        ({"mounts": {}}, {}),
+        ({"linux": {"namespaces": 5}}, {}),
+        ({"linux": {"namespaces": [{"type": "ipc", "path": [1]}]}}, {}),
+        ({"linux": {"namespaces": [{"type": [], "path": "/run/gone"}]}}, {}),
+        ({"linux": {"gidMappings": "x"}}, {}),
+        ({"linux": [], "annotations": [], "root": 5}, {}),
+        ({"hostname": "\ud800", "mounts": [{"destination": "/etc/hosts", "type": "bind", "source": "/gone"}]}, {}),
+        ({"mounts": [{"destination": "/data", "type": "bind", "source": "/"}]}, {"namedVolumes": 5}),
+        ({"mounts": [{"destination": "/dev/shm", "type": "bind", "source": "/gone"}] * 2}, {"shmSize": "x"}),
+    ],
+    ids=str,
+)
+def test_a_spec_that_is_none_is_refused_or_left_to_the_runtime(
+    spec: dict[str, Any], config: dict[str, Any], place: Workplace
+) -> None:
+    bundle = Bundle(place, place / "image", spec, config, {}, "")
+    with contextlib.suppress(FormatError):
+        bundle.write(Path("/the/root"), "web")
+        bundle.annotate("key", "value")
+        assert bundle.spec["annotations"] == {"key": "value"}
+
+
+@pytest.mark.parametrize(
+    ("said", "number"),
+    [("37", 37), ("SIGUSR1", signal.SIGUSR1), ("0", 15), ("65", 15), ("9999999999", 15), ("SIG", 15), (None, 15)],
+)
+def test_the_stop_signal(said: str | None, number: int, place: Workplace) -> None:
+    spec = {"annotations": {"org.opencontainers.image.stopSignal": said}}
+    assert stop_signal(Bundle(place, place / "image", spec, {}, {}, "")) == number
 
 
 def test_a_directory_in_use_is_refused(place: Workplace) -> None:
@@ -227,6 +266,7 @@ def test_the_first_error_that_explains(tmp_path: Path) -> None:
     log = tmp_path / "restore.log"
     log.write_text(
         "(00.029837) Error (criu/util.c:1533): rlimit: Can't setup RLIMIT_NOFILE for self: Operation not permitted\n"
+        "tar: Error is not recoverable: exiting now\n"
         "(00.098786)      1: Error (criu/files-reg.c:2294): File . has bad mode 040755 (expect 040555)\n"
         "(00.100434) Error (criu/cr-restore.c:2320): Restoring FAILED.\n"
     )
@@ -336,3 +376,29 @@ def test_a_container_that_does_not_stop_is_killed() -> None:
             code = Watch(process.pid, signal.SIGTERM, patience, [Relay(reader, None)]).run(None, running, stop)
             assert code == 128 + signal.SIGKILL
             assert 0.3 <= time.monotonic() - began < 5
+
+
+def test_a_container_that_an_engine_has_reaped_has_ended() -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    told: list[str] = []
+    code = Watch(process.pid, signal.SIGTERM, 5.0, []).run(None, lambda: told.append("running"), lambda: None)
+    assert (code, told) == (None, ["running"])
+
+
+ORPHANS = """
+import glob, os, subprocess, sys, time
+subprocess.run(["sh", "-c", "sleep 0.1 & :"])
+time.sleep(0.5)
+stats = [open(file).read().rpartition(")") for file in glob.glob("/proc/[0-9]*/stat")]
+sys.exit(sum(name.endswith("(sleep") and rest.split()[:2] == ["Z", str(os.getppid())] for name, _, rest in stats))
+"""
+
+
+def test_orphans_of_a_container_do_not_stay_as_zombies() -> None:
+    """Whoever was their reaper, in place of that it is us: criu's trees without a PID namespace."""
+    become_subreaper()
+    process = subprocess.Popen([sys.executable, "-c", ORPHANS])
+    code = Watch(process.pid, signal.SIGTERM, 5.0, []).run(None, lambda: None, lambda: None)
+    process.wait()
+    assert code == 0
