@@ -57,6 +57,29 @@ def interruptible(*numbers: int) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def taken_for_ctrl_c(*numbers: int) -> Iterator[None]:
+    """Inside, these signals do what Ctrl-C does: whatever cleans up after that one does so after them.
+
+    For commands that run trio, which has a handler of its own for Ctrl-C and is not to be left by another exception.
+    Those that are ignored stay so (nohup), and all are as ever where Ctrl-C is (a job in the background of a script).
+    """
+
+    def hand_on(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    ours = () if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else numbers
+    before = {number: signal.getsignal(number) for number in ours}
+    caught = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+    for number in caught:
+        signal.signal(number, hand_on)
+    try:
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, before[number])
+
+
 def lines(pipe: int, child: int | None = None) -> Iterator[bytes]:
     """The lines that somebody writes to `pipe`, as they come, without their ends; it stays open.
 

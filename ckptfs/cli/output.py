@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from ckptfs.cli.options import F
 from ckptfs.errors import CacheError, CkptfsError, UsageError
-from ckptfs.interrupts import interruptible
+from ckptfs.interrupts import taken_for_ctrl_c
 
 # What another path is needed for; anything else may be mended where it is.
 _WRONG_PATH = frozenset((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP))
@@ -49,7 +49,7 @@ def tidy(function: F) -> F:
 
     @wraps(function)
     def command(*arguments: Any, **options: Any) -> Any:
-        with interruptible(signal.SIGTERM, signal.SIGHUP):
+        with taken_for_ctrl_c(signal.SIGTERM, signal.SIGHUP):
             return function(*arguments, **options)
 
     return cast("F", command)

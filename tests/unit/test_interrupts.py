@@ -120,14 +120,14 @@ def test_a_daemon_that_does_not_serve_yet_ends_at_once(tmp_path: Path) -> None:
     [
         ("", signal.SIGTERM, 3),
         ("trap '' HUP;", signal.SIGHUP, 0),  # nohup: it goes on
-        ("trap '' INT;", signal.SIGTERM, 3),  # in the background of a script, where Ctrl-C is ignored
+        ("trap '' INT;", signal.SIGTERM, -signal.SIGTERM),  # in the background of a script: as ever
     ],
 )
-def test_signals_that_end_a_command_tidily(before: str, number: int, code: int) -> None:
+def test_signals_that_are_taken_for_ctrl_c(before: str, number: int, code: int) -> None:
     program = """
 import signal, sys, time
-from ckptfs.interrupts import interruptible
-with interruptible(signal.SIGTERM, signal.SIGHUP):
+from ckptfs.interrupts import taken_for_ctrl_c
+with taken_for_ctrl_c(signal.SIGTERM, signal.SIGHUP):
     try:
         print("ready", flush=True)
         time.sleep(1)
