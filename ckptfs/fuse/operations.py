@@ -10,6 +10,7 @@ import os
 import stat
 import threading
 from collections.abc import Collection, Sequence
+from itertools import chain
 from typing import Any, cast
 
 import pyfuse3
@@ -80,10 +81,11 @@ class Operations(Answering):
     # -- for the session -----------------------------------------------------------------------------------------------
 
     def first_file(self) -> bytes:
-        for path in (b"checkpoint/inventory.img", b"config.dump"):
-            if self._tree.find(path) is not None:
+        usual = (self._tree.find(path) for path in (b"checkpoint/inventory.img", b"config.dump"))
+        for node in chain(filter(None, usual), self._tree.walk()):
+            if node.inode is not None and node.inode.is_file and self._tree.settled(path := node.path, node):
                 return path
-        return next((node.path for node in self._tree.walk() if node.inode is not None and node.inode.is_file), b"")
+        return b""
 
     def quiesce(self) -> None:
         self.image.quiesce()
