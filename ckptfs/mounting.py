@@ -6,7 +6,6 @@ the parent exits with its code.
 """
 
 import contextlib
-import errno
 import fcntl
 import gc
 import json
@@ -139,7 +138,6 @@ def umount(directory: str, *, force: bool = False) -> None:
     """
     path = canonical(directory)
     mounted = mount_at(path)
-    files = MountFiles.of(path)
     if mounted is not None and not mounted.ours:
         how = f"run: umount {shlex.quote(path)}"
         raise MountError(f"{path} is a {mounted.fstype} mount, not one of ckptfs", hint=how)
@@ -148,27 +146,29 @@ def umount(directory: str, *, force: bool = False) -> None:
             f"{path} is in use: it is below {len(above)} overlay mounts, the first on {above[0]}",
             hint="stop the containers and unmount the images that use it, or give --force",
         )
-    try:
-        ask(files, "stop")
-    except UnavailableError:
-        if mounted is None:
-            files.remove()
-            raise MountError(f"nothing is mounted on {path}", hint="`ckptfs status` shows the mounts") from None
-        detach(path)
+    ensure_runtime_dir()
+    lock = _Lock(path)
+    lock.open()  # before the daemon is told: it holds this one until it has ended, who mounts here next has another
+    with contextlib.closing(lock):
         try:
-            with _Lock(path) as lock:
+            ask(lock.files, "stop")
+        except UnavailableError:
+            if mounted is not None:
+                detach(path)
+            if lock.take():
                 lock.remove()
-        except MountError:  # it lives and was stopped; its files are its own to remove, or of whoever finds it dead
-            log.warning("%s is unmounted; its daemon does not answer, and ends once it runs again", path)
-        return
-    # The daemon holds the lock until it has ended.
-    deadline = time.monotonic() + _ENDS
-    while time.monotonic() < deadline:
-        with contextlib.suppress(MountError), _Lock(path) as lock:
-            lock.remove()
+            elif mounted is not None:  # it was stopped; its files are its own to remove, or of whoever finds it dead
+                log.warning("%s is unmounted; its daemon does not answer, and ends once it runs again", path)
+            if mounted is None:
+                raise MountError(f"nothing is mounted on {path}", hint="`ckptfs status` shows the mounts") from None
             return
-        time.sleep(0.01)
-    detach(path)
+        deadline = time.monotonic() + _ENDS
+        while lock.current() and not lock.take():
+            if time.monotonic() > deadline:
+                detach(path)
+                return
+            time.sleep(0.01)
+        lock.remove()
 
 
 # What a daemon of an earlier version, which still runs, does not say.
@@ -206,7 +206,9 @@ def statuses(directory: str | None, *, detail: bool = False) -> list[dict[str, A
             hint = f"dead; run: ckptfs umount {shlex.quote(state['mountpoint'])}"
             left = mount_at(state["mountpoint"])
             if left is None:
-                files.remove()
+                # unless somebody is about to mount there
+                with contextlib.suppress(MountError, FileNotFoundError), _Lock(state["mountpoint"]) as lock:
+                    lock.remove()
                 hint = "gone"
             elif directory is not None and left.user not in (None, os.geteuid()):  # its daemon answers nobody else
                 raise MountError(
@@ -238,34 +240,49 @@ class _Lock:
 
     def __enter__(self) -> Self:
         while True:
-            self.fd = os.open(self.files.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self.open()
             try:
-                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                os.close(self.fd)
-                if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    raise
-                how = f"run: ckptfs umount {shlex.quote(self.path)}"
-                raise MountError(f"{self.path} is mounted already", hint=how) from None
-            if self._current():
-                return self
-            os.close(self.fd)  # its last holder has removed the file in between
+                if not self.take():
+                    how = f"run: ckptfs umount {shlex.quote(self.path)}"
+                    raise MountError(f"{self.path} is mounted already", hint=how)
+                if self.current():
+                    return self
+            except BaseException:
+                self.close()
+                raise
+            self.close()  # its last holder has removed the file in between
 
     def __exit__(self, *_: object) -> None:
-        os.close(self.fd)  # a forked daemon holds its own reference
+        self.close()  # a forked daemon holds its own reference
 
-    def remove(self, *, keep_log: bool = True) -> None:
-        """The holder ends: nothing stays behind. Whoever waits for the lock sees that the file is another."""
-        self.files.remove(keep_log=keep_log)
-        if self._current():
-            self.files.lock.unlink()
+    def open(self) -> None:
+        """The file, which may be another's lock."""
+        self.fd = os.open(self.files.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
-    def _current(self) -> bool:
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def take(self) -> bool:
+        """Whether it is ours now."""
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def current(self) -> bool:
+        """Whether this is still the file that whoever mounts here takes."""
         try:
             found = os.stat(self.files.lock)
         except FileNotFoundError:
             return False
         return found.st_ino == os.fstat(self.fd).st_ino
+
+    def remove(self, *, keep_log: bool = True) -> None:
+        """The holder has ended: nothing stays behind. Whoever waits for the lock sees that the file is another."""
+        if self.current() or not self.files.lock.exists():  # else the files are of who has mounted here since
+            self.files.remove(keep_log=keep_log)
+            self.files.lock.unlink(missing_ok=True)
 
 
 class _Claim(_Lock):

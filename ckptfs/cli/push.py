@@ -1,7 +1,6 @@
 """ckptfs push: a checkpoint becomes an image in a registry."""
 
 import json
-import os
 import tempfile
 from collections.abc import Mapping
 from functools import partial
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptfs.cli import fail
 from ckptfs.cli.options import RegistryReference, configure_logging, make_settings, transfer_options
 from ckptfs.cli.output import tidy
 from ckptfs.errors import UsageError
@@ -96,13 +94,10 @@ def push(
     def report(now: Progress) -> None:
         latest[0] = now
 
-    try:
-        with Bars(amounts, quiet=quiet), open_checkpoint(source, reach, options) as checkpoint:
-            image = open_base(checkpoint, base, reach, options) if rootfs else None
-            before = open_parent(parent, reach, options) if parent is not None else None
-            result = publish(checkpoint, target, reference.tag, options, report, base=image, parent=before)
-    except KeyboardInterrupt:
-        os._exit(fail("interrupted", 130))  # not after the uploads under way: nobody waits for their answers
+    with Bars(amounts, quiet=quiet), open_checkpoint(source, reach, options) as checkpoint:
+        image = open_base(checkpoint, base, reach, options) if rootfs else None
+        before = open_parent(parent, reach, options) if parent is not None else None
+        result = publish(checkpoint, target, reference.tag, options, report, base=image, parent=before)
     if as_json:
         click.echo(json.dumps(_facts(reference, result), indent=2))
         return

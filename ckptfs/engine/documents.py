@@ -12,12 +12,13 @@ import os
 import secrets
 import struct
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import xxhash
 
-from ckptfs.engine.disk import DiskOps, Handle, read_all, write_all
+from ckptfs.engine.disk import Buffer, DiskOps, Handle, read_all, write_all
 
 _HEADER = struct.Struct("<8sIQ16s")  # magic, bytes of the name, bytes of the payload, xxh3-128 of both
 _MAGIC = b"ckptdoc1"
@@ -35,17 +36,23 @@ class Documents:
         header = _HEADER.pack(_MAGIC, len(name), len(data), _hash(name, data))
         if len(header) + len(name) + len(data) > self._share:
             return
+        try:
+            self._write(key, [header, name, data])
+        except FileNotFoundError:  # swept before it was locked, or cleared by force: not what a disk refuses
+            self._write(key, [header, name, data])
+        self.prune(self._share)
+
+    def _write(self, key: str, content: Sequence[Buffer]) -> None:
         temporary = f"{self._path}/{secrets.token_hex(8)}.tmp"
         try:
             file = Handle(self._ops, temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             self._ops.flock(file.fd, fcntl.LOCK_EX)  # what sweep() finds unlocked belongs to the dead
-            write_all(self._ops, file.fd, [header, name, data], 0)
+            write_all(self._ops, file.fd, content, 0)
             self._ops.rename(temporary, self._file(key))
         except OSError:
             with suppress(OSError):
                 self._ops.unlink(temporary)
             raise
-        self.prune(self._share)
 
     def get(self, key: str) -> bytes | None:
         """The document, None when there is none or it is damaged."""

@@ -85,17 +85,17 @@ class Receiver:
                 self._regions.release(regions)
             if not waiting:
                 return failures
-            now = time.monotonic()
-            if now > alone:
-                if now > self._wary_until:
-                    log.warning("%s: another process claims them and does not fetch", where(waiting[0], blob, layer))
-                self._wary_until = now + _WARY
-                return failures | self._receive(job, waiting, blob, layer)
             time.sleep(_POLL)
-            self._cache.refresh()
+            self._cache.refresh()  # before judging: to fetch `mine` may have taken longer than the patience
             left = [chunk for chunk in waiting if not self._found(chunk)]
+            now = time.monotonic()
             if alone == math.inf or len(left) < len(waiting):
                 alone = now + (_BRIEFLY if now < self._wary_until else self._patience)
+            elif now > alone:
+                if now > self._wary_until:
+                    log.warning("%s: another process claims them and does not fetch", where(left[0], blob, layer))
+                self._wary_until = now + _WARY
+                return failures | self._receive(job, left, blob, layer)
             waiting = left
 
     def publish(self, chunks: list[tuple[bytes, Buffer]]) -> None:

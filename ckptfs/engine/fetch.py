@@ -177,6 +177,8 @@ class Fetcher:
 
     def want(self, chunks: Iterable[Chunk], priority: Priority) -> None:
         """Fetch these too, nobody waits. Sequential layers and what the node has are left alone."""
+        if self._quiet:
+            return
         for chunk in chunks:
             key = chunk.key
             if (

@@ -45,6 +45,8 @@ class ReadRecorder:
 
     def __call__(self, handle: Handle, offset: int, size: int, wait: Wait | None) -> None:
         """Note a read that is about to be answered or to wait."""
+        if self._fd < 0:  # it cannot be written any more: nobody would take it away
+            return
         inode = handle.inode
         handle.path = handle.path or self._names.path(inode.ino)
         handle.command = handle.command or command_of(handle.pid)

@@ -52,7 +52,7 @@ class LayerScan:
         self.error: CkptfsError | None = None
         self.dormant = False  # nobody has looked into it yet, and nobody waits for it
         self._fetcher = fetcher
-        self._number = number
+        self.number = number
         self._on_entries = on_entries
         self._on_end = on_end
         self._known = known
@@ -132,8 +132,8 @@ class LayerScan:
         self.error = failure
         if isinstance(failure, IntegrityError):
             self._fetcher.discard(self._keys)
-            if self._number is not None:
-                self._fetcher.condemn(self._number, failure)
+            if self.number is not None:
+                self._fetcher.condemn(self.number, failure)
         first = not self.complete
         self.complete = self.complete or failure is None
         self._settle(failure)

@@ -69,7 +69,7 @@ class Answering(pyfuse3.Operations, ABC):
 
     @abstractmethod
     def first_file(self) -> bytes:
-        """The path of a file that is known already; b"" without one: asking for a name could wait for a stream."""
+        """The path of a file that is known already, for good; b"" without one: other names could wait for a stream."""
 
     @abstractmethod
     def quiesce(self) -> None:

@@ -73,12 +73,16 @@ class MountSession:
         self._stopping.set()
 
     async def _announce(self, mount: Mount, on_ready: Callable[[], None]) -> None:
-        """A read through the kernel, from a thread: only then others may count on it."""
-        path = os.path.join(os.fsencode(self.mountpoint), self._operations.first_file())
+        """A read through the kernel, from a thread: only then others may count on it.
+
+        Where no file is known yet an answer has to do: to open a directory waits for all of its names.
+        """
+        first = self._operations.first_file()
 
         def read() -> None:
             set_read_ahead(mount, self._settings.sizes)
-            _first_read(os.fsdecode(path))
+            if first:
+                _first_read(os.path.join(self.mountpoint, os.fsdecode(first)))
 
         await trio.to_thread.run_sync(os.stat, self.mountpoint, abandon_on_cancel=True)
         async with trio.open_nursery() as nursery:
@@ -131,9 +135,7 @@ def _first_read(path: str) -> None:
     try:
         with open(path, "rb", buffering=0) as file:
             file.read(1)
-    except IsADirectoryError:
-        return  # the image has no files
-    except FileNotFoundError:
-        return  # a layer above, which came meanwhile, deletes it; that is an answer too
+    except (FileNotFoundError, IsADirectoryError):
+        return  # a layer that came meanwhile has something else there, or nothing; that is an answer too
     except OSError as error:
         raise UnavailableError(f"the first read, of {path}, failed: {error.strerror}") from None

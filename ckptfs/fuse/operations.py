@@ -10,6 +10,7 @@ import os
 import stat
 import threading
 from collections.abc import Collection, Sequence
+from itertools import chain
 from typing import Any, cast
 
 import pyfuse3
@@ -26,6 +27,9 @@ from ckptfs.settings import Limits, MiB
 from ckptfs.terminal import printable
 
 _FOREVER = 3600.0 * 24 * 365  # seconds; as nydus does: nothing ever changes under a pinned digest
+# The same for a name that may get another inode. The kernel could be told to forget it (pyfuse3.invalidate_entry): that
+# waits, uninterruptibly, for look-ups in the same directory, and if we are killed then neither ever ends.
+_BRIEFLY = 1.0
 _BLOCK = 512
 DOTS = (b".", b"..")
 NAME_BYTES = Limits().name_bytes
@@ -59,7 +63,6 @@ class Operations(Answering):
         self.references = 0  # how often the kernel has been told of an inode and has not forgotten it
         # As an extraction by an ordinary user gives it: checkpoints are 0600, root's would be closed to who mounted.
         self._owner = None if os.geteuid() == 0 else (os.geteuid(), os.getegid())
-        image.changed = self._changed
         image.distrusted = self._distrusted
 
     @property
@@ -81,10 +84,11 @@ class Operations(Answering):
     # -- for the session -----------------------------------------------------------------------------------------------
 
     def first_file(self) -> bytes:
-        for path in (b"checkpoint/inventory.img", b"config.dump"):
-            if self._tree.find(path) is not None:
+        usual = (self._tree.find(path) for path in (b"checkpoint/inventory.img", b"config.dump"))
+        for node in chain(filter(None, usual), self._tree.walk()):
+            if node.inode is not None and node.inode.is_file and self._tree.settled(path := node.path, node):
                 return path
-        return next((node.path for node in self._tree.walk() if node.inode is not None and node.inode.is_file), b"")
+        return b""
 
     def quiesce(self) -> None:
         self.image.quiesce()
@@ -111,7 +115,10 @@ class Operations(Answering):
             absent.st_ino = 0
             absent.entry_timeout = _FOREVER
             return absent
-        return self._told(node.inode)
+        told = self._told(node.inode)
+        if self._tree.replaceable(node):
+            told.entry_timeout = _BRIEFLY
+        return told
 
     @answers
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
@@ -233,13 +240,17 @@ class Operations(Answering):
             raise pyfuse3.FUSEError(errno.ENOTDIR if known else errno.ESTALE)
         return node
 
-    def _changed(self, parent: int, name: bytes) -> None:
-        """A repeated tar entry replaced what the kernel may know: it asks again."""
-        pyfuse3.invalidate_entry_async(self._base + parent, name, ignore_enoent=True)
+    def _distrusted(self, layer: int) -> None:
+        """What was read of a layer may be wrong: the kernel forgets its pages. From a thread, since it waits for reads.
 
-    def _distrusted(self) -> None:
-        """What was read may be wrong: the kernel forgets all pages. From a thread, since it can wait for reads."""
-        numbers = [self._base + number for number, inode in self._tree.inodes.items() if inode.is_file]
+        Uninterruptibly: reads of other layers, which may hang, must not be among them. If we are killed meanwhile
+        neither ever ends.
+        """
+        numbers = [
+            self._base + number
+            for number, inode in self._tree.inodes.items()
+            if any(extent.chunk.layer == layer for extent in inode.extents)
+        ]
 
         def forget() -> None:
             for number in numbers:

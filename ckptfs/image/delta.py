@@ -9,6 +9,7 @@ whiteouts under the same name.
 import stat
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 
 from ckptfs.engine.scan import LayerScan
 from ckptfs.errors import CkptfsError, LimitExceeded
@@ -133,7 +134,8 @@ class Unpacked:
                 self._describe(await self._base(), set(gone))
         except CkptfsError as error:
             failure = error
-        self._image.finish(self._tree, self._rank, failure)
+        again = partial(self._image.nursery.start_soon, self._delete, name)
+        self._image.finish(self._tree, self._rank, failure, again)
 
     def _within(self, path: bytes) -> bytes:
         return self._directory + b"/" + path if self._directory else path

@@ -91,13 +91,12 @@ class OpenImage:
         self.reader = Reader(self.fetcher, _MAX_WAITING, self.tables.parts.learn)
         self.memory = LayerMemory(cache, options.settings, learning=options.remember)
         self._earlier: list[Tree] = []
-        self.tree = self._new_tree()
+        self.tree = Tree(limits=self.options.settings.limits)
         self.layout = ""
         self.errors: list[str] = []
         self.profile: Profile | None = None  # what recorded restores have read, once it has been found
         self.metadata_at: float | None = None  # monotonic: when all of CRIU's metadata had been fetched
-        self.changed: Callable[[int, bytes], None] | None = None  # told of names whose inode was replaced
-        self.distrusted: Callable[[], None] | None = None  # told that bytes which were served may be wrong
+        self.distrusted: Callable[[int], None] | None = None  # told of layers that have served bytes which may be wrong
         self.arrived: Callable[[], None] | None = None  # told when entries have come, to derive more from them
         self.dormant: dict[bytes, Callable[[], None]] = {}  # directory -> what starts to fill it once it is looked into
         self.progress = trio.Event()  # replaced and set whenever more is known
@@ -109,12 +108,8 @@ class OpenImage:
     def show_new_tree(self) -> Tree:
         """Start the view's tree anew; what was built so far stays readable, see `find_in_checkpoint`."""
         self._earlier.append(self.tree)
-        self.tree = self._new_tree()
+        self.tree = Tree(limits=self.options.settings.limits)
         return self.tree
-
-    def _new_tree(self) -> Tree:
-        limits = self.options.settings.limits
-        return Tree(lambda ino, name: self.changed(ino, name) if self.changed else None, limits=limits)
 
     # -- layers --------------------------------------------------------------------------------------------------------
 
@@ -237,8 +232,9 @@ class OpenImage:
             log.error("layer %d: %s", rank, error)
             self.errors.append(str(error))
         self._broken.add(rank, error, again)
-        if isinstance(error, IntegrityError) and self.distrusted is not None:
-            self.distrusted()
+        scan = self._scans.get(rank)
+        if isinstance(error, IntegrityError) and self.distrusted is not None and scan and scan.number is not None:
+            self.distrusted(scan.number)
 
     def notify(self) -> None:
         if self.arrived is not None:

@@ -19,6 +19,7 @@ from ckptfs.model.toc import UNKNOWN, Chunk, Inode
 from ckptfs.settings import Limits
 
 _AT_ONCE = 8  # parts that are fetched ahead for one plan: 70 KB
+_THREADS = 40  # parts that are fetched at the same time, as many as trio would have for everything
 
 _Place = tuple[Inode, int]
 
@@ -34,6 +35,8 @@ class TableParts:
         self._files: dict[Inode, tuple[PartedExtents, Table, Blob]] = {}
         self._places: dict[bytes, _Place] = {}
         self._locks: dict[bytes, trio.Lock] = {}
+        # Their own: what hangs here for a dead registry must not keep others, the end of the mount among them, waiting.
+        self._threads = trio.CapacityLimiter(_THREADS)
 
     def add(self, file: IndexedFile, blob: Blob, layer: int) -> None:
         """Make a pages file readable of which nothing but the parts of its table is known.
@@ -60,7 +63,7 @@ class TableParts:
             async with self._locks.setdefault(key, trio.Lock()):
                 if not extents.known(number):
                     fetch = partial(self._fetch, table, number, blob)
-                    data = await trio.to_thread.run_sync(fetch, abandon_on_cancel=True)
+                    data = await trio.to_thread.run_sync(fetch, abandon_on_cancel=True, limiter=self._threads)
                     extents.learn(number, data, blob.size, self._limits)
                     if extents.whole:
                         self._whole(inode)

@@ -58,9 +58,12 @@ def index_layers(
             log.warning("layer %s gets no index: random access to it is not possible", descriptor.digest)
         return encode_layer_index(index) if index is not None else None
 
-    with ThreadPoolExecutor(_THREADS, "index") as pool:
+    pool = ThreadPoolExecutor(_THREADS, "index")
+    try:
         made = zip(wanted, pool.map(one, wanted.values()), strict=True)
         return {digest: document for digest, document in made if document is not None}
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # what still streams when one has failed is wanted by nobody
 
 
 def _indexed(blob: Blob, settings: Settings, report: Callable[[int], None]) -> LayerIndex | None:

@@ -8,7 +8,7 @@ the whole content of lower ranks, never of their own.
 
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from ckptfs.errors import FormatError
@@ -29,13 +29,10 @@ _AUFS = b".wh..wh."  # aufs' own files (.wh..wh.plnk, .wh..wh.aufs): metadata of
 
 
 class Tree:
-    """`changed(parent_ino, name)` is called when a name that was visible shows another inode (a repeated tar entry)."""
-
-    def __init__(self, changed: Callable[[int, bytes], None] | None = None, *, limits: Limits | None = None) -> None:
+    def __init__(self, *, limits: Limits | None = None) -> None:
         self.inodes: dict[int, Inode] = {}
         self.directories: dict[int, Node] = {}
         self._next_ino = ROOT_INO
-        self._changed = changed
         self._limits = limits or Limits()
         self._open: dict[int, bytes] = {}  # rank -> prefix, of layers that are still arriving
         self._undescribed: dict[int, bytes] = {}  # the same, of those whose first entry may describe that directory
@@ -125,6 +122,13 @@ class Tree:
             if inside and node is not None and not node.rank and (prefix or rank < node.claim):
                 return False
         return True
+
+    def replaceable(self, node: Node) -> bool:
+        """Whether a repeated entry further on in the node's own layer can still put another inode in its place.
+
+        That is not waited for: no tool that makes layers writes any.
+        """
+        return node.claim in self._open
 
     def described(self, directory: Node) -> bool:
         """Whether its owner, mode and time are those of the layer it stands for, as far as a first entry tells."""
@@ -398,8 +402,6 @@ class Tree:
         node.inode, node.rank = inode, rank
         if not inode.is_dir:
             node.hide = max(node.hide, rank)
-        if old is not None and self._changed is not None and node.parent is not None and node.parent.inode is not None:
-            self._changed(node.parent.inode.ino, node.name)
 
     def _number(self) -> int:
         number = self._next_ino

@@ -12,7 +12,7 @@ from ckptfs.errors import AuthError, CkptfsError, NotFoundError, UnavailableErro
 from ckptfs.model.oci import parse_json
 from ckptfs.sources.auth import Authorizer
 from ckptfs.sources.origin import Origin, Reach, Territory
-from ckptfs.sources.retry import Attempts, parse_retry_after
+from ckptfs.sources.retry import Attempts
 from ckptfs.sources.transport import Body, Reply, Transport
 
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -147,8 +147,7 @@ class Endpoint:
                 hint=f"check the name, or log in with `podman login {self.name}` or `skopeo login {self.name}`",
             )
         if status == 429 or status >= 500:
-            asked = parse_retry_after(reply.header("Retry-After"), self.transport.clock.wall())
-            return UnavailableError(f"{reply.where} answered {status}", retry_after=asked)
+            return UnavailableError(f"{reply.where} answered {status}", retry_after=reply.retry_after)
         code = self._code(reply)
         hint = "is it the right port, and is it http or https?" if status == 400 and not code else ""
         return UnavailableError(f"{reply.where} answered {status} {code}".rstrip(), hint=hint, permanent=True)

@@ -172,14 +172,23 @@ class Attempts:
         return 2 * self._timeouts.retry_first * self._clock.random()
 
 
-def parse_retry_after(value: str | None, wall: float) -> float | None:
-    """Seconds from now out of a Retry-After header, given as seconds or as a date (RFC 9110, 10.2.3)."""
+def parse_retry_after(value: str | None, wall: float, date: str | None = None) -> float | None:
+    """Seconds from now out of a Retry-After header, given as seconds or as a date (RFC 9110, 10.2.3).
+
+    `date` is the Date header beside it: what the other side's clock says; ours, `wall`, may be an hour behind.
+    """
     if value is None:
         return None
     value = value.strip()
     if value.isascii() and value.isdigit():
         return float(min(int(value[:10]), 10**9))
+    until, now = _seconds(value), _seconds(date or "")
+    return max(0.0, until - (wall if now is None else now)) if until is not None else None
+
+
+def _seconds(date: str) -> float | None:
+    """An HTTP date, since the epoch."""
     try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - wall)
+        return parsedate_to_datetime(date).timestamp()
     except (ValueError, OverflowError):
         return None

@@ -84,6 +84,12 @@ class Reply:
         return self._response.headers.getlist(name)
 
     @property
+    def retry_after(self) -> float | None:
+        """Seconds for which the host wants to be left alone."""
+        wall = self._transport.clock.wall()
+        return parse_retry_after(self.header("Retry-After"), wall, self.header("Date"))
+
+    @property
     def length(self) -> int | None:
         """Content-Length, None where there is none that can be believed."""
         value = (self.header("Content-Length") or "").strip()
@@ -261,7 +267,7 @@ class Transport:
         log.debug("%s: %d", where, response.status)
         reply = Reply(self, response, url, where, patience).opened(began)
         if response.status in (429, 503):
-            asked = parse_retry_after(reply.header("Retry-After"), self.clock.wall())
+            asked = reply.retry_after
             if asked is not None:
                 self.windows.close(origin.netloc, self.clock.now() + asked)
         return reply

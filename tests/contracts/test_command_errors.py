@@ -22,7 +22,7 @@ from ckptfs.cli import main
 from tests.support.command import Result, ckptfs
 from tests.support.fake_registry import FakeRegistry, Silent
 from tests.support.other_user import as_nobody
-from tests.support.tools import ROOT, free_port, require
+from tests.support.tools import ROOT, free_port, require, wait_for
 
 CORPUS = ROOT / "tests" / "data" / "corpus" / "counter" / "k8s-zstdchunked.oci"
 MANIFESTS = "/manifests/"
@@ -342,3 +342,22 @@ def test_closed_streams_do_not_matter_where_nothing_is_printed(folder: Path) -> 
 
 def test_errors_that_nobody_can_be_told() -> None:
     assert shell("2>/dev/full", "ls", "oci:/nowhere").code == shell("2>&-", "ls", "oci:/nowhere").code == 3
+
+
+@pytest.mark.parametrize(("name", "kind"), [("ls", "zstd"), ("index", "gzip")])
+def test_interrupted_while_a_layer_does_not_come(name: str, kind: str, folder: Path) -> None:
+    """Threads that wait for it may do so for a minute more, and nobody waits for them."""
+    with FakeRegistry({("blobs/", None): Silent()}) as registry:
+        registry.add_image("repo", "latest", [(f"application/vnd.oci.image.layer.v1.tar+{kind}", bytes(100_000))])
+        command = ["env", "--default-signal=INT"]
+        command += [sys.executable, "-m", "ckptfs", *words(name, registry.reference("repo:latest"), folder)]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        try:
+            wait_for("a request", lambda: bool(registry.requests("GET", "blobs/")))
+            time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=10)
+        finally:
+            process.kill()
+            process.wait()
+    assert (process.returncode, err) == (130, "ckptfs: interrupted\n")

@@ -1,6 +1,7 @@
 """Rows L5 to L9: daemons that die, mounts of others, several at once, and what is true of a mount that is ready."""
 
 import errno
+import gzip
 import os
 import signal
 import subprocess
@@ -9,15 +10,18 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from ckptfs.control.client import MountFiles
 from ckptfs.fuse.mountpoint import mount_at
+from ckptfs.model.oci import Digest
 from tests.support.command import ckptfs, mounted
-from tests.support.fake_registry import FakeRegistry
-from tests.support.hanging import BLOB, LAZY, SILENT, Figure, assert_told, ended, errno_of, foreground, hang, pages
+from tests.support.fake_registry import FakeRegistry, Trickle
+from tests.support.hanging import BLOB, LAZY, SILENT, TAR, Figure, assert_told, ended, errno_of, foreground, hang, pages
 from tests.support.readers import reading
+from tests.support.tars import member
 from tests.support.tools import ROOT, require, wait_for
 
 pytestmark = pytest.mark.fuse
@@ -202,6 +206,24 @@ def test_nothing_is_told_before_a_read_works(hanging: FakeRegistry, tmp_path: Pa
         assert process.wait(10) == 130
     assert not os.path.ismount(target)
     assert str(target) not in ckptfs("status").out
+
+
+@pytest.mark.row("L8")
+@pytest.mark.parametrize("known", ["directories", "a file that a layer above can hide"])
+def test_ready_does_not_wait_for_names_that_are_still_on_their_way(known: str, tmp_path: Path) -> None:
+    """A stream takes minutes; so much of it has come that something is known, and no file for good."""
+    late = member(b"late", Random(1).randbytes(8 << 20)) + bytes(1024)
+    directories = b"".join(member(b"d%05d/" % number, flag=b"5", mode=0o755) for number in range(2100))
+    layers = [(f"{TAR}+gzip", gzip.compress(directories + late, 1))]
+    if known != "directories":
+        layers.insert(0, (TAR, member(b"early", b"early") + bytes(1024)))
+    with FakeRegistry() as registry:
+        registry.add_image("repo", "latest", layers)
+        registry.script[BLOB + str(Digest.of(layers[-1][1])), None] = Trickle(0.5, 16 * 1024)
+        began = time.monotonic()
+        with mounted(registry.reference("repo:latest"), tmp_path, "--view", "raw") as mount:
+            assert time.monotonic() - began < 20 and not mount.status()["complete"]
+            assert os.stat(mount.path / "d00000").st_mode & 0o777 == 0o755
 
 
 @pytest.mark.row("L9")

@@ -166,6 +166,18 @@ def test_retry_after_as_a_date(faulty: Faulty) -> None:
 
 
 @pytest.mark.row("N8")
+def test_retry_after_as_a_date_is_by_the_clock_of_the_registry() -> None:
+    """Ours is an hour behind, or ahead: the host is left alone for the two seconds that it asks for."""
+    for error in (-3600.0, 3600.0):
+        clock = ManualClock(time.time() + error)
+        with FakeRegistry() as registry, client(registry, clock=clock) as c:
+            faulty = Faulty(registry, c)
+            registry.script[BLOB, 1] = Status(429, retry_after=formatdate(time.time() + 2, usegmt=True))
+            assert faulty.blob.read_at(0, 10) == DATA[:10]
+            assert 1 <= sum(clock.slept) < 4
+
+
+@pytest.mark.row("N8")
 def test_a_wait_beyond_the_deadline_is_an_error_now(faulty: Faulty) -> None:
     faulty.registry.script[BLOB, None] = Status(503, retry_after=600)
     for _ in range(2):

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import stat
 import time
 from pathlib import Path
 from random import Random
@@ -85,6 +86,35 @@ def test_a_tar_inside_is_read_again_after_an_outage(tmp_path: Path) -> None:
             registry.script.clear()
             wait_for("names", lambda: listed(mount.path / "rootfs-diff") == ["etc"])
             assert (mount.path / "rootfs-diff" / "etc" / "x").read_bytes() == b"x" * 1000
+
+
+@pytest.mark.fuse
+@pytest.mark.row("N9")
+def test_what_a_delta_has_deleted_is_asked_for_again_after_an_outage(tmp_path: Path) -> None:
+    """The tar was read, and then the registry failed: its list of deleted files comes when it is well again."""
+    require("fusermount3")
+    filler = {f"volumes/{n}": Random(n).randbytes(MiB) for n in range(3)}
+    files = {
+        "checkpoint/inventory.img": b"i",
+        "config.dump": b"{}",
+        "volumes/0": filler["volumes/0"],
+        "rootfs-diff.tar": tar_of({"etc/x": b"x" * 1000}),
+        "volumes/1": filler["volumes/1"],
+        "deleted.files": b'["/etc/gone"]',
+        "volumes/2": filler["volumes/2"],
+    }
+    with FakeRegistry() as registry:
+        add_chunked(registry, {name.encode(): data for name, data in files.items()}, CHUNK)
+        lazily = ("--prefetch", "none", "--no-background-fetch")
+        with mounted(registry.reference("repo:latest"), tmp_path, *lazily) as mount:
+            registry.script |= {(BLOB, number): Status(503) for number in range(2, 400)}
+            with pytest.raises(OSError, match="Input/output error"):
+                os.listdir(mount.path / "rootfs-diff")
+            registry.script.clear()
+            time.sleep(3.2)  # longer than an error is kept
+            wait_for("names", lambda: listed(mount.path / "rootfs-diff") == ["etc"])
+            gone = os.stat(mount.path / "rootfs-diff" / "etc" / "gone")
+            assert stat.S_ISCHR(gone.st_mode) and gone.st_rdev == 0
 
 
 def listed(path: Path) -> list[str]:

@@ -5,7 +5,7 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import pytest
 
 from ckptfs.engine import directory, key_mark
 from ckptfs.engine.cache import ChunkCache
+from ckptfs.engine.disk import DiskOps
 from ckptfs.errors import CacheError
 from tests.support.cache_load import chunk, item, key, segment_files
 from tests.support.disk_faults import FakeClock, Refusing
@@ -300,3 +301,27 @@ def test_without_a_key_a_disk_that_refuses_is_read(path: Path) -> None:
     disk.code = errno.EROFS
     with pytest.raises(CacheError), ChunkCache.open(path, size=SIZE, secret=SECRET, ops=disk) as cache:
         cache.require_key()
+
+
+class Meanwhile(DiskOps):
+    """Something happens between the making of a document's file and its lock, once."""
+
+    def __init__(self, action: Callable[[], object]) -> None:
+        self._action: Callable[[], object] | None = action
+
+    def flock(self, fd: int, operation: int) -> None:  # type: ignore[override]
+        if operation == fcntl.LOCK_EX and self._action is not None:
+            action, self._action = self._action, None
+            action()
+        fcntl.flock(fd, operation)
+
+
+def test_a_document_whose_file_is_swept_while_it_is_written(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It looks like what the dead leave, to who opens the cache; the disk has refused nothing, so writing goes on."""
+    meanwhile = Meanwhile(lambda: ChunkCache.open(path, size=SIZE).close())
+    with ChunkCache.open(path, size=SIZE, ops=meanwhile) as cache:
+        cache.put_document("name", b"payload")
+        assert cache.get_document("name") == b"payload"
+        cache.put_many([item(1, 1000)])
+        assert cache.get(key(1)) == chunk(1, 1000)
+    assert caplog.text == ""

@@ -10,8 +10,12 @@ from ckptfs.engine.cache import ChunkCache
 from ckptfs.engine.fetch import Fetcher
 from ckptfs.engine.memory import MemoryCache
 from ckptfs.engine.reader import Handle, Reader
+from ckptfs.engine.schedule import Priority
+from ckptfs.layers.grid import Grid
+from ckptfs.layers.tar import TarFormat
 from ckptfs.model.toc import Chunk, Extent, Inode
 from ckptfs.settings import KiB, MiB, Settings
+from tests.support.blobs import blob_of
 
 SIZE = 4 * MiB
 
@@ -74,3 +78,14 @@ def test_small_reads_of_small_files_are_no_page_faults(reader: Reader) -> None:
     read(reader, opened(size=100 * KiB), (64 * KiB, 4 * KiB), (4 * KiB, 4 * KiB))
     read(reader, opened(), *through(1 * MiB))
     assert patient(reader)
+
+
+def test_nothing_is_begun_unasked_once_the_mount_ends(tmp_path: Path) -> None:
+    """Also not by who reads on in sequence: those who wait have the link for themselves."""
+    blob = blob_of(bytes(64 * KiB))
+    with ChunkCache.open(tmp_path / "cache") as cache:
+        fetcher = Fetcher(cache, MemoryCache(0), Settings())
+        fetcher.add_layer(blob, TarFormat().open(blob, 0, Settings()))
+        fetcher.quiesce()
+        fetcher.want([Grid("layer", 0, 64 * KiB, 64 * KiB).chunk(0)], Priority.PREFETCH)
+        assert not fetcher.scheduler.pending(Priority.PREFETCH)

@@ -18,7 +18,7 @@ from ckptfs.errors import CkptfsError
 from ckptfs.layers.grid import Grid
 from ckptfs.layers.tar import TarFormat
 from ckptfs.settings import KiB, MiB, Settings, Sizes
-from tests.support.blobs import blob_of
+from tests.support.blobs import BytesBlob, blob_of
 
 DATA = bytes(64 * KiB)
 CHUNK = Grid("layer", 0, 64 * KiB, len(DATA)).chunk(0)
@@ -90,3 +90,28 @@ def test_another_that_does_not_fetch_is_not_waited_for_long(caches: tuple[ChunkC
     fetch.join(2)
     assert not fetch.is_alive()
     assert (fetch.failures, fetch.memory.get(CHUNK.key), fetch.asked) == ({}, DATA, [(0, len(DATA))])
+
+
+def test_what_has_come_while_we_fetched_is_not_fetched_again(caches: tuple[ChunkCache, ChunkCache]) -> None:
+    """Two others: one gives up, so that we fetch for longer than others are waited for; the second one delivers."""
+    grid = Grid("layer", 0, 256 * KiB, 512 * KiB)
+    ours, theirs = grid.chunk(0), grid.chunk(1)
+    data = bytes(512 * KiB)
+    receiver = Receiver(caches[0], MemoryCache(MiB), Waiting(), LinkEstimate(Sizes()), 0.2, lambda: None)
+    claims = RegionClaims(caches[1])
+
+    class Slow(BytesBlob):
+        def stream(self, offset: int, length: int, **options: object) -> Iterator[bytes | memoryview]:
+            time.sleep(0.5)
+            caches[1].put_many([(theirs.key, data[: 256 * KiB])])
+            return super().stream(offset, length)
+
+    plain = blob_of(data)
+    blob = Slow(data, plain.descriptor)
+    _, _, failing = claims.take(plain.descriptor.digest.raw, [ours])
+    _, _, delivering = claims.take(plain.descriptor.digest.raw, [theirs])
+    threading.Timer(0.1, claims.release, [failing]).start()
+    job = Job(0, 0, len(data), [ours, theirs], Priority.DEMAND)
+    assert receiver.fetch(job, blob, TarFormat().open(blob, 0, Settings())) == {}
+    assert blob.ranges == [(0, 256 * KiB)]
+    claims.release(delivering)

@@ -1,6 +1,7 @@
 """A large pages file opened through its image: what is read of its table, and that its bytes are right all the same."""
 
 import hashlib
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from ckptfs.engine.cache import ChunkCache
 from ckptfs.errors import IntegrityError
@@ -43,11 +45,15 @@ def pushed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
 
 @dataclass(eq=False)
 class Watched:
-    """A layout that notes what is read, and spoils what is read at `spoil`, the first `times` times."""
+    """A layout that notes what is read, and spoils what is read at `spoil`, the first `times` times.
+
+    come   what is not set is waited for.
+    """
 
     inner: LayoutSource
     spoil: int = -1
     times: int = 0
+    come: threading.Event | None = None
     ranges: list[tuple[int, int]] = field(default_factory=list)
 
     @property
@@ -78,6 +84,8 @@ class _WatchedBlob(Blob):
         return self.inner.size
 
     def read_at(self, offset: int, length: int, *, attempt: int = 0) -> bytes:
+        if self.source.come is not None:
+            self.source.come.wait()
         self.source.ranges.append((offset, length))
         data = self.inner.read_at(offset, length, attempt=attempt)
         if offset == self.source.spoil and self.source.times > 0:
@@ -196,3 +204,27 @@ def test_a_plan_learns_the_parts_it_needs(pushed: tuple[Path, bytes], tmp_path: 
         assert not await image.tables.parts.learn_for(extent.chunk for extent in inode.extents[1:9])
 
     opened(pushed[0], tmp_path / "cache", use)
+
+
+def test_parts_that_do_not_come_keep_no_thread_from_others(pushed: tuple[Path, bytes], tmp_path: Path) -> None:
+    """What a mount needs a thread for, its end for example, goes on when the registry is dead."""
+    layout, data = pushed
+    come = threading.Event()
+    come.set()
+
+    async def use(image: OpenImage, inode: Inode) -> None:
+        await image.open(inode)
+        come.clear()
+        trio.to_thread.current_default_thread_limiter().total_tokens = 2
+        async with trio.open_nursery() as nursery:
+            for extent in inode.extents[:4]:
+                nursery.start_soon(image.read, inode, extent.start, 100)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            try:
+                with trio.fail_after(2):
+                    await trio.to_thread.run_sync(lambda: None)
+            finally:
+                come.set()
+        assert await image.read(inode, 0, 100) == data[:100]
+
+    opened(layout, tmp_path / "cache", use, come=come)

@@ -155,14 +155,20 @@ def test_impossible_hard_links(entries: list[Entry]) -> None:
         build(entries)
 
 
-def test_repeated_entry_replaces_and_tells() -> None:
-    told: list[tuple[int, bytes]] = []
-    tree = Tree(lambda ino, name: told.append((ino, name)))
+def test_repeated_entry_replaces_as_long_as_its_layer_arrives() -> None:
+    tree = Tree()
     tree.begin(1)
-    tree.add([file("d/a", 1), file("d/a", 2)], 1)
+    tree.begin(2)
+    tree.add([file("b", 1), file("d/a", 1)], 1)
+    tree.add([file("d/a", 2)], 2)
     tree.finish(1)
-    assert shown(tree)["d/a"][2] == 2
-    assert told == [(tree.find(b"d").inode.ino, b"a")]  # type: ignore[union-attr]
+    nodes = {path: tree.find(path) for path in (b"b", b"d", b"d/a")}
+    told = {path: tree.replaceable(node) for path, node in nodes.items() if node is not None}
+    assert told == {b"b": False, b"d": True, b"d/a": True}
+    tree.add([file("d/a", 3)], 2)
+    assert shown(tree)["d/a"][2] == 3
+    tree.finish(2)
+    assert not any(tree.replaceable(node) for node in nodes.values() if node is not None)
 
 
 def test_directory_link_counts() -> None:

@@ -1,0 +1,76 @@
+"""The lock and the files of a mount point, where mounts begin and end while others look."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptfs import mounting
+from ckptfs.control import client
+from ckptfs.control.client import MountFiles, write_state
+from ckptfs.errors import MountError
+
+
+@pytest.fixture
+def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A mount point, with a runtime directory that nobody else uses."""
+    monkeypatch.setattr(client, "runtime_dir", lambda: tmp_path / "run")
+    client.ensure_runtime_dir()
+    (tmp_path / "mnt").mkdir()
+    yield str(tmp_path / "mnt")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def leave_files(target: str) -> MountFiles:
+    """What a daemon that was killed has left."""
+    files = MountFiles.of(target)
+    write_state(files, {"mountpoint": target, "reference": "localhost:5000/app:1", "pid": 1})
+    files.socket.touch()
+    return files
+
+
+def test_a_mount_that_begins_keeps_its_files_whoever_looks_for_dead_ones(target: str) -> None:
+    files = leave_files(target)
+    with mounting._Lock(target) as beginning:
+        files.socket.touch()  # by now its own
+        assert mounting.statuses(None) == []
+        with pytest.raises(MountError, match="is gone"):
+            mounting.statuses(target)
+        with pytest.raises(MountError, match="nothing is mounted"):
+            mounting.umount(target)
+        assert files.socket.exists() and files.state.exists()
+        beginning.remove()
+
+
+def test_what_a_dead_mount_has_left_goes_with_the_first_look(target: str) -> None:
+    leave_files(target)
+    assert mounting.statuses(None) == []
+    assert not MountFiles.of(target).state.exists()
+    with pytest.raises(MountError, match="nothing is mounted"):
+        mounting.statuses(target)
+    leave_files(target)
+    with pytest.raises(MountError, match="nothing is mounted"):
+        mounting.umount(target)
+
+
+def test_umount_waits_for_the_daemon_that_it_ends_and_not_for_the_next(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mounting, "_ENDS", 1.0)
+    first, second = mounting._Lock(target), mounting._Lock(target)
+    first.__enter__()
+    leave_files(target)
+
+    def stop(files: MountFiles, command: str, **arguments: Any) -> dict[str, int]:
+        first.remove()
+        first.__exit__()
+        second.__enter__()  # somebody else mounts there, before whoever unmounts has had a look
+        leave_files(target)
+        return {"pid": 1}
+
+    monkeypatch.setattr(mounting, "ask", stop)
+    mounting.umount(target)
+    assert second.current() and MountFiles.of(target).state.exists()
+    second.remove()
+    second.__exit__()
