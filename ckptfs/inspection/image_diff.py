@@ -168,7 +168,8 @@ def _facts(inode: Inode, other_content: bool = False) -> FileFacts:
         target = f"{os.major(inode.rdev)}:{os.minor(inode.rdev)}"
     kind = _TYPES.get(stat.S_IFMT(inode.mode), "?")
     size = 0 if inode.is_dir else inode.size
-    return FileFacts(kind, stat.S_IMODE(inode.mode), inode.uid, inode.gid, size, other_content, target)
+    mode = stat.S_IMODE(inode.mode)
+    return FileFacts(kind, mode, inode.uid, inode.gid, size, other_content, target, inode.xattrs)
 
 
 def second_pull(before: OpenImage, after: OpenImage) -> int:
