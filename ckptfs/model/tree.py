@@ -304,7 +304,9 @@ class Tree:
 
     def _overlay_whiteout(self, parent_path: bytes, name: bytes, rank: int) -> None:
         if name == OPAQUE:
-            self._opaque.setdefault(rank, []).append(parent_path)
+            if not self._marked_above(parent_path + b"/" + name, rank):
+                self._directory(parent_path, rank)  # it may be all that the layer says of the directory
+                self._opaque.setdefault(rank, []).append(parent_path)
         elif not name.startswith(_AUFS):
             self.delete(parent_path + b"/" + name[len(WHITEOUT) :] if parent_path else name[len(WHITEOUT) :], rank)
 

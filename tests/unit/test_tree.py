@@ -291,6 +291,18 @@ def test_a_directory_made_again_is_opaque_in_any_order(again: list[Entry]) -> No
         assert set(node.inode.xattrs) == {OPAQUE_XATTR}
 
 
+def test_a_directory_of_which_nothing_is_left_is_opaque_and_empty() -> None:
+    """A mark may be all that a layer says of a directory; below a whiteout it says nothing."""
+    for entries, path in (([file("d/e/.wh..wh..opq")], b"d/e"), ([file(".wh.d"), file("d/.wh..wh..opq")], b"")):
+        tree = Tree()
+        tree.begin(1)
+        tree.add(entries, 1, whiteouts="overlay")
+        tree.finish(1)
+        marked = [node.path for node in tree.walk() if node.inode is not None and OPAQUE_XATTR in node.inode.xattrs]
+        assert marked == ([path] if path else [])
+        assert set(shown(tree)) == ({"", "d", "d/e"} if path else {"", "d"})
+
+
 def test_only_a_whiteout_makes_a_directory_opaque() -> None:
     """Not what a layer says of itself, nor what another tree has made of its entries: a node keeps them."""
     entries = [directory("d"), file("d/.wh..wh..opq"), directory("e")]
