@@ -34,6 +34,7 @@ class FileFacts:
     size: int
     content: object = None
     target: str = ""
+    xattrs: Mapping[bytes, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +127,7 @@ def diff_files(before: Mapping[str, FileFacts], after: Mapping[str, FileFacts]) 
         if old is None or new is None:
             out.append(FileChange(path, "added" if old is None else "removed"))
         elif old != new:
-            names = ("type", "mode", "uid", "gid", "size", "content", "target")
+            names = ("type", "mode", "uid", "gid", "size", "content", "target", "xattrs")
             fields = tuple(name for name in names if getattr(old, name) != getattr(new, name))
             out.append(FileChange(path, "modified", fields))
     return tuple(out)

@@ -165,7 +165,8 @@ def _facts(inode: Inode, other_content: bool = False) -> FileFacts:
     if inode.rdev:
         target = f"{os.major(inode.rdev)}:{os.minor(inode.rdev)}"
     size = 0 if inode.is_dir else inode.size
-    return FileFacts(inode.type_name, stat.S_IMODE(inode.mode), inode.uid, inode.gid, size, other_content, target)
+    mode = stat.S_IMODE(inode.mode)
+    return FileFacts(inode.type_name, mode, inode.uid, inode.gid, size, other_content, target, inode.xattrs)
 
 
 def second_pull(before: OpenImage, after: OpenImage) -> int:

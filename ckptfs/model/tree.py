@@ -279,7 +279,7 @@ class Tree:
         node.claim = max(node.claim, rank)
 
     def _whiteout(self, parent_path: bytes, name: bytes, rank: int) -> None:
-        if (name.startswith(_AUFS) and name != OPAQUE) or self._is_whiteout(parent_path, rank):
+        if name.startswith(_AUFS) and name != OPAQUE:
             return
         parent = self._directory(parent_path, rank)
         if parent is None:
@@ -298,19 +298,11 @@ class Tree:
             self._hide(node)
             node.claim = rank
 
-    def _is_whiteout(self, path: bytes, rank: int) -> bool:
-        """Whether `rank` has deleted this directory or one above: some tools list what was in it as deleted, too."""
-        node = self.root
-        for name in path.split(b"/") if path else ():
-            child = node.children.get(name)
-            if child is None or (child.inode is None and child.hide == rank):
-                return child is not None
-            node = child
-        return False
-
     def _overlay_whiteout(self, parent_path: bytes, name: bytes, rank: int) -> None:
         if name == OPAQUE:
-            self._opaque.setdefault(rank, []).append(parent_path)
+            if not self._marked_above(parent_path + b"/" + name, rank):
+                self._directory(parent_path, rank)  # it may be all that the layer says of the directory
+                self._opaque.setdefault(rank, []).append(parent_path)
         elif not name.startswith(_AUFS):
             self.delete(parent_path + b"/" + name[len(WHITEOUT) :] if parent_path else name[len(WHITEOUT) :], rank)
 

@@ -24,7 +24,7 @@ from tests.support.command import ckptfs
 from tests.support.counted import with_layouts
 from tests.support.criu_images import CORPUS, image, mm, pagemap, task, vma
 from tests.support.push import DATA, push_to_layout, two_checkpoints
-from tests.support.tars import tar_of
+from tests.support.tars import member, pax, tar_of
 from tests.support.trees import layout_of, layout_with
 
 P = 4096
@@ -113,6 +113,16 @@ def test_what_the_node_has_learnt_of_streams_is_no_difference(tmp_path: Path) ->
         layouts.append(layout_with(tmp_path / name, [layer]))
     looks = [compare(*layouts, tmp_path / "cache", memory=False) for _ in range(3)]
     assert [[change.path for change in found.files] for found, _ in looks] == [["config.dump"]] * 3
+
+
+def test_attributes_of_files(tmp_path: Path) -> None:
+    """A capability that comes or goes changes what a program may do."""
+    layouts, capability = [], bytes.fromhex("0100000200040000000000000000000000000000")
+    for name, attributes in (("first", []), ("second", [(b"SCHILY.xattr.security.capability", capability)])):
+        members = [member(b"checkpoint/inventory.img", image("inventory", {1: 1})), pax(attributes), member(b"ping")]
+        layouts.append(layout_with(tmp_path / name, [blob_of(b"".join(members))]))
+    found, _ = compare(*layouts, tmp_path / "cache", memory=False)
+    assert [(change.path, change.fields) for change in found.files] == [("ping", ("xattrs",))]
 
 
 def test_different_containers(tmp_path: Path) -> None:
