@@ -210,7 +210,7 @@ def pieces(size: int, step: int, kind: str) -> list[Extent]:
 
 def tree_of(size: int) -> tuple[Tree, Inode]:
     inode = Inode(0o100600, size=size, extents=pieces(size, CHUNK, "chunk"))
-    tree = Tree(lambda ino, name: None)
+    tree = Tree()
     tree.begin(1, b"")
     tree.add([Entry(b"checkpoint", Inode(0o040700)), Entry(PAGES, inode)], 1, whiteouts="merge")
     tree.finish(1)
@@ -255,7 +255,7 @@ def test_cells_that_do_not_fit_their_chunk_are_not_used() -> None:
 def test_a_profile_of_many_files_is_gone_through_once() -> None:
     count = 20_000
     paths = [f"checkpoint/pages-{number}.img".encode() for number in range(count)]
-    tree = Tree(lambda ino, name: None)
+    tree = Tree()
     tree.begin(1, b"")
     inodes = [Inode(0o100600, size=CHUNK, extents=pieces(CHUNK, CHUNK, path.decode())) for path in paths]
     tree.add([Entry(b"checkpoint", Inode(0o040700)), *map(Entry, paths, inodes)], 1, whiteouts="merge")
