@@ -21,7 +21,7 @@ from ckptfs.fuse.operations import Operations
 from ckptfs.image import ImageOptions, OpenImage, open_image
 from ckptfs.image.residency import Residency, ResidencyMeter
 from ckptfs.model.oci import Reference
-from ckptfs.mounting import MountRequest
+from ckptfs.mounting import Announce, MountRequest
 from ckptfs.redaction import redact
 from ckptfs.resident import Resident, keep_house, run_with
 from ckptfs.sources import Source
@@ -37,18 +37,15 @@ def run(
     counters: NetworkCounters,
     mountpoint: str,
     files: MountFiles,
-    writer: int | None,
+    announce: Announce,
 ) -> None:
-    """Serve until unmounted. `reach` opens other images.
-
-    The parent waits at the pipe `writer` for the first status; None in foreground.
-    """
+    """Serve until unmounted. `reach` opens other images."""
     size = request.settings.sizes.disk_cache
     if request.ephemeral:
         cache = ChunkCache.ephemeral(size=size)
     else:
         cache = ChunkCache.open(request.cache_dir, size=size, secret=request.cache_key)
-    run_with(cache, _serve, request, source, reach, counters, cache, mountpoint, files, writer)
+    run_with(cache, _serve, request, source, reach, counters, cache, mountpoint, files, announce)
 
 
 async def _serve(
@@ -59,7 +56,7 @@ async def _serve(
     cache: ChunkCache,
     mountpoint: str,
     files: MountFiles,
-    writer: int | None,
+    announce: Announce,
 ) -> None:
     options = ImageOptions(
         view=request.view,
@@ -96,7 +93,7 @@ async def _serve(
             reference = str(image.resolved.reference)
             resident.ready(reference, reference)
 
-        resident = Resident(request, mountpoint, files, writer, status, session.stop)
+        resident = Resident(request, mountpoint, files, announce, status, session.stop)
         recorder = ReadRecorder(request.record, names, request.started) if request.record is not None else None
         async with trio.open_nursery() as nursery:
             await resident.open(nursery)

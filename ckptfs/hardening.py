@@ -7,8 +7,10 @@ What restored processes would inherit is only for daemons, which start none.
 import contextlib
 import ctypes
 import gc
+import os
 import resource
 import sys
+from collections.abc import Collection
 
 _PR_SET_DUMPABLE = 4  # prctl(2)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # mallopt(3)
@@ -67,3 +69,14 @@ def release_memory() -> None:
     gc.collect()
     with contextlib.suppress(AttributeError, OSError):  # musl has no malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def close_inherited(keep: Collection[int | None]) -> None:
+    """Let go of the descriptors that our command was started with, except `keep`.
+
+    A script's lock would be held, and who reads its pipe to the end would wait, for as long as the daemon lives.
+    """
+    for number in {int(name) for name in os.listdir("/proc/self/fd")}.difference(keep):
+        with contextlib.suppress(OSError):  # the one that listdir had
+            if os.get_inheritable(number):  # none that Python has opened is
+                os.close(number)

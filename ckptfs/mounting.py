@@ -15,15 +15,17 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, Self
 
 from ckptfs import standby
 from ckptfs.control.client import MountFiles, ask, ensure_runtime_dir, known_mounts, prune_logs
+from ckptfs.control.ready import notify
 from ckptfs.errors import CkptfsError, MountError, UnavailableError, rebuilt, told
 from ckptfs.fuse.mountpoint import canonical, detach, mount_at, overlays_over, prepare
-from ckptfs.hardening import harden, reuse_memory
+from ckptfs.hardening import close_inherited, harden, reuse_memory
 from ckptfs.interrupts import lines
 from ckptfs.model.oci import Reference
 from ckptfs.redaction import log_to_stderr
@@ -86,6 +88,7 @@ class StoreRequest(NamedTuple):
 
 
 Request = MountRequest | StoreRequest
+Announce = Callable[[dict[str, Any]], None]  # tells whoever waits the first status, once a read has worked
 
 
 def mount(request: Request) -> dict[str, Any]:
@@ -109,7 +112,7 @@ def begin(request: Request) -> "Pending":
         child = os.fork()
         if child == 0:
             os.close(reader)
-            _become_daemon(claim.files.log)
+            _become_daemon(claim.files.log, (claim.fd, writer, request.ready_fd))
             _serve(request, claim, writer)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.close(writer)
@@ -120,15 +123,21 @@ def serve_from_standby(message: tuple[Request, int], lock: int, writer: int) -> 
     """In a daemon that has waited for this: what `begin` does behind its fork."""
     request, level = message
     claim = _Lock(canonical(request.mountpoint), lock)
-    _become_daemon(claim.files.log)
+    _become_daemon(claim.files.log, (lock, writer, request.ready_fd))
     log_to_stderr(level)
     _serve(request, claim, writer)
 
 
-def mount_foreground(request: Request) -> None:
-    """Mount and stay until unmounted or signalled."""
+def mount_foreground(request: Request, show: Announce | None = None) -> None:
+    """Mount and stay until unmounted or signalled. `show` gets the first status as well."""
+
+    def announce(status: dict[str, Any]) -> None:
+        notify("READY=1")
+        if show is not None:
+            show(status)
+
     with _Claim(request) as claim:
-        _run(request, claim, None)
+        _run(request, claim, announce)
 
 
 def umount(directory: str, *, force: bool = False) -> None:
@@ -304,7 +313,7 @@ class _Claim(_Lock):
         return self
 
 
-def _become_daemon(log_file: Path) -> None:
+def _become_daemon(log_file: Path, keep: Collection[int | None]) -> None:
     """A session of its own, no terminal, stderr into the mount's log file; signals end it until it serves."""
     for number in _ENDED_BY:  # who forks us may have them raise, which imports do not survive
         signal.signal(number, signal.SIG_DFL)
@@ -318,14 +327,20 @@ def _become_daemon(log_file: Path) -> None:
     os.dup2(out, 2)
     os.close(null)
     os.close(out)
+    close_inherited({0, 1, 2, *keep})
     os.chdir("/")
 
 
 def _serve(request: Request, claim: _Lock, writer: int) -> NoReturn:
-    """The daemon's whole life; never returns."""
+    """The daemon's whole life; never returns. The parent waits at the pipe `writer` for a status, or an error."""
     code = 0
+
+    def announce(status: dict[str, Any]) -> None:
+        os.write(writer, json.dumps(status).encode() + b"\n")
+        os.close(writer)
+
     try:
-        _run(request, claim, writer)
+        _run(request, claim, announce, logs=True)
     except BaseException as error:
         message = told(error)
         code = message["code"]
@@ -390,8 +405,8 @@ class Pending:
         self._files.log.unlink(missing_ok=True)
 
 
-def _run(request: Request, claim: _Lock, writer: int | None) -> None:
-    """Serve the mount in this process."""
+def _run(request: Request, claim: _Lock, announce: Announce, *, logs: bool = False) -> None:
+    """Serve the mount in this process. `logs`: there is a log, which is to say what it ended with."""
     gc.disable()  # until start-up is over
     reuse_memory()
     harden()
@@ -400,19 +415,19 @@ def _run(request: Request, claim: _Lock, writer: int | None) -> None:
         if isinstance(request, StoreRequest):
             from ckptfs.store_daemon import run
 
-            run(request, claim.path, claim.files, writer)
+            run(request, claim.path, claim.files, announce)
         else:
-            _serve_image(request, claim, writer)
+            _serve_image(request, claim, announce)
         ended_well = True
     except BaseException as error:
-        if writer is not None:  # nobody else tells; and a log that says nothing is removed
+        if logs:  # one that says nothing is removed
             log.error("%s", error, exc_info=None if isinstance(error, CkptfsError) else error)
         raise
     finally:
         claim.remove(keep_log=not ended_well)
 
 
-def _serve_image(request: MountRequest, claim: _Lock, writer: int | None) -> None:
+def _serve_image(request: MountRequest, claim: _Lock, announce: Announce) -> None:
     """The first request runs while trio, pyfuse3 … are imported (130 ms)."""
     from ckptfs.sources import Source, open_source
     from ckptfs.sources.early import EarlySource
@@ -425,4 +440,4 @@ def _serve_image(request: MountRequest, claim: _Lock, writer: int | None) -> Non
         source = EarlySource(source)
     from ckptfs.daemon import run
 
-    run(request, source, reach, counters, claim.path, claim.files, writer)
+    run(request, source, reach, counters, claim.path, claim.files, announce)

@@ -4,7 +4,6 @@ Owns how a daemon tells that it is ready, how it can be asked and stopped, and w
 What it serves, and what its status says of that, is theirs.
 """
 
-import json
 import logging
 import os
 import time
@@ -16,13 +15,13 @@ import trio
 from ckptfs.control.client import MountFiles, write_state
 from ckptfs.control.exposition import exposition
 from ckptfs.control.metrics import open_port
-from ckptfs.control.ready import notify, tell
+from ckptfs.control.ready import tell
 from ckptfs.control.server import ControlServer
 from ckptfs.engine.cache import ChunkCache
 from ckptfs.engine.memory import MemoryCache
 from ckptfs.errors import only_error
 from ckptfs.hardening import release_memory, settle
-from ckptfs.mounting import Request
+from ckptfs.mounting import Announce, Request
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ def run_with(cache: ChunkCache, serve: Callable[..., Any], *arguments: Any) -> N
 
 
 class Resident:
-    """A daemon on `mountpoint`. The parent waits at the pipe `writer` for the first status; None in foreground.
+    """A daemon on `mountpoint`.
 
     facts      fields of the status that are known here.
     ready_at   monotonic; None before.
@@ -56,7 +55,7 @@ class Resident:
         request: Request,
         mountpoint: str,
         files: MountFiles,
-        writer: int | None,
+        announce: Announce,
         status: Status,
         stop: Callable[[], None],
     ) -> None:
@@ -65,7 +64,7 @@ class Resident:
         self._request = request
         self._mountpoint = mountpoint
         self._files = files
-        self._writer = writer
+        self._announce = announce
         self._status = status
         self._stop = stop
 
@@ -86,11 +85,7 @@ class Resident:
         settle()
         if self._request.ready_fd is not None:
             tell(self._request.ready_fd)
-        if self._writer is None:
-            notify("READY=1")
-        else:
-            os.write(self._writer, json.dumps(self._status({})).encode() + b"\n")
-            os.close(self._writer)
+        self._announce(self._status({}))
 
     def _stopped(self, _: dict[str, Any]) -> dict[str, int]:
         self._stop()

@@ -22,7 +22,7 @@ from ckptfs.image import ImageOptions
 from ckptfs.image.layer_store import LayerStore, StoredImage
 from ckptfs.image.residency import ResidencyMeter
 from ckptfs.model.names import InodeNames
-from ckptfs.mounting import StoreRequest
+from ckptfs.mounting import Announce, StoreRequest
 from ckptfs.redaction import redact
 from ckptfs.resident import Resident, keep_house, run_with
 from ckptfs.sources import open_source
@@ -36,15 +36,15 @@ NAME = "layer-store"  # what the mount table and the status call it, in place of
 _THREADS = 4096
 
 
-def run(request: StoreRequest, mountpoint: str, files: MountFiles, writer: int | None) -> None:
-    """Serve until unmounted. The parent waits at the pipe `writer` for the first status; None in foreground."""
+def run(request: StoreRequest, mountpoint: str, files: MountFiles, announce: Announce) -> None:
+    """Serve until unmounted."""
     size = request.settings.sizes.disk_cache
     cache = ChunkCache.open(request.cache_dir, size=size, secret=request.cache_key)
-    run_with(cache, _serve, request, cache, mountpoint, files, writer)
+    run_with(cache, _serve, request, cache, mountpoint, files, announce)
 
 
 async def _serve(
-    request: StoreRequest, cache: ChunkCache, mountpoint: str, files: MountFiles, writer: int | None
+    request: StoreRequest, cache: ChunkCache, mountpoint: str, files: MountFiles, announce: Announce
 ) -> None:
     counters, settings = NetworkCounters(), request.settings
     trio.to_thread.current_default_thread_limiter().total_tokens = _THREADS
@@ -78,7 +78,7 @@ async def _serve(
         def activity() -> tuple[int, int]:
             return store.reads.count, store.reads.bytes
 
-        resident = Resident(request, mountpoint, files, writer, status, session.stop)
+        resident = Resident(request, mountpoint, files, announce, status, session.stop)
         await resident.open(nursery)
         nursery.start_soon(store.keep_house)
         nursery.start_soon(keep_house, cache, memory, activity)

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -126,11 +126,19 @@ def start(request: "Request", done: str, *, foreground: bool, as_json: bool, qui
 
     if request.ready_fd is not None:
         require_inherited(request.ready_fd)
+
+    def show(status: dict[str, Any]) -> None:
+        if as_json:
+            click.echo(json.dumps(status))
+        elif not quiet and sys.stdout.isatty():
+            click.echo(f"{done} {status['mountpoint']} ({status['ready_ms']:.0f} ms)")
+
     if foreground:
-        mounting.mount_foreground(request)
+        mounting.mount_foreground(request, show)
         return
     status = mounting.mount(request)
-    if as_json:
-        click.echo(json.dumps(status))
-    elif not quiet and sys.stdout.isatty():
-        click.echo(f"{done} {status['mountpoint']} ({status['ready_ms']:.0f} ms)")
+    try:
+        show(status)
+    except OSError:  # what has failed leaves nothing mounted
+        mounting.umount(status["mountpoint"])
+        raise

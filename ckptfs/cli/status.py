@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 from typing import Any
 
 import click
@@ -12,6 +13,13 @@ from ckptfs.redaction import redact
 from ckptfs.terminal import printable, size_text
 
 
+def _require_number(_: click.Context, __: click.Parameter, value: float) -> float:
+    """ "nan" is a float that is in every range."""
+    if math.isnan(value):
+        raise click.BadParameter("nan is no number of seconds")
+    return value
+
+
 @click.command()
 @click.argument("directory", metavar="[DIR]", required=False, type=click.Path(), shell_complete=complete_mounts)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object for DIR, a list without; a line with --watch.")
@@ -20,6 +28,7 @@ from ckptfs.terminal import printable, size_text
 @click.option(
     "--interval",
     type=click.FloatRange(0.1, 3600),
+    callback=_require_number,
     default=1.0,
     show_default=True,
     help="Seconds between two looks of --watch.",

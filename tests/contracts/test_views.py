@@ -312,7 +312,8 @@ def test_an_image_in_an_archive_is_no_checkpoint(tmp_path: Path, caplog: pytest.
     run("tar", "-cf", tmp_path / "image.tar", "-C", layout, ".")
     shown = show(f"archive:{tmp_path}/image.tar", tmp_path / "cache")
     assert shown.layout == "none" and "index.json" in shown.entries
-    assert "holds no checkpoint; its files are shown as they are" in caplog.text
+    assert "is not a checkpoint but an OCI layout" in caplog.text
+    assert "its files are shown as they are" in caplog.text
 
 
 def test_the_root_file_system_of_several_containers(made: Callable[[str], Made], tmp_path: Path) -> None:

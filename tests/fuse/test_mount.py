@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import select
 import signal
 import stat
 import subprocess
@@ -228,10 +229,7 @@ def test_umount_from_outside_ends_the_daemon(tmp_path: Path) -> None:
 def test_foreground_stays_and_ends_with_its_mount(tmp_path: Path) -> None:
     target = tmp_path / "mnt"
     target.mkdir()
-    command = ["python3", "-m", "ckptfs", "mount", f"oci:{LAYOUT}", str(target), "--foreground"]
-    import sys
-
-    command[0] = sys.executable
+    command = [sys.executable, "-m", "ckptfs", "mount", f"oci:{LAYOUT}", str(target), "--foreground"]
     stats = tmp_path / "stats.json"
     command += ["--cache-dir", str(tmp_path / "cache"), "--stats", str(stats)]
     with subprocess.Popen(command) as process:
@@ -241,6 +239,45 @@ def test_foreground_stays_and_ends_with_its_mount(tmp_path: Path) -> None:
         assert ckptfs("umount", target).code == 0
         assert process.wait(10) == 0
     assert json.loads(stats.read_text())["view"] == "checkpoint"
+
+
+def test_foreground_prints_its_status_once_it_is_ready(tmp_path: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    words = [f"oci:{LAYOUT}", str(tmp_path / "mnt"), "--foreground", "--json", "--cache-dir", str(tmp_path / "cache")]
+    command = [sys.executable, "-m", "ckptfs", "mount", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            status = json.loads(process.stdout.readline())
+            assert (status["mountpoint"], status["pid"]) == (words[1], process.pid)
+            assert (tmp_path / "mnt" / "config.dump").exists()
+        finally:
+            process.terminate()
+        assert process.wait(10) == 0 and process.stdout.read() == ""
+
+
+def test_a_mount_keeps_no_descriptors_of_who_began_it(tmp_path: Path) -> None:
+    """A lock of a script, or a pipe that somebody reads to its end."""
+    (tmp_path / "mnt").mkdir()
+    reader, writer = os.pipe()
+    words = [f"oci:{LAYOUT}", str(tmp_path / "mnt"), "--cache-dir", str(tmp_path / "cache")]
+    try:
+        subprocess.run([sys.executable, "-m", "ckptfs", "mount", *words], pass_fds=[writer], check=True)
+        os.close(writer)
+        assert select.select([reader], [], [], 5)[0], "the daemon has the other end of the pipe"
+        assert os.read(reader, 1) == b""
+    finally:
+        os.close(reader)
+        assert ckptfs("umount", tmp_path / "mnt").code == 0
+
+
+def test_a_mount_whose_status_cannot_be_printed_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    words = [f"oci:{LAYOUT}", str(tmp_path / "mnt"), "--json", "--cache-dir", str(tmp_path / "cache")]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, "-m", "ckptfs", "mount", *words], stdout=full, check=False)
+    assert done.returncode == 8
+    assert not os.path.ismount(tmp_path / "mnt")
 
 
 def test_unmounting_what_is_not_ours_is_refused(tmp_path: Path) -> None:

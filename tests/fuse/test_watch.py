@@ -168,3 +168,4 @@ def test_what_cannot_be_watched(tmp_path: Path) -> None:
     both = ckptfs("status", "--watch", "--prometheus")
     assert both.code == 2 and "--prometheus" in both.line
     assert ckptfs("status", "--watch", "--interval", "0").code == 2
+    assert ckptfs("status", "--watch", "--interval", "nan").code == 2
