@@ -118,12 +118,12 @@ def restoring(
 
 def eagerly(lab: Lab, image: Image, shape: LinkShape) -> Restored:
     """skopeo copies the image, tar unpacks it, criu restores from the disk."""
-    image = lab.conventional(image)
+    theirs = lab.conventional(image.repository)
     with lab.room() as room, lab.link(shape) as link:
-        lab.cold(image.repository)
+        lab.cold(theirs)
         before = children_cpu()
         began = time.time()
-        images = extract(image.reference(link.address), room / "eager") / "checkpoint"
+        images = extract(f"{link.address}/{theirs}", room / "eager") / "checkpoint"
         ready = time.time() - began
         cpu = children_cpu() - before
         with restore(image.checkpoint, room / "work", images=images) as restored:

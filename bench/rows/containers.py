@@ -123,7 +123,7 @@ def _by_podman(lab: Lab, container: _Container) -> float:
 def _eagerly(lab: Lab, container: _Container) -> float:
     """Seconds until podman says that it runs, which takes the whole image first."""
     podman = container.podman
-    image = lab.recompressed(_IMAGE)  # as podman pushes it
+    image = lab.conventional(_IMAGE)
     with lab.link(SLOW) as link:
         _cold(lab, container, image)
         reference = f"{link.address}/{image}"

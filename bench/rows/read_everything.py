@@ -21,13 +21,14 @@ _OWN_PULL = "ckptfs pull, read all"
 
 def _measure(lab: Lab) -> None:
     image = lab.image(lab.large)
-    theirs, gzip = lab.conventional(image), lab.conventional(image, "gzip")
+    ours = image.repository
+    theirs, gzip = lab.conventional(ours), lab.conventional(ours, "gzip")
     mounts, pulls, gzip_pulls, own_pulls = [], [], [], []
     for number in range(max(lab.few, 3)):  # in turns: the machine's speed changes from minute to minute
         mounts.append(_mounting(lab, image, number))
-        pulls.append(_pulling(lab, theirs, number, _PULL))
-        gzip_pulls.append(_pulling(lab, gzip, number, _PULL_GZIP))
-        own_pulls.append(_pulling(lab, image, number, _OWN_PULL))
+        pulls.append(_pulling(lab, image, theirs, number, _PULL))
+        gzip_pulls.append(_pulling(lab, image, gzip, number, _PULL_GZIP))
+        own_pulls.append(_pulling(lab, image, ours, number, _OWN_PULL))
     note = f"{image.megabytes} MB in {median(mounts):.2f} s, the peer {median(pulls):.2f} s"
     name = "read everything through a cold mount ÷ pull, unpack, read"
     lab.figure("P1", name, _ratios(mounts, pulls), "×", limit=0.7, peer=_PULL, peer_value=1.0, note=note)
@@ -53,11 +54,11 @@ def _mounting(lab: Lab, image: Image, number: int) -> float:
     return took
 
 
-def _pulling(lab: Lab, image: Image, number: int, flow: str) -> float:
+def _pulling(lab: Lab, image: Image, repository: str, number: int, flow: str) -> float:
     with lab.room() as room:
-        lab.cold(image.repository)
+        lab.cold(repository)
         before, began = children_cpu(), time.time()
-        reference = image.reference(lab.registry.host)
+        reference = lab.registry.reference(repository)
         if flow == _OWN_PULL:
             done = ckptfs("pull", reference, room / "eager", "--quiet")
             if done.code:

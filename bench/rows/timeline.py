@@ -26,12 +26,12 @@ def _measure(lab: Lab) -> None:
             points = run.watcher.points
         marks = {"mounted": run.ready, "first tick": first, "all pages there": resident}
         lab.add(Series("timeline", flow, conditions, Watcher.columns, points, marks))
-    image = lab.conventional(image)
+    theirs = lab.conventional(image.repository)
     with lab.room() as room, lab.link(SLOW) as link:
-        lab.cold(image.repository)
+        lab.cold(theirs)
         with Watcher(link) as watcher:
             began = time.time()
-            images = extract(image.reference(link.address), room / "eager") / "checkpoint"
+            images = extract(f"{link.address}/{theirs}", room / "eager") / "checkpoint"
             ready = time.time() - began
             with restore(image.checkpoint, room / "work", images=images) as restored:
                 first = restored.first_tick().at - began

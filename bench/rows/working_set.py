@@ -82,11 +82,11 @@ def _until_touched(lab: Lab, image: Image, flow: str, number: int) -> float:
 
 
 def _eagerly(lab: Lab, image: Image, number: int) -> float:
-    image = lab.conventional(image)
+    theirs = lab.conventional(image.repository)
     with lab.room() as room, lab.link(SLOW) as link:
-        lab.cold(image.repository)
+        lab.cold(theirs)
         began = time.time()
-        images = extract(image.reference(link.address), room / "eager") / "checkpoint"
+        images = extract(f"{link.address}/{theirs}", room / "eager") / "checkpoint"
         with restore(image.checkpoint, room / "work", images=images) as restored:
             restored.first_tick()
             done = _touch(restored) - began
