@@ -70,6 +70,11 @@ class UnavailableError(CkptfsError):
         self.retryable = not permanent
 
 
+def outage(message: str) -> UnavailableError:
+    """What EIO out of one of our mounts means to who reads there."""
+    return UnavailableError(message, hint="the registry or the network failed: try it again")
+
+
 class IntegrityError(CkptfsError):
     exit_code = 6
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from ckptfs.errors import AuthError, FormatError, LimitExceeded, NotFoundError, UnavailableError
+from ckptfs.errors import AuthError, FormatError, LimitExceeded, NotFoundError, outage
 from ckptfs.settings import Limits, MiB
 
 Range = tuple[str, int, int]  # path, offset, length
@@ -97,7 +97,7 @@ def _reading(path: str) -> Iterator[None]:
             raise NotFoundError(message) from None
         if error.errno == errno.EACCES:
             raise AuthError(message) from None
-        raise UnavailableError(message, hint="the registry or the network failed: try it again") from None
+        raise outage(message) from None
 
 
 def announced(

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ckptfs.errors import FormatError, RestoreError, UnavailableError, UsageError
+from ckptfs.errors import FormatError, RestoreError, UsageError, outage
 from ckptfs.restore.runtimes import cgroup
 from ckptfs.restore.workplace import Workplace, mount
 from ckptfs.settings import MiB
@@ -174,7 +174,7 @@ def copy_tree(source: Path, target: Path) -> None:
     if done.returncode != 0:
         said = (done.stderr.strip().splitlines() or ["cp failed"])[-1]
         if os.strerror(errno.EIO) in done.stderr:
-            raise UnavailableError(said, hint="the registry or the network failed: try it again")
+            raise outage(said)
         raise RestoreError(f"{source} cannot be copied: {said}", hint=f"is there room in {target}?")
 
 

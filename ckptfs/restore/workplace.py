@@ -24,7 +24,7 @@ from typing import Any, Self
 
 from ckptfs import namespace
 from ckptfs.control.client import ensure_runtime_dir
-from ckptfs.errors import CkptfsError, FormatError, MountError, RestoreError, UnavailableError, UsageError
+from ckptfs.errors import CkptfsError, FormatError, MountError, RestoreError, UsageError, outage
 from ckptfs.fuse.mountpoint import detach, mounts
 from ckptfs.mounting import umount
 from ckptfs.processes import alive
@@ -114,7 +114,7 @@ class Workplace:
         except OSError as error:
             where = f"{error.filename or self.path}: {error.strerror}"
             if error.errno == errno.EIO:
-                raise UnavailableError(where, hint="the registry or the network failed: try it again") from None
+                raise outage(where) from None
             raise RestoreError(where, hint="is there room? another place: --dir") from None
 
     def admit(self, group: int) -> None:
