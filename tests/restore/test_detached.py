@@ -78,7 +78,7 @@ def test_nohup(folder: Path, tmp_path: Path) -> None:
 def test_who_stays_is_killed_before_it_says_so(folder: Path, tmp_path: Path) -> None:
     """The command does not wait for what nobody will say: the daemons of mounts could, for they live on."""
     process = start(tmp_path, f"oci:{folder}/layout:latest", "--rootfs", folder / "rootfs", "--detach")
-    work = tmp_path / "place/work"
+    work = tmp_path / "place" / "work"
     wait_for("criu", (work / "restore.log").exists, step=0.001)
     (keeper,) = [pid for pid in children(process.pid) if os.getsid(pid) == pid]
     os.kill(keeper, signal.SIGKILL)

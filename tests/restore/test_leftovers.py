@@ -29,16 +29,6 @@ pytestmark = [pytest.mark.restore, pytest.mark.registry, pytest.mark.fuse]
 STATE = "ckptfs-restore.json"
 
 
-@pytest.fixture(scope="module")
-def base(podman: Podman, registry: DockerRegistry) -> str:
-    return podman.push(BASE, registry.reference("leftovers/base:1"))
-
-
-@pytest.fixture(scope="module")
-def reference(podman_image_refs: dict[str, str]) -> str:
-    return podman_image_refs["zstd:chunked"]
-
-
 # -- the directory -----------------------------------------------------------------------------------------------------
 
 
@@ -125,7 +115,7 @@ def test_killed_while_the_runtime_restores(reference: str, base: str, registry: 
     with ShapedLink(registry.host, rate=20e6) as link:
         here = reference.replace(registry.host, link.address)
         killed_when("runc", tmp_path, here, "--base", base, "--no-lazy-pages")
-        noted = tmp_path / "place/work/container.pid"
+        noted = tmp_path / "place" / "work" / "container.pid"
         pid = wait_for("the container", lambda: noted.exists() and noted.read_text(), patience=60)
         sweep(tmp_path, reference)
         assert (Path(f"/proc/{pid}/root") / "data/added.txt").read_text() == "added\n"

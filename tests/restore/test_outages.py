@@ -69,7 +69,7 @@ def test_a_runtime_that_could_not_read_is_not_to_blame(
         here = reference.replace(registry.host, link.address)
         options = ("--rootfs", folder / "rootfs", "--read-deadline", "1", "--no-lazy-pages")
         process = start(tmp_path, here, *options)
-        wait_for("criu", (tmp_path / "place/work/restore.log").exists, patience=30)
+        wait_for("criu", (tmp_path / "place" / "work" / "restore.log").exists, patience=30)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (5, ""), err
     assert "runc could not restore" in err and "connection refused" in err

@@ -30,17 +30,6 @@ from tests.support.workload import kill_tree
 pytestmark = [pytest.mark.restore, pytest.mark.registry, pytest.mark.fuse]
 
 
-@pytest.fixture(scope="module")
-def base(podman: Podman, registry: DockerRegistry) -> str:
-    """The base image in the registry."""
-    return podman.push(BASE, registry.reference("restore/base:1"))
-
-
-@pytest.fixture(scope="module")
-def reference(podman_image_refs: dict[str, str]) -> str:
-    return podman_image_refs["zstd:chunked"]
-
-
 @pytest.mark.parametrize("options", [[], ["--no-lazy-pages"], ["--eager"]], ids=["lazy", "plain", "eager"])
 def test_a_container_runs_again(
     options: list[str], reference: str, base: str, podman_checkpoint: PodmanCheckpoint, tmp_path: Path
