@@ -61,6 +61,7 @@ class MountRequest(NamedTuple):
     stats: Path | None = None
     metrics: tuple[str, int] | None = None  # IP address and port to serve metrics at
     ready_fd: int | None = None
+    figures: bool = False  # whether who waits is told a whole status, 2 µs for each chunk; else that it is ready
     settings: Settings = Settings()
 
     def __repr__(self) -> str:
@@ -68,7 +69,7 @@ class MountRequest(NamedTuple):
 
 
 class StoreRequest(NamedTuple):
-    """What `ckptfs store` asked for: an additional layer store (store_daemon.py). `started` as in a MountRequest."""
+    """What `ckptfs store` asked for: an additional layer store (store_daemon.py). Names as in a MountRequest."""
 
     mountpoint: str
     started: float
@@ -81,6 +82,7 @@ class StoreRequest(NamedTuple):
     plain_http: bool = False
     metrics: tuple[str, int] | None = None
     ready_fd: int | None = None
+    figures: bool = False
     settings: Settings = Settings()
 
     def __repr__(self) -> str:
@@ -88,11 +90,11 @@ class StoreRequest(NamedTuple):
 
 
 Request = MountRequest | StoreRequest
-Announce = Callable[[dict[str, Any]], None]  # tells whoever waits the first status, once a read has worked
+Announce = Callable[[dict[str, Any]], None]  # tells whoever waits that a read has worked; see `MountRequest.figures`
 
 
 def mount(request: Request) -> dict[str, Any]:
-    """Mount in a daemon; returns its first status once a read has worked, raises what kept it from that."""
+    """Mount in a daemon; returns what it announces once a read has worked, raises what kept it from that."""
     return begin(request).wait()
 
 
@@ -129,7 +131,7 @@ def serve_from_standby(message: tuple[Request, int], lock: int, writer: int) -> 
 
 
 def mount_foreground(request: Request, show: Announce | None = None) -> None:
-    """Mount and stay until unmounted or signalled. `show` gets the first status as well."""
+    """Mount and stay until unmounted or signalled. `show` gets what is announced as well."""
 
     def announce(status: dict[str, Any]) -> None:
         notify("READY=1")
@@ -332,7 +334,7 @@ def _become_daemon(log_file: Path, keep: Collection[int | None]) -> None:
 
 
 def _serve(request: Request, claim: _Lock, writer: int) -> NoReturn:
-    """The daemon's whole life; never returns. The parent waits at the pipe `writer` for a status, or an error."""
+    """The daemon's whole life; never returns. The parent waits at the pipe `writer` for the announcement or an error."""
     code = 0
 
     def announce(status: dict[str, Any]) -> None:
@@ -361,7 +363,7 @@ class Pending:
         self._files = MountFiles.of(path)
 
     def wait(self) -> dict[str, Any]:
-        """The first status, once a read has worked; raises what kept the daemon from that. To be called once."""
+        """What it announces once a read has worked; raises what kept the daemon from that. To be called once."""
         try:
             line = next(lines(self._reader), b"")
         except KeyboardInterrupt:

@@ -85,7 +85,8 @@ class Resident:
         settle()
         if self._request.ready_fd is not None:
             tell(self._request.ready_fd)
-        self._announce(self._status({}))
+        found = {"mountpoint": self._mountpoint, "pid": os.getpid(), "ready_ms": self.facts["ready_ms"]}
+        self._announce(self._status({}) if self._request.figures else found)
 
     def _stopped(self, _: dict[str, Any]) -> dict[str, int]:
         self._stop()

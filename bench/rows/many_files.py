@@ -24,7 +24,7 @@ def _measure(lab: Lab) -> None:
         with lab.room() as room:
             lab.cold(_REPOSITORY)
             began = time.time()
-            with mounted(reference, room, "--view", "raw") as mount:
+            with mounted(reference, room, "--view", "raw", figures=False) as mount:
                 mounts.append(time.time() - began)
                 finds.append(_find(mount.path, count))
                 found = usage(mount.pid)

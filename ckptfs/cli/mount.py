@@ -114,6 +114,7 @@ def mount(
         stats=stats.absolute() if stats else None,
         metrics=metrics,
         ready_fd=ready_fd,
+        figures=as_json,
         settings=registry.settings(deadline(read_deadline)),
     )
     start(request, f"{reference} is mounted on", foreground=foreground, as_json=as_json, quiet=quiet)

@@ -78,6 +78,7 @@ def store(
         plain_http=registry.plain_http,
         metrics=metrics,
         ready_fd=ready_fd,
+        figures=as_json,
         settings=registry.settings(deadline(read_deadline)),
     )
     start(request, "layers are served on", foreground=foreground, as_json=as_json, quiet=quiet)

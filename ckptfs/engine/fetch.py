@@ -134,7 +134,11 @@ class Fetcher:
 
     def has(self, chunk: Chunk) -> bool:
         """Whether `lookup` would find the chunk; without reading it."""
-        return chunk.key in self.memory or self.cache.contains(chunk.key) or chunk.key in self._kept
+        return self.holds(chunk.key)
+
+    def holds(self, key: bytes) -> bool:
+        """Whether `lookup` would find the chunk of this key."""
+        return key in self.memory or self.cache.contains(key) or key in self._kept
 
     async def get(self, chunk: Chunk, priority: Priority = Priority.DEMAND) -> Buffer:
         """The chunk's decoded bytes. Raises the CkptfsError that kept it away; ends after the read deadline."""

@@ -1,6 +1,6 @@
 """How much of an image this node has: of all of it, of each layer, and of what the files are for.
 
-Goes through every chunk of the image, about 3 µs each, and keeps none, for 100 000 are 30 MB. An answer is given again
+Goes through every chunk of the image, 1 to 2 µs each, and keeps none, for 100 000 are 30 MB. An answer is given again
 until that has cost less than a twentieth of the time. Fetches nothing, and does not read the cache. Called for status
 and by `ckptfs cache`.
 """
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ckptfs.image.opened import OpenImage
 from ckptfs.model.node import Node
-from ckptfs.model.toc import Chunk, Inode
+from ckptfs.model.toc import Inode, stored
 
 _SHARE = 20  # at most one part in so many of the time is spent on answers
 _DUMPS = (b"config.dump", b"spec.dump", b"network.status", b"stats-dump", b"dump.log", b"bind.mounts", b"deleted.files")
@@ -65,13 +65,13 @@ class ResidencyMeter:
 
     def _measured(self) -> Residency:
         image = self._image
-        has = image.fetcher.has
+        holds = image.fetcher.holds
         sizes: Counter[tuple[int, str]] = Counter()  # by layer and role
         here: Counter[tuple[int, str]] = Counter()
-        for key, chunk in _chunks(image):
-            sizes[key] += chunk.size
-            if has(chunk):
-                here[key] += chunk.size
+        for role, number, key, size in _chunks(image):
+            sizes[number, role] += size
+            if holds(key):
+                here[number, role] += size
         layers = []
         for number, (descriptor, layer) in image.layers.items():
             total = sum(size for key, size in sizes.items() if key[0] == number)
@@ -89,17 +89,16 @@ def _share(size: int, cached: int, total: int) -> int:
     return size if cached == total else min(size * cached // total, size - 1)
 
 
-def _chunks(image: OpenImage) -> Iterator[tuple[tuple[int, str], Chunk]]:
-    """Every chunk once, with its layer and role."""
+def _chunks(image: OpenImage) -> Iterator[tuple[str, int, bytes, int]]:
+    """Role, layer, key and size of every chunk, each once."""
     seen: set[bytes] = set()
     files = _files(image.tree.root)
     for role in ROLES:
         for inode in files[role]:
-            for extent in inode.extents:
-                chunk = extent.chunk
-                if chunk.key not in seen:
-                    seen.add(chunk.key)
-                    yield (chunk.layer, role), chunk
+            for key, layer, size in stored(inode.extents):
+                if key not in seen:
+                    seen.add(key)
+                    yield role, layer, key, size
 
 
 def _files(root: Node) -> dict[str, list[Inode]]:

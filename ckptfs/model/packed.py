@@ -7,7 +7,7 @@ sequence of Extent.
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 
 from ckptfs.model.toc import Chunk, Extent, MadeExtents
@@ -75,6 +75,13 @@ class PackedExtents(MadeExtents):
     def __iter__(self) -> Iterator[Extent]:
         return map(self.at, range(len(self)))
 
+    def stored(self) -> Iterable[tuple[bytes, int, int]]:
+        return map(self.stored_at, range(len(self)))
+
+    def stored_at(self, i: int) -> tuple[bytes, int, int]:
+        """Key, layer and encoded bytes of the chunk of a row."""
+        return bytes(self._digests[_DIGEST * i : _DIGEST * (i + 1)]), self.layer, self._sizes[i]
+
     def at(self, i: int) -> Extent:
         digest = bytes(self._digests[_DIGEST * i : _DIGEST * (i + 1)])
         length = self._lengths[i]
@@ -101,6 +108,9 @@ class OnlyExtent(MadeExtents):
 
     def __iter__(self) -> Iterator[Extent]:
         return iter((self._columns.at(self._at),))
+
+    def stored(self) -> Iterable[tuple[bytes, int, int]]:
+        return (self._columns.stored_at(self._at),)
 
     def at(self, index: int) -> Extent:
         return self._columns.at(self._at)

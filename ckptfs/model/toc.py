@@ -9,7 +9,7 @@ import bisect
 import hashlib
 import stat
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, overload
 
@@ -127,6 +127,10 @@ class MadeExtents(Sequence[Extent]):
     def at(self, index: int) -> Extent:
         """Extent number `index`, from 0; there is one."""
 
+    def stored(self) -> Iterable[tuple[bytes, int, int]]:
+        """See `stored`."""
+        return _stored(self)
+
     @overload
     def __getitem__(self, index: int) -> Extent: ...
     @overload
@@ -147,6 +151,17 @@ def index_at(extents: Sequence[Extent], offset: int) -> int:
     if isinstance(extents, MadeExtents):
         return extents.index_at(offset)
     return bisect.bisect_right(extents, offset, key=_start) - 1
+
+
+def stored(extents: Sequence[Extent]) -> Iterable[tuple[bytes, int, int]]:
+    """Key, layer and encoded bytes of each extent's chunk; where they are columns, no chunk is made for that."""
+    return extents.stored() if isinstance(extents, MadeExtents) else _stored(extents)
+
+
+def _stored(extents: Iterable[Extent]) -> Iterator[tuple[bytes, int, int]]:
+    for extent in extents:
+        chunk = extent.chunk
+        yield chunk.key, chunk.layer, chunk.size
 
 
 def overlapping(extents: Sequence[Extent], offset: int, length: int) -> Iterator[Extent]:

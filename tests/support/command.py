@@ -76,15 +76,22 @@ class Mounted:
 
 
 @contextmanager
-def mounted(reference: object, folder: Path, *options: object, cache: Path | None = None) -> Iterator[Mounted]:
-    """`reference` mounted on folder/mnt with a cache in folder/cache; unmounted afterwards whatever happens."""
+def mounted(
+    reference: object, folder: Path, *options: object, cache: Path | None = None, figures: bool = True
+) -> Iterator[Mounted]:
+    """`reference` mounted on folder/mnt with a cache in folder/cache; unmounted afterwards whatever happens.
+
+    figures    `first` is the first status; else it has no more than the daemon's pid.
+    """
     target = folder / "mnt"
     target.mkdir(exist_ok=True, parents=True)
     cache = cache or folder / "cache"
-    result = ckptfs("mount", reference, target, "--json", "--cache-dir", cache, *options, *loud())
+    more = ("--json",) if figures else ()
+    result = ckptfs("mount", reference, target, *more, "--cache-dir", cache, *options, *loud())
     assert result.code == 0, result.err
     try:
-        yield Mounted(target, result.json, cache)
+        first = result.json if figures else {"pid": json.loads(MountFiles.of(str(target)).state.read_text())["pid"]}
+        yield Mounted(target, first, cache)
     finally:
         log = MountFiles.of(str(target)).log
         if log.exists():  # it goes with the mount
