@@ -334,7 +334,7 @@ def _become_daemon(log_file: Path, keep: Collection[int | None]) -> None:
 
 
 def _serve(request: Request, claim: _Lock, writer: int) -> NoReturn:
-    """The daemon's whole life; never returns. The parent waits at the pipe `writer` for the announcement or an error."""
+    """The daemon's whole life; never returns. The parent waits at the pipe `writer` for it to be ready or to fail."""
     code = 0
 
     def announce(status: dict[str, Any]) -> None:

@@ -33,6 +33,15 @@ class MountFiles(NamedTuple):
     def socket(self) -> Path:
         return self.directory / f"{self.name}.sock"
 
+    @contextlib.contextmanager
+    def address(self) -> Iterator[str]:
+        """The socket for bind(2) and connect(2), whose addresses have 107 bytes (unix(7)), however deep it lies."""
+        directory = os.open(self.directory, os.O_PATH | os.O_CLOEXEC)
+        try:
+            yield f"/proc/self/fd/{directory}/{self.socket.name}"
+        finally:
+            os.close(directory)
+
     @property
     def state(self) -> Path:
         return self.directory / f"{self.name}.json"
@@ -102,7 +111,8 @@ def ask(files: MountFiles, command: str, **arguments: Any) -> Any:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         client.settimeout(Timeouts().daemon)
         try:
-            client.connect(str(files.socket))
+            with files.address() as address:
+                client.connect(address)
             client.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
             data = b""
             while not data.endswith(b"\n"):

@@ -31,7 +31,8 @@ class ControlServer:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         old = os.umask(0o177)
         try:
-            listener.bind(str(self._files.socket))
+            with self._files.address() as address:
+                listener.bind(address)
         finally:
             os.umask(old)
         listener.listen(16)

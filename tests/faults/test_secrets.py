@@ -21,7 +21,7 @@ from ckptfs.control.client import MountFiles
 from tests.support.command import ckptfs, mounted
 from tests.support.fake_registry import FakeRegistry, Redirect, Reset, Silent, Status, Trickle, Truncate
 from tests.support.hanging import ended
-from tests.support.other_user import as_nobody
+from tests.support.other_user import as_nobody, let_in
 from tests.support.tools import ROOT, require, unavailable, wait_for
 
 pytestmark = pytest.mark.fuse
@@ -181,8 +181,7 @@ def test_references_and_helpers(tmp_path: Path) -> None:
 @pytest.mark.row("S4")
 def test_another_user_sees_nothing(tmp_path: Path, record_property: Figure) -> None:
     require("setpriv", root=True)
-    for folder in (tmp_path, *tmp_path.parents):  # not kept out by a directory above
-        folder.chmod(folder.stat().st_mode | 0o011)
+    let_in(tmp_path)  # not kept out by a directory above
     with mounted(f"oci:{LAYOUT}", tmp_path) as mount:
         files = MountFiles.of(str(mount.path))
         cached = next(path for path in mount.cache.rglob("*") if path.is_file())

@@ -24,7 +24,7 @@ from tests.support.chunked import chunked_layer
 from tests.support.command import Mounted, ckptfs
 from tests.support.fake_registry import FakeRegistry, Flip, Status
 from tests.support.hanging import ended, errno_of
-from tests.support.other_user import NOBODY
+from tests.support.other_user import NOBODY, let_in
 from tests.support.stargz import estargz_of
 from tests.support.tars import member
 from tests.support.tools import require, wait_for
@@ -365,8 +365,7 @@ def test_a_store_below_an_overlay_stays(tmp_path: Path) -> None:
 def test_others_stay_outside(tmp_path: Path) -> None:
     """Without --allow-other: whoever can look up names uses the credentials of whoever runs the store."""
     require("setpriv", root=True)
-    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        folder.chmod(0o755)
+    let_in(tmp_path)
     with FakeRegistry() as registry:
         add(registry, "1", (TAR, PLAIN, {}))
         name = place(Mounted(Path(), {}, Path()), registry.reference("repo:1"), Digest.of(PLAIN))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ckptfs.fuse.mountpoint import admits_others
-from tests.support.other_user import as_nobody
+from tests.support.other_user import as_nobody, let_in
 from tests.support.tools import ROOT, require
 
 pytestmark = pytest.mark.fuse
@@ -31,15 +31,15 @@ def open_device() -> Iterator[None]:
 
 def test_an_ordinary_user_mounts_reads_and_unmounts(open_device: None, tmp_path: Path) -> None:
     home = tmp_path / "home"
-    for folder in (home, home / "mnt", home / "run"):
+    run = home / ("deep" * 40)  # longer than the address of a socket may be: 107 bytes
+    for folder in (home, home / "mnt", run):
         folder.mkdir(mode=0o700)
         os.chown(folder, NOBODY, NOBODY)
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(parent.stat().st_mode | 0o011)
+    let_in(tmp_path)
     # The interpreter may lie in root's home directory: this one right lets the user's processes read it.
     rights = ["--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search", "--bounding-set=+all"]
     user = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", *rights]
-    env = {**os.environ, "HOME": str(home), "XDG_RUNTIME_DIR": str(home / "run"), "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "HOME": str(home), "XDG_RUNTIME_DIR": str(run), "PYTHONPATH": str(ROOT)}
     env.pop("XDG_CACHE_HOME", None)
 
     def ckptfs(*words: str) -> None:

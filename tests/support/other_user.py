@@ -17,6 +17,12 @@ from tests.support.tools import ROOT
 NOBODY = 65534
 
 
+def let_in(folder: Path) -> None:
+    """Let every user walk to `folder`, however deep it lies in directories of ours."""
+    for directory in (folder, *folder.parents):
+        directory.chmod(directory.stat().st_mode | 0o011)
+
+
 def as_nobody(*command: str, fuse: bool = False, subordinate: bool = False) -> subprocess.CompletedProcess[str]:
     """Run `command`; with `fuse` in a namespace of its own, with `ckptfs` on its PATH and a home that goes away.
 
