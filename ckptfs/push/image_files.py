@@ -28,6 +28,7 @@ from ckptfs.push.checkpoint_files import Checkpoint, CheckpointFile
 from ckptfs.push.spool import PiecesPayload, Spool, nameless
 from ckptfs.settings import MiB, Settings
 from ckptfs.sources import Source
+from ckptfs.sources.documents import CONFIG_TYPES
 
 _ZEROS = bytes(MiB)
 # Files that eStargz adds to a layer: they are of the format, not of the checkpoint.
@@ -116,8 +117,10 @@ def select_manifest(source: Source, settings: Settings) -> Manifest:
 
 def read_image(source: Source, manifest: Manifest, layers: LayerFiles) -> Checkpoint:
     """The checkpoint in an image whose layers `layers` has scanned, with the image's annotations and architecture."""
-    config = parse_json(source.fetch(manifest.config), "config")
-    architecture = config.get("architecture") if isinstance(config, dict) else None
+    architecture = None
+    if manifest.config.media_type in CONFIG_TYPES:  # artifacts have others, or an empty one that need not be anywhere
+        config = parse_json(source.fetch(manifest.config), "config")
+        architecture = config.get("architecture") if isinstance(config, dict) else None
     files = [file for file in layers.files() if file.path not in _FURNITURE]
     return Checkpoint(
         files,
