@@ -173,8 +173,8 @@ class OpenImage:
             self.add_entries(tree, prefixed(batch, prefix), rank, whiteouts)
 
         def ended(error: CkptfsError | None) -> None:
-            if isinstance(error, OtherFormat):
-                log.warning("%s; going on with that", error)
+            if isinstance(error, OtherFormat) and not self.options.strict:
+                log.warning("%s", error.message)
                 self.add_layer(blob, rank, prefix=prefix, tree=tree, whiteouts=whiteouts, instead=(index, error.format))
                 self.notify()
                 return

@@ -61,10 +61,14 @@ class LayerFormat(Protocol):
 
 
 class OtherFormat(FormatError):
-    """Raised by a scan before its first entry: the blob is not what its media type says, but is read by `format`."""
+    """Raised by a scan before its first entry: the layer is not what it is called, or cannot be read like that.
+
+    `format` reads it, from the front.
+    """
 
     def __init__(self, message: str, format_: LayerFormat) -> None:
-        super().__init__(message)
+        super().__init__(f"{message}: it has to be read from the front", hint="give --verify auto")
+        self.args = message, format_  # of which copies are made
         self.format = format_
 
 

@@ -1,4 +1,7 @@
-"""Layers that are called plain tars and are compressed: podman and docker look at the bytes, and so does all here."""
+"""Layers that are something else than they are called: compressed tars that are called plain, tables without names.
+
+podman and docker look at the bytes, and so does everything here.
+"""
 
 import gzip
 import os
@@ -20,13 +23,16 @@ from tests.support.command import ckptfs, mounted
 from tests.support.docker_registry import DockerRegistry
 from tests.support.pushed import push_image, target
 from tests.support.tars import END, member
-from tests.support.tools import require
+from tests.support.tools import require, run
+from tests.support.trees import layout_of
+from tests.support.views import show
 
 pytestmark = [pytest.mark.registry, pytest.mark.fuse]
 
 BIG = Random(5).randbytes(3 * MiB)
 LAYER = member(b"checkpoint/inventory.img", b"x") + member(b"checkpoint/pages-1.img", BIG) + END
 UPPER = member(b"rootfs/file", b"of a layer above") + END
+LATIN = (b"caf\xe8", b"caf\xe9")
 COMPRESSED: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "zstd": zstandard.compress}
 
 
@@ -72,3 +78,30 @@ def test_a_base_image_gives_its_directories(reference: str) -> None:
     assert isinstance(manifest, Manifest)
     tree = _names(source, manifest.layers, Settings())
     assert tree.find(b"checkpoint/pages-1.img") is not None and tree.find(b"rootfs/file") is not None
+
+
+@pytest.fixture
+def lost(tmp_path: Path) -> Path:
+    """A layout whose only layer is zstd:chunked, by skopeo: its table calls both files the same."""
+    require("skopeo")
+    source, target = tmp_path / "source", tmp_path / "lost"
+    layout_of(b"".join(member(name, name) for name in (*LATIN, b"checkpoint/inventory.img")) + END, source)
+    run("skopeo", "copy", "--dest-compress-format", "zstd:chunked", f"oci:{source}:latest", f"oci:{target}:latest")
+    return target
+
+
+def test_names_that_a_table_has_lost_are_those_of_the_tar(lost: Path, tmp_path: Path) -> None:
+    done = ckptfs("pull", f"oci:{lost}", tmp_path / "files", "--view", "raw")
+    assert done.code == 0, done.err
+    folder = os.fsencode(tmp_path / "files")
+    for name in LATIN:
+        assert Path(os.fsdecode(os.path.join(folder, name))).read_bytes() == name
+    assert ckptfs("push", f"oci:{lost}", f"oci:{tmp_path}/pushed:latest").code == 0
+    for layout in ("lost", "lost", "pushed"):  # the second time out of what the first has learnt
+        names = show(f"oci:{tmp_path / layout}", tmp_path / f"{layout}-cache", "raw").entries
+        assert {os.fsdecode(name) for name in LATIN} < set(names)
+
+
+def test_strict_refuses_a_table_that_has_lost_names(lost: Path, tmp_path: Path) -> None:
+    done = ckptfs("ls", f"oci:{lost}", "--verify", "strict", "--cache-dir", tmp_path / "cache")
+    assert done.code == 7 and "has lost names that are not UTF-8" in done.err and "--verify auto" in done.err
