@@ -6,7 +6,6 @@ the parent exits with its code.
 """
 
 import contextlib
-import fcntl
 import gc
 import json
 import logging
@@ -21,7 +20,16 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, Self
 
 from ckptfs import standby
-from ckptfs.control.client import MountFiles, ask, ensure_runtime_dir, known_mounts, prune_logs
+from ckptfs.control.client import (
+    MountFiles,
+    ask,
+    ensure_runtime_dir,
+    known_mounts,
+    locked_names,
+    prune_logs,
+    read_state,
+)
+from ckptfs.control.lock import FileLock
 from ckptfs.control.ready import notify
 from ckptfs.errors import CkptfsError, MountError, UnavailableError, rebuilt, told
 from ckptfs.fuse.mountpoint import canonical, detach, mount_at, overlays_over, prepare
@@ -208,6 +216,7 @@ def statuses(directory: str | None, *, detail: bool = False) -> list[dict[str, A
             raise MountError(f"{path} is a {mounted.fstype} mount, not one of ckptfs", hint=_ALL)
         wanted = [(files, {"mountpoint": path})]
     else:
+        _sweep()
         wanted = list(known_mounts())
     found = []
     for files, state in wanted:
@@ -240,54 +249,22 @@ def command_start() -> float:
     return time.monotonic() - age
 
 
-class _Lock:
-    """The flock of one mount point; held by the daemon as long as it lives. MountError when another has it."""
+class _Lock(FileLock):
+    """The lock of one mount point; held by the daemon as long as it lives. MountError when another has it."""
 
     def __init__(self, path: str, fd: int = -1) -> None:
         """`fd`: the lock that another process holds for us."""
         self.path = path
         self.files = MountFiles.of(path)
-        self.fd = fd
+        super().__init__(self.files.lock, fd)
 
     def __enter__(self) -> Self:
-        while True:
-            self.open()
-            try:
-                if not self.take():
-                    how = f"run: ckptfs umount {shlex.quote(self.path)}"
-                    raise MountError(f"{self.path} is mounted already", hint=how)
-                if self.current():
-                    return self
-            except BaseException:
-                self.close()
-                raise
-            self.close()  # its last holder has removed the file in between
+        if not self.acquire():
+            raise MountError(f"{self.path} is mounted already", hint=f"run: ckptfs umount {shlex.quote(self.path)}")
+        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()  # a forked daemon holds its own reference
-
-    def open(self) -> None:
-        """The file, which may be another's lock."""
-        self.fd = os.open(self.files.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-
-    def close(self) -> None:
-        os.close(self.fd)
-
-    def take(self) -> bool:
-        """Whether it is ours now."""
-        try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def current(self) -> bool:
-        """Whether this is still the file that whoever mounts here takes."""
-        try:
-            found = os.stat(self.files.lock)
-        except FileNotFoundError:
-            return False
-        return found.st_ino == os.fstat(self.fd).st_ino
 
     def remove(self, *, keep_log: bool = True) -> None:
         """The holder has ended: nothing stays behind. Whoever waits for the lock sees that the file is another."""
@@ -301,6 +278,7 @@ class _Claim(_Lock):
 
     def __init__(self, request: Request) -> None:
         ensure_runtime_dir()
+        _sweep()
         prune_logs(request.settings.timeouts.old_log)
         super().__init__(canonical(request.mountpoint))
 
@@ -313,6 +291,23 @@ class _Claim(_Lock):
             self.__exit__()
             raise
         return self
+
+
+def _sweep() -> None:
+    """Remove what was left by daemons that were killed, once nothing is mounted there any more: nobody else will."""
+    for files in locked_names():
+        lock = FileLock(files.lock)
+        with contextlib.suppress(OSError):
+            lock.open()
+            with contextlib.closing(lock):
+                if lock.take() and lock.current() and not _is_mounted(files):
+                    files.remove()
+                    files.lock.unlink()
+
+
+def _is_mounted(files: MountFiles) -> bool:
+    state = read_state(files)  # none before a first read has worked: `umount` finds such a mount without
+    return state is not None and mount_at(state["mountpoint"]) is not None
 
 
 def _become_daemon(log_file: Path, keep: Collection[int | None]) -> None:

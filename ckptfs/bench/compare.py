@@ -34,6 +34,7 @@ from ckptfs.errors import CacheError, CkptfsError, UnavailableError, UsageError
 from ckptfs.fuse.mountpoint import canonical, mount_at
 from ckptfs.interrupts import interruptible
 from ckptfs.model.oci import Reference
+from ckptfs.settings import Registries
 
 _PULL, _SKOPEO = "ckptfs pull", "skopeo, tar"
 _WATCHED = -1
@@ -50,6 +51,7 @@ class Comparison:
     runs: int = 3
     trace: Path | None = None
     plain_http: bool = False
+    registries: Registries = field(default_factory=Registries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ def _compare(wanted: Comparison, say: Callable[[str], None]) -> Outcome:
     if wanted.reference.kind == "archive":
         raise UsageError("an archive cannot be pulled", hint="push it to a registry or an oci: layout first")
     here = stamp()
-    relayed = Relay(wanted.reference, plain_http=wanted.plain_http)
+    relayed = Relay(wanted.reference, plain_http=wanted.plain_http, registries=wanted.registries)
     with _workshop(wanted.out) as folder, relayed as relay:
         results = ResultFile(folder / f"{here.date[:19].replace(':', '')}.jsonl", here)
         runner = _Runner(folder, relay, results, say)

@@ -16,11 +16,11 @@ import threading
 from collections.abc import Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from ckptfs.errors import CkptfsError, UnavailableError, rebuilt, told
 from ckptfs.model.oci import Descriptor, Index, Manifest, Reference, parse_document
-from ckptfs.settings import MiB, Settings
+from ckptfs.settings import MiB, Registries, Settings
 from ckptfs.sources import Source, open_source
 from ckptfs.telemetry import NetworkCounters
 
@@ -33,8 +33,10 @@ _PATIENCE = 60.0  # seconds until an idle connection is closed
 class Relay:
     """A context manager: `address` is "host:port", `repository` and `tag` name the image there."""
 
-    def __init__(self, reference: Reference, *, plain_http: bool = False) -> None:
-        self._command = [sys.executable, "-m", __name__, str(reference), "--control"]
+    def __init__(self, reference: Reference, *, plain_http: bool = False, registries: Registries | None = None) -> None:
+        registries = registries or Registries()
+        found = {**registries._asdict(), "plain_http": sorted(registries.plain_http)}
+        self._command = [sys.executable, "-m", __name__, str(reference), "--control", "--registries", json.dumps(found)]
         self._command += ["--plain-http"] if plain_http else []
         self._process: subprocess.Popen[str] | None = None
         self.address = ""
@@ -84,7 +86,7 @@ class _Image:
             descriptor = self._known.get(name)
         if descriptor is None:
             return None
-        document = parse_document(self._source.fetch(descriptor), descriptor.media_type)
+        document = parse_document(self._source.fetch(descriptor), descriptor.media_type, descriptor.digest)
         self._learn(document)
         return document
 
@@ -195,10 +197,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ckptfs.bench.relay", description="An image as a local registry.")
     parser.add_argument("reference", metavar="REF", help="host/repo[:tag][@digest] or oci:DIR[:TAG]")
     parser.add_argument("--plain-http", action="store_true", help="talk HTTP to the registry")
+    parser.add_argument("--registries", type=json.loads, default={}, help="what is configured of registries, as JSON")
     parser.add_argument("--control", action="store_true", help="speak JSON, and end when standard input ends")
     options = parser.parse_args(arguments)
     try:
-        settings, counters = Settings(), NetworkCounters()
+        settings, counters = Settings(registries=_registries(options.registries)), NetworkCounters()
         reference = Reference.parse(options.reference)
         source = open_source(reference, settings=settings, counters=counters, plain_http=options.plain_http)
         handler = type("Handler", (_Handler,), {"image": _Image(source)})
@@ -218,6 +221,10 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             server.serve_forever()
     return 0
+
+
+def _registries(found: dict[str, Any]) -> Registries:
+    return Registries(**{**found, "plain_http": frozenset(found.get("plain_http", ()))})
 
 
 if __name__ == "__main__":

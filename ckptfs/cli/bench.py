@@ -59,8 +59,7 @@ def bench(
     from ckptfs.bench.link import bits_per_second, seconds
 
     links = tuple((seconds(rtt), bits_per_second(rate)) for rtt in rtts for rate in rates)
-    plain_http = plain_http or reference.host in make_settings().registries.plain_http
-    wanted = Comparison(reference, out.absolute(), links, runs, trace, plain_http)
+    wanted = Comparison(reference, out.absolute(), links, runs, trace, plain_http, make_settings().registries)
     shown = sys.stderr.isatty() and not quiet
 
     def say(text: str) -> None:

@@ -69,6 +69,8 @@ def inspect(reference: Reference, pid: int | None, form: str, as_json: bool, **o
         parts |= Part[name]
     if not chosen:
         parts = Part.EVERYTHING if as_json else Part.EVERYTHING & ~(Part.ENVIRONMENT | Part.METADATA)
+    if pid is not None:
+        parts |= Part.PROCESSES
 
     async def work(images: "Sequence[OpenImage]") -> "tuple[Resolved, list[Overview]]":
         from ckptfs.inspection.image_files import in_thread

@@ -91,11 +91,25 @@ def known_mounts() -> Iterator[tuple[MountFiles, dict[str, Any]]]:
     """Every mount that has left a state file, alive or dead."""
     directory = runtime_dir()
     for path in sorted(directory.glob("*.json")) if directory.is_dir() else ():
-        try:
-            state = json.loads(path.read_text())
-        except (OSError, ValueError):
-            continue
-        yield MountFiles(directory, path.stem), state
+        files = MountFiles(directory, path.stem)
+        state = read_state(files)
+        if state is not None:
+            yield files, state
+
+
+def locked_names() -> Iterator[MountFiles]:
+    """Everything that has a lock, alive or dead: mounts that were never ready, too."""
+    directory = runtime_dir()
+    for path in directory.glob("*.lock"):
+        yield MountFiles(directory, path.stem)
+
+
+def read_state(files: MountFiles) -> dict[str, Any] | None:
+    """What `write_state` wrote; None where there is nothing, or nothing whole."""
+    try:
+        return dict(json.loads(files.state.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def write_state(files: MountFiles, state: dict[str, Any]) -> None:

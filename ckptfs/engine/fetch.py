@@ -83,14 +83,25 @@ class Fetcher:
         """The number that the next added layer will have; chunks carry it."""
         return len(self._layers)
 
-    def add_layer(self, blob: Blob, layer: Layer, sequence: Sequence | None = None, *, inside: bool = False) -> int:
-        """`inside`: the blob is a file of another layer, and is read through this fetcher."""
+    def add_layer(
+        self,
+        blob: Blob,
+        layer: Layer,
+        sequence: Sequence | None = None,
+        *,
+        inside: bool = False,
+        number: int | None = None,
+    ) -> None:
+        """`inside`: the blob is a file of another layer, and is read through this fetcher.
+
+        number  of a layer that has turned out to be this one; nobody has had a chunk of it.
+        """
+        number = self.next_layer if number is None else number
         if inside:
-            self.scheduler.inside.add(len(self._layers))
-        self._layers.append((blob, layer))
+            self.scheduler.inside.add(number)
+        self._layers[number : number + 1] = [(blob, layer)]
         if sequence is not None:
-            self._sequences[len(self._layers) - 1] = sequence
-        return len(self._layers) - 1
+            self._sequences[number] = sequence
 
     def layer(self, number: int) -> tuple[Blob, Layer]:
         """What `add_layer` was given; chunks carry the number."""

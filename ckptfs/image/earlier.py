@@ -205,9 +205,9 @@ class EarlierImages:
 
     def _manifest(self, digest: Digest) -> Manifest | None:
         raw = self._documents.get_document(f"earlier/{digest}")
-        if raw is None or Digest.of(raw) != digest:
+        if raw is None or Digest.of(raw, digest.algorithm) != digest:
             return None
-        document = parse_document(raw)
+        document = parse_document(raw, digest=digest)
         return document if isinstance(document, Manifest) else None
 
     def _extents(self, earlier: _Pages) -> Sequence[Extent]:

@@ -27,7 +27,7 @@ from ckptfs.image.remembered import LayerMemory
 from ckptfs.image.resolve import Resolved, resolve_in_thread
 from ckptfs.layers import Layer, open_indexed, select_format
 from ckptfs.layers.grid import Grid
-from ckptfs.layers.protocols import SideDocument
+from ckptfs.layers.protocols import LayerFormat, OtherFormat, SideDocument
 from ckptfs.model.blob import Blob
 from ckptfs.model.chunk_digest import ChunkDigest
 from ckptfs.model.index import IndexedLayer
@@ -135,13 +135,16 @@ class OpenImage:
         whiteouts: Whiteouts = "merge",
         indexed: IndexedLayer | None = None,
         side: SideDocument | None = None,
+        instead: tuple[int, LayerFormat] | None = None,
     ) -> None:
         """Show a layer's entries under `prefix`; what the node remembers of it is shown at once, the rest as it comes.
 
         `indexed` is what the image's own index says of the layer, `side` what was found elsewhere (side.py).
+        `instead`: the number that the layer has, and the format that it has turned out to be of.
         IntegrityError when strict and the layer cannot be verified.
         """
-        descriptor, index, settings = blob.descriptor, self.fetcher.next_layer, self.options.settings
+        descriptor, settings = blob.descriptor, self.options.settings
+        index, format_ = instead or (self.fetcher.next_layer, None)
         layer: Layer
         known: Sequence[Entry] | None
         if indexed is not None:
@@ -153,7 +156,7 @@ class OpenImage:
             layer = beside = side.open(blob, index)
             known = beside.entries if beside.entries is not None else self.memory.entries(layer, index, descriptor)
         else:
-            layer = select_format(descriptor).open(blob, index, settings)
+            layer = (format_ or select_format(descriptor)).open(blob, index, settings)
             known = self.memory.entries(layer, index, descriptor)
         if self.options.strict and layer.verification != "chunk":
             raise IntegrityError(
@@ -170,6 +173,11 @@ class OpenImage:
             self.add_entries(tree, prefixed(batch, prefix), rank, whiteouts)
 
         def ended(error: CkptfsError | None) -> None:
+            if isinstance(error, OtherFormat) and not self.options.strict:
+                log.warning("%s", error.message)
+                self.add_layer(blob, rank, prefix=prefix, tree=tree, whiteouts=whiteouts, instead=(index, error.format))
+                self.notify()
+                return
             if error is None:
                 self.nursery.start_soon(self.memory.keep, entries, layer, descriptor)
                 if layer.sequential and not descriptor.synthetic:
@@ -179,7 +187,8 @@ class OpenImage:
         # With the background switched off, a stream runs only as far as somebody waits for it.
         eager = self.options.background or not layer.sequential
         scan = LayerScan(layer, self.fetcher, arrived, ended, number=index, known=known is not None, eager=eager)
-        self.fetcher.add_layer(blob, layer, scan if layer.sequential else None, inside=isinstance(blob, InodeBlob))
+        inside, sequence = isinstance(blob, InodeBlob), scan if layer.sequential else None
+        self.fetcher.add_layer(blob, layer, sequence, inside=inside, number=index)
         self._scans[rank] = scan
         self._layers[index] = (descriptor, layer)
         if known is not None:

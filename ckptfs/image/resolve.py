@@ -81,7 +81,7 @@ def find_image(document: Manifest | Index, fetch: Callable[[Descriptor], bytes],
             _check_limits(document.manifests, limits)
             return document
         chosen = document.select()
-        document = parse_document(fetch(chosen), chosen.media_type)
+        document = parse_document(fetch(chosen), chosen.media_type, chosen.digest)
     raise FormatError(f"the index nests deeper than {limits.index_depth} levels")
 
 
@@ -141,7 +141,7 @@ def _cached(digest: Digest, documents: DocumentStore) -> Manifest | Index | None
     if raw is None:
         return None
     digest.check(raw, "the cached manifest")
-    return parse_document(raw)
+    return parse_document(raw, digest=digest)
 
 
 def _remembered(reference: Reference, documents: DocumentStore) -> Digest | None:

@@ -15,8 +15,10 @@ from ckptfs.image.delta import Unpacked
 from ckptfs.image.opened import OpenImage
 from ckptfs.image.resolve import Resolved, resolve_in_thread
 from ckptfs.layers import select_format
+from ckptfs.layers.protocols import OtherFormat
 from ckptfs.model.annotations import BASE_DIGEST, BASE_NAME, DELTA_ROLE, ROLE, ROOTFS_DIGEST
 from ckptfs.model.oci import Descriptor, Digest, Reference, parse_json
+from ckptfs.model.toc import Chunk
 from ckptfs.model.tree import Tree
 from ckptfs.settings import Settings
 from ckptfs.sources import Source
@@ -77,10 +79,17 @@ def _names(source: Source, layers: Sequence[Descriptor], settings: Settings) -> 
     tree = Tree(limits=settings.limits)
     for rank, descriptor in enumerate(layers, start=1):
         tree.begin(rank)
-        layer = select_format(descriptor).open(source.blob(descriptor), 0, settings)
-        tree.add(layer.scan(lambda chunk, data: None), rank)
+        blob = source.blob(descriptor)
+        try:
+            tree.add(select_format(descriptor).open(blob, 0, settings).scan(_ignore), rank)
+        except OtherFormat as found:
+            tree.add(found.format.open(blob, 0, settings).scan(_ignore), rank)
         tree.finish(rank)
     return tree
+
+
+def _ignore(chunk: Chunk, data: bytes) -> None:
+    pass
 
 
 def _root_image(image: OpenImage) -> Reference | None:

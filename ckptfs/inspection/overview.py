@@ -131,7 +131,7 @@ def inspect(
     images = open_images(files, prefix, limits)
     files.expect(list(_metadata_ranges(images, prefix, parts)))
     inventory = images.read("inventory.img")
-    asked = bool(parts & Part.OF_PROCESSES) and "pstree.img" in images.names
+    asked = bool(parts & Part.OF_PROCESSES) and (pid is not None or "pstree.img" in images.names)
     points = _each(images, "mountpoints", parse_mountpoints) if Part.MOUNTS in parts else ()
     return Overview(
         read_container(files, prefix, limits),

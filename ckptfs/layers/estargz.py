@@ -53,6 +53,7 @@ class ExternalTable(NamedTuple):
 
 class EStargzLayer(TocLayer):
     format = "estargz"
+    stream = "gzip"
     entries: Sequence[Entry] | None = None
 
     def __init__(self, blob: Blob, layer: int, settings: Settings, external: Callable[[], bytes] | None = None) -> None:

@@ -6,6 +6,7 @@ Owns no behaviour. Implemented by the modules of this package, used by image/ an
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, Protocol
 
+from ckptfs.errors import FormatError
 from ckptfs.model.blob import Blob
 from ckptfs.model.oci import Descriptor
 from ckptfs.model.toc import Chunk, Entry
@@ -57,6 +58,18 @@ class LayerFormat(Protocol):
 
     def open(self, blob: Blob, layer: int, settings: Settings) -> Layer:
         """`layer` is what the chunks' `layer` field will say. Does no I/O."""
+
+
+class OtherFormat(FormatError):
+    """Raised by a scan before its first entry: the layer is not what it is called, or cannot be read like that.
+
+    `format` reads it, from the front.
+    """
+
+    def __init__(self, message: str, format_: LayerFormat) -> None:
+        super().__init__(f"{message}: it has to be read from the front", hint="give --verify auto")
+        self.args = message, format_  # of which copies are made
+        self.format = format_
 
 
 class SideLayer(Layer, Protocol):

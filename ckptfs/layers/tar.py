@@ -5,11 +5,10 @@ Owns the walk from header to header over the blob. Nothing vouches for a piece o
 
 from collections.abc import Iterator
 
-from ckptfs.errors import FormatError
 from ckptfs.layers.compression import sniff
 from ckptfs.layers.grid import Grid
 from ckptfs.layers.media_types import compression_of
-from ckptfs.layers.protocols import Emit, Verification
+from ckptfs.layers.protocols import Emit, OtherFormat, Verification
 from ckptfs.layers.tar_scanner import TarScanner
 from ckptfs.model.blob import Blob
 from ckptfs.model.oci import Descriptor
@@ -50,11 +49,11 @@ class TarLayer:
         while scanner.at < blob.size and not scanner.finished:
             at = scanner.at
             data = blob.read_at(at, min(window, blob.size - at), attempt=attempt)
-            if at == 0 and sniff(data) != "none":
-                raise FormatError(
-                    f"the layer is called {blob.descriptor.media_type} and is compressed with {sniff(data)}",
-                    hint="push the image again with a tool that sets the right media type",
-                )
+            if at == 0 and (compression := sniff(data)) != "none":
+                from ckptfs.layers.stream import StreamFormat  # rare, and some ms of a mount otherwise
+
+                said = f"layer {blob.descriptor.digest} is called {blob.descriptor.media_type} and is {compression}"
+                raise OtherFormat(said, StreamFormat(compression))
             yield from scanner.feed(data)
             for low in range(0, len(data), grid.unit):
                 emit(grid.chunk((at + low) // grid.unit), data[low : low + grid.unit])

@@ -5,10 +5,11 @@ Subclasses (zstd_chunked.py, estargz.py) know where the table is and how a chunk
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Literal
 
 from ckptfs.errors import FormatError, IntegrityError
 from ckptfs.layers.compression import Bytes
-from ckptfs.layers.protocols import Emit, Verification
+from ckptfs.layers.protocols import Emit, OtherFormat, Verification
 from ckptfs.model.blob import Blob
 from ckptfs.model.chunk_digest import ChunkDigest
 from ckptfs.model.toc import Chunk, Entry
@@ -21,11 +22,13 @@ ANNOTATION_TOC_DIGEST = "containerd.io/snapshot/stargz/toc.digest"
 class TocLayer(ABC):
     """Random access, every chunk with a digest.
 
+    stream        what a layer is to who does not look at its table.
     table         the digest of the table, as the manifest has it: of one layer, two images may name two tables.
     chunk_digest  which one: another than the table's where the chunks are told by an image's index.
     """
 
     format: str
+    stream: Literal["gzip", "zstd"]
     table: str
     verification: Verification = "chunk"
     chunk_digest = ChunkDigest.SHA256
@@ -49,6 +52,11 @@ class TocLayer(ABC):
         except UnicodeDecodeError:
             raise FormatError("the table of contents is not JSON, which is UTF-8") from None
         del text  # 31 MB for 100 000 files, and as much decoded
+        if "\\ufffd" in document:  # what Go's JSON makes of a byte that is not UTF-8; it writes a real U+FFFD as it is
+            from ckptfs.layers.stream import StreamFormat
+
+            said = f"the table of contents of layer {self._blob.descriptor.digest} has lost names that are not UTF-8"
+            raise OtherFormat(said, StreamFormat(self.stream))
         entries = parse_toc(document, end=end, layer=self._layer, limits=self._settings.limits)
         del document
         yield from entries

@@ -60,6 +60,7 @@ class TablePosition(NamedTuple):
 
 class ZstdChunkedLayer(TocLayer):
     format = "zstd:chunked"
+    stream = "zstd"
 
     def __init__(self, blob: Blob, layer: int, settings: Settings) -> None:
         """FormatError when the annotations are incomplete, contradict each other, or point outside the blob."""

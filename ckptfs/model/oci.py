@@ -51,8 +51,8 @@ class Digest(NamedTuple):
         return cls(algorithm, hexadecimal)
 
     @classmethod
-    def of(cls, data: bytes | memoryview) -> "Digest":
-        return cls("sha256", hashlib.sha256(data).hexdigest())
+    def of(cls, data: bytes | memoryview, algorithm: str = "sha256") -> "Digest":
+        return cls(algorithm, hashlib.new(algorithm, data).hexdigest())
 
     @property
     def raw(self) -> bytes:
@@ -228,15 +228,18 @@ class Index(NamedTuple):
         raise FormatError(f"the index has no image for linux/{wanted}", hint=f"it offers {', '.join(offered)}")
 
 
-def parse_document(raw: bytes, media_type: str = "") -> Manifest | Index:
-    """A manifest or an index from its bytes. FormatError for everything else; layer types are not judged."""
+def parse_document(raw: bytes, media_type: str = "", digest: Digest | None = None) -> Manifest | Index:
+    """A manifest or an index from its bytes. FormatError for everything else; layer types are not judged.
+
+    digest  that it has been asked for and checked by; else its SHA-256.
+    """
     value = parse_json(raw, "manifest")
     if not isinstance(value, dict):
         raise FormatError("the manifest is not a JSON object")
     declared = value.get("mediaType") or media_type.split(";")[0].strip()
     if value.get("schemaVersion") != 2:
         raise FormatError("the manifest has not schemaVersion 2", hint="push the image again with a current tool")
-    digest = Digest.of(raw)
+    digest = digest or Digest.of(raw)
     annotations = string_map(value.get("annotations"), "manifest: annotations")
     if declared in INDEX_TYPES or (not declared and "manifests" in value):
         manifests = value.get("manifests")

@@ -14,8 +14,8 @@ from ckptfs.settings import Limits
 def normalise(name: bytes, limits: Limits) -> bytes:
     """The path as `Entry.path` wants it: relative, no '.', no empty parts, no trailing slash; b"" is the root.
 
-    Leading slashes are dropped, as tar does. FormatError for '..' and NUL, LimitExceeded for what no Linux file system
-    could hold (NAME_MAX, PATH_MAX, depth).
+    As engines have it, `a/../b` is `b` whatever `a` is, and leading slashes are dropped. FormatError for NUL and for a
+    name that leaves the root, LimitExceeded for what no Linux file system could hold (NAME_MAX, PATH_MAX, depth).
     """
     # Most names are fine as they are; the hundred thousand names of a big image should not cost more than this.
     if (
@@ -31,9 +31,14 @@ def normalise(name: bytes, limits: Limits) -> bytes:
         raise LimitExceeded(f"the path {show(name)} has {len(name)} bytes, more than {limits.path_bytes}")
     if b"\0" in name:
         raise FormatError(f"the path {show(name)} contains a NUL")
-    parts = [part for part in name.split(b"/") if part and part != b"."]
-    if b".." in parts:
-        raise FormatError(f"the path {show(name)} leaves the image with '..'")
+    parts: list[bytes] = []
+    for part in name.split(b"/"):
+        if part == b"..":
+            if not parts:
+                raise FormatError(f"the path {show(name)} leaves the image with '..'")
+            parts.pop()
+        elif part and part != b".":
+            parts.append(part)
     if len(parts) > limits.path_depth:
         raise LimitExceeded(f"the path {show(name)} is {len(parts)} levels deep, more than {limits.path_depth}")
     if len(name) > limits.name_bytes and max(map(len, parts), default=0) > limits.name_bytes:

@@ -17,6 +17,7 @@ from typing import BinaryIO, Protocol, Self
 from ckptfs.errors import CacheError, FormatError, IntegrityError
 from ckptfs.image.resolve import find_image
 from ckptfs.layers import Layer, right_as_a_whole, select_format
+from ckptfs.layers.protocols import OtherFormat
 from ckptfs.layers.stream import StreamLayer
 from ckptfs.layers.zstd_chunked_writer import Payload
 from ckptfs.model.annotations import OURS
@@ -28,6 +29,7 @@ from ckptfs.push.checkpoint_files import Checkpoint, CheckpointFile
 from ckptfs.push.spool import PiecesPayload, Spool, nameless
 from ckptfs.settings import MiB, Settings
 from ckptfs.sources import Source
+from ckptfs.sources.documents import CONFIG_TYPES
 
 _ZEROS = bytes(MiB)
 # Files that eStargz adds to a layer: they are of the format, not of the checkpoint.
@@ -48,23 +50,20 @@ class LayerFiles:
     ) -> None:
         """Scans all layers; streams are unpacked into `work`, unless only the names are asked for."""
         self.tree = Tree(limits=settings.limits)
+        self._work = work if not names_only else None
+        self._window = settings.sizes.sequential_extent
+        self._whiteouts: Whiteouts = whiteouts
         self._stack = ExitStack()
         self._readers: list[_ChunkReader] = []
         try:
             for number, blob in enumerate(blobs):
                 rank = number + 1
-                layer = _opened(blob, number, settings)
                 self.tree.begin(rank)
-                reader: _ChunkReader
-                if layer.sequential and not names_only:
-                    reader = _Unpacked(self._stack.enter_context(nameless(work)))
-                    self.tree.add(layer.scan(reader.keep), rank, whiteouts=whiteouts)
-                    reader.complete()
-                else:
-                    reader = _Ranged(blob, layer, settings.sizes.sequential_extent)
-                    self.tree.add(layer.scan(_ignore), rank, whiteouts=whiteouts)
+                try:
+                    self._scan(blob, _opened(blob, number, settings), rank)
+                except OtherFormat as found:
+                    self._scan(blob, _stream(found.format.name, blob, number, settings), rank)
                 self.tree.finish(rank)
-                self._readers.append(reader)
         except BaseException:
             self.close()
             raise
@@ -96,6 +95,16 @@ class LayerFiles:
     ) -> None:
         self.close()
 
+    def _scan(self, blob: Blob, layer: Layer, rank: int) -> None:
+        if not layer.sequential or self._work is None:
+            self.tree.add(layer.scan(_ignore), rank, whiteouts=self._whiteouts)
+            self._readers.append(_Ranged(blob, layer, self._window))
+            return
+        unpacked = _Unpacked(self._stack.enter_context(nameless(self._work)))
+        self.tree.add(layer.scan(unpacked.keep), rank, whiteouts=self._whiteouts)
+        unpacked.complete()
+        self._readers.append(unpacked)
+
     def _pieces(self, inode: Inode) -> Iterator[bytes | memoryview]:
         position = 0
         for index, extent in enumerate(inode.extents):
@@ -116,8 +125,10 @@ def select_manifest(source: Source, settings: Settings) -> Manifest:
 
 def read_image(source: Source, manifest: Manifest, layers: LayerFiles) -> Checkpoint:
     """The checkpoint in an image whose layers `layers` has scanned, with the image's annotations and architecture."""
-    config = parse_json(source.fetch(manifest.config), "config")
-    architecture = config.get("architecture") if isinstance(config, dict) else None
+    architecture = None
+    if manifest.config.media_type in CONFIG_TYPES:  # artifacts have others, or an empty one that need not be anywhere
+        config = parse_json(source.fetch(manifest.config), "config")
+        architecture = config.get("architecture") if isinstance(config, dict) else None
     files = [file for file in layers.files() if file.path not in _FURNITURE]
     return Checkpoint(
         files,
@@ -138,7 +149,11 @@ def _opened(blob: Blob, number: int, settings: Settings) -> Layer:
     layer = select_format(blob.descriptor).open(blob, number, settings)
     if isinstance(blob, Spool) or not right_as_a_whole(layer, blob):  # a spool has been hashed as it was written
         return layer
-    stream = StreamLayer(layer.format, blob, number, settings)
+    return _stream(layer.format, blob, number, settings)
+
+
+def _stream(format_: str, blob: Blob, number: int, settings: Settings) -> StreamLayer:
+    stream = StreamLayer(format_, blob, number, settings)
     stream.learning = False
     return stream
 

@@ -23,6 +23,7 @@ from ckptfs.restore.image_store import local_image, mounted_image
 from ckptfs.restore.lazy_pages import LazyPages
 from ckptfs.restore.rootfs import mount_rootfs
 from ckptfs.restore.supervise import Console, Relay, Watch, become_subreaper, end_orphans
+from ckptfs.restore.workplace import named
 
 
 def finish(flow: Flow) -> None:
@@ -38,6 +39,8 @@ def finish(flow: Flow) -> None:
     names = candidates(writer_of(flow.document("config.dump") or {}), wanted)
     runtime = next(name for name in names if not runtimes.why_not(name, settings))
     bundle, origin = make_bundle(flow, image)
+    if flow.request.name:
+        runtimes.require_free(runtime, flow.name)
     flow.stack.callback(runtimes.remove_cgroups, flow.name)
     flow.check_machine()
     _run(flow, runtime, lazy, bundle, origin)
@@ -48,6 +51,7 @@ def make_bundle(flow: Flow, image: Path) -> tuple[Bundle, str]:
     spec, config = flow.document("spec.dump"), flow.document("config.dump") or {}
     if spec is None:
         raise FormatError("the checkpoint has no spec.dump, which a container needs", hint="leave --engine out")
+    flow.stack.enter_context(named(flow.name))  # before anything is made that goes by it, until all of it is gone
     bundle = Bundle(flow.place, image, spec, config, flow.request.binds, flow.request.network)
     root = _Root(flow)
     with flow.place.writing():
@@ -61,8 +65,6 @@ def _run(flow: Flow, runtime: str, lazy: LazyPages | None, bundle: Bundle | None
     console = Console(work) if bundle is not None and bundle.terminal else None
     if console is not None:
         flow.stack.callback(console.close)
-    if flow.request.name:
-        runtimes.require_free(runtime, flow.name)
     flow.stack.callback(end_orphans, flow.daemons)
     flow.stack.callback(runtimes.delete, runtime, flow.name, flow.place / "bundle")
     flow.place.record(runtime=runtime, name=flow.name)

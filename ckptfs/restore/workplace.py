@@ -24,6 +24,7 @@ from typing import Any, Self
 
 from ckptfs import namespace
 from ckptfs.control.client import ensure_runtime_dir
+from ckptfs.control.lock import FileLock
 from ckptfs.errors import CkptfsError, FormatError, MountError, RestoreError, UsageError, outage
 from ckptfs.fuse.mountpoint import detach, mounts
 from ckptfs.mounting import umount
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 
 _STATE = "ckptfs-restore.json"  # a directory that has it may be removed, so it is a name that nobody else gives
 _KEPT = "kept"
-_BEGINNING = "restore.lock"  # in the runtime directory
+_BEGINNING = "restore.beginning"  # in the runtime directory; never removed, so no `FileLock`
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}")  # runc takes more, paths and cgroups do not get longer
 
 
@@ -133,6 +134,22 @@ def check_name(name: str) -> str:
     return name
 
 
+@contextlib.contextmanager
+def named(name: str) -> Iterator[None]:
+    """The only restore of that name: runtimes and cgroups tell containers by it, wherever the directories are."""
+    lock = _lock_of(name)
+    if not lock.acquire():
+        raise RestoreError(f"another restore has the name {name}", hint="give another --name")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _lock_of(name: str) -> FileLock:
+    return FileLock(ensure_runtime_dir() / f"restore-{check_name(name)}.lock")
+
+
 def clear(path: Path) -> None:
     """Unmount everything below `path`, ours by its daemon, and remove the directory. What is gone already is fine."""
     below = [m for m in mounts() if Path(m.path).is_relative_to(path)]
@@ -218,15 +235,25 @@ def _bury(path: Path, state: Mapping[str, Any]) -> None:
         raise FormatError(f"{_STATE} names the runtime {runtime!r}")
     if _runs_criu(state.get("lazy_pid")):
         os.killpg(state["lazy_pid"], signal.SIGKILL)
+    if state.keys() & {"name", "runtime", "containerd"}:
+        lock = _lock_of(state["name"])
+        if lock.acquire():  # else a later restore has the name, and all that goes by it
+            try:
+                _forget(state, path)
+            finally:
+                lock.release()
+    clear(path)
+
+
+def _forget(state: Mapping[str, Any], path: Path) -> None:
+    name, runtime = state["name"], state.get("runtime")
     if runtime is not None:
-        delete(runtime, state["name"], path / "bundle")
+        delete(runtime, name, path / "bundle")
     if state.get("containerd"):
         from ckptfs.restore.containerd import bury
 
-        bury(state["containerd"], state["name"], path)
-    if state.get("name"):
-        remove_cgroups(check_name(state["name"]))
-    clear(path)
+        bury(state["containerd"], name, path)
+    remove_cgroups(name)
 
 
 def _runs_criu(pid: object) -> bool:

@@ -4,14 +4,14 @@ from ckptfs.errors import IntegrityError, LimitExceeded
 from ckptfs.model.oci import MANIFEST_TYPES, Descriptor
 from ckptfs.settings import Limits
 
-_CONFIG_TYPES = ("application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json")
+CONFIG_TYPES = ("application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json")
 
 
 def check_limit(descriptor: Descriptor, limits: Limits) -> None:
     """LimitExceeded for a document that no image has a reason to make so large. Nothing has been read yet."""
     if descriptor.media_type in MANIFEST_TYPES:
         limit = limits.manifest_bytes
-    elif descriptor.media_type in _CONFIG_TYPES:
+    elif descriptor.media_type in CONFIG_TYPES:
         limit = limits.config_bytes
     else:
         limit = limits.toc_compressed_bytes

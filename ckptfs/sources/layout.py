@@ -38,9 +38,9 @@ class LayoutSource:
         if digest is not None:
             raw = self._small(self._open(digest))
             digest.check(raw, f"{self._top}: {digest}")
-            return parse_document(raw)
+            return parse_document(raw, digest=digest)
         chosen = self._chosen()
-        return parse_document(self.fetch(chosen), chosen.media_type)
+        return parse_document(self.fetch(chosen), chosen.media_type, chosen.digest)
 
     def fetch(self, descriptor: Descriptor) -> bytes:
         check_limit(descriptor, self._limits)

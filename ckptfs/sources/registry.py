@@ -65,8 +65,7 @@ class RegistrySource:
         """One GET. NotFoundError tells a missing repository from a missing tag where the registry does."""
         reference = self._reference
         wanted = f"digest {reference.digest}" if reference.digest else f"tag {reference.tag!r}"
-        raw, media_type = self._manifest(str(reference.digest or reference.tag), reference.digest, wanted)
-        return parse_document(raw, media_type)
+        return parse_document(*self._manifest(str(reference.digest or reference.tag), reference.digest, wanted))
 
     def connect(self) -> None:
         """Have one more connection to where the first blobs will be asked for; no request is made."""
@@ -76,13 +75,12 @@ class RegistrySource:
     def document(self, name: str) -> Manifest | Index:
         """Another manifest of the repository, by tag or digest."""
         digest = Digest.parse(name) if ":" in name else None
-        raw, media_type = self._manifest(name, digest, f"manifest {name}")
-        return parse_document(raw, media_type)
+        return parse_document(*self._manifest(name, digest, f"manifest {name}"))
 
     def fetch(self, descriptor: Descriptor) -> bytes:
         check_limit(descriptor, self._limits)
         if descriptor.media_type in MANIFEST_TYPES:
-            raw, _ = self._manifest(str(descriptor.digest), descriptor.digest, f"manifest {descriptor.digest}")
+            raw, *_ = self._manifest(str(descriptor.digest), descriptor.digest, f"manifest {descriptor.digest}")
             check_document(raw, descriptor, self._home.place.host)
             return raw
         return self._checked_blob(descriptor)
@@ -127,20 +125,21 @@ class RegistrySource:
         except NotFoundError:
             return None
 
-    def _manifest(self, name: str, digest: Digest | None, what: str) -> tuple[bytes, str]:
-        """The bytes and media type of manifests/NAME, whatever of the digests is known having been checked."""
+    def _manifest(self, name: str, digest: Digest | None, what: str) -> tuple[bytes, str, Digest | None]:
+        """The bytes of manifests/NAME, their media type, and the digest that the registry knows them by; checked."""
 
-        def get(endpoint: Endpoint, attempts: Attempts) -> tuple[bytes, str]:
+        def get(endpoint: Endpoint, attempts: Attempts) -> tuple[bytes, str, Digest | None]:
             url = endpoint.url(f"manifests/{name}")
             reply, _ = endpoint.request("GET", url, attempts, what=what, headers=_ACCEPT)
             with reply:
                 raw = reply.read(self._limits.manifest_bytes, "manifest")
                 if reply.length is not None and reply.length != len(raw):
                     raise IntegrityError(f"{reply.where}: the body ended early")
-                for expected in (digest, _digest_header(reply)):
+                told = _digest_header(reply)
+                for expected in (digest, told):
                     if expected is not None:
                         expected.check(raw, f"{endpoint.name}: manifest {name}")
-                return raw, reply.header("Content-Type") or ""
+                return raw, reply.header("Content-Type") or "", digest or told
 
         hosts = [host for host in self._hosts if (host.place.resolves if digest is None else host.place.pulls)]
         return self._twice(lambda attempt: ask(hosts, self._transport, get, self._deadline))

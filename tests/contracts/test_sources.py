@@ -322,6 +322,37 @@ def test_referrers(api: bool) -> None:
         assert ("repo", f"sha256-{image.digest.hex}") in registry.manifests or api
 
 
+def test_a_manifest_is_called_as_its_registry_knows_it(tmp_path: Path) -> None:
+    """By SHA-512, if that is what it was pushed by; and what has been seen once is found again without the registry."""
+
+    async def work(image: OpenImage) -> str:
+        assert image.resolved.reference.digest == image.resolved.manifest.digest
+        await image.all_known()
+        return str(image.resolved.manifest.digest)
+
+    with FakeRegistry() as registry, client(registry) as c:
+        registry.add_image("repo", "latest", [(TAR, tar_of({"file": SMALL}))])
+        manifest = registry.manifests["repo", "latest"]
+        digest = str(Digest.of(manifest[0], "sha512"))
+        registry.manifests = {("repo", name): manifest for name in (digest, "latest")}
+        assert with_image(c, tmp_path, work, name=f"repo@{digest}") == digest
+        asked = len(registry.requests("/manifests/"))
+        assert with_image(c, tmp_path, work, name=f"repo@{digest}", offline=True) == digest
+        assert len(registry.requests("/manifests/")) == asked
+        assert with_image(c, tmp_path / "by-tag", work) == digest
+
+
+def test_a_layout_may_name_its_images_by_other_digests(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "layout")
+    raw = (layout.top / "blobs" / "sha256" / str(layout.manifest(SMALL)["digest"])[7:]).read_bytes()
+    digest = Digest.of(raw, "sha512")
+    (layout.top / "blobs" / "sha512").mkdir()
+    (layout.top / "blobs" / "sha512" / digest.hex).write_bytes(raw)
+    layout.tag({"mediaType": OCI_MANIFEST, "digest": str(digest), "size": len(raw)}, "it")
+    for tail in (":it", f"@{digest}"):
+        assert LayoutSource(Reference.parse(f"oci:{layout.top}{tail}")).resolve().digest == digest
+
+
 # -- layouts -----------------------------------------------------------------------------------------------------------
 
 

@@ -134,6 +134,26 @@ def test_the_mount_of_a_stopped_daemon_is_unmounted(number: int, tmp_path: Path)
         assert ckptfs("mount", f"oci:{LAYOUT}", mount.path, "--cache-dir", mount.cache).code == 0
 
 
+@pytest.mark.row("L5")
+def test_what_a_killed_daemon_has_left_goes_with_the_next_mount(tmp_path: Path) -> None:
+    """Its mount was removed by umount(8), which knows nothing of files; so it is for one that was never ready."""
+    early = MountFiles.of(str(tmp_path / "early"))
+    with mounted(f"oci:{LAYOUT}", tmp_path / "a") as one:
+        early.lock.touch()
+        early.socket.touch()
+        files = MountFiles.of(str(one.path))
+        os.kill(one.pid, signal.SIGKILL)
+        wait_for("the daemon ends", lambda: ended(one.pid))
+        with mounted(f"oci:{LAYOUT}", tmp_path / "b") as two:
+            assert files.lock.exists() and files.state.exists()  # there is a mount to be mended
+            assert not early.lock.exists() and not early.socket.exists()
+            subprocess.run(["umount", one.path], check=True)
+            with mounted(f"oci:{LAYOUT}", tmp_path / "c"):
+                assert not any(path.exists() for path in (files.lock, files.state, files.socket))
+            assert (two.path / "config.dump").exists()
+            assert two.status()["pid"] == two.pid
+
+
 # -- L7: two mounts on one directory -----------------------------------------------------------------------------------
 
 

@@ -101,6 +101,16 @@ def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:
         assert re.fullmatch(r"ckptfs: cannot write \S+: No space left on device; [^:]*", done.line), done.line
 
 
+def test_an_image_is_had_from_where_the_configuration_says(tmp_path: Path) -> None:
+    with FakeRegistry() as mirror:
+        mirror.add_layout(LAYOUT, "app/tree")
+        config = tmp_path / "config.toml"
+        config.write_text(f'mirrors = {{ "registry.invalid" = ["{mirror.host}"] }}\nmirror_tags = true\n')
+        words = ("registry.invalid/app/tree:latest", "--config", config, "--out", tmp_path / "out")
+        done = ckptfs("bench", *words, "--runs", 1, "--rtt", "1ms", "--rate", 0, "--json")
+        assert done.code == 0, done.err
+
+
 @pytest.mark.parametrize("moment", ["mounting", "reading"])
 def test_an_interrupt_ends_all_of_it_at_once(moment: str, tmp_path: Path) -> None:
     """Ctrl-C is heard by all of a terminal's processes: the mount is read to its end only if link and relay stay."""

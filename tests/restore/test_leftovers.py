@@ -153,3 +153,30 @@ def test_interrupted_while_podman_mounts_the_base(podman: Podman, reference: str
     assert (process.returncode, err) == (130, "ckptfs: interrupted\n")
     assert podman("image", "mount") == ""
     assert_nothing_left(tmp_path)
+
+
+def test_of_two_restores_with_one_name_exactly_one_wins(reference: str, base: str, tmp_path: Path) -> None:
+    """At the same moment, in two directories; who comes second leaves the first one's container and cgroups alone."""
+    common = (reference, "--base", base, "--name", "twice")
+    begun = [start(tmp_path / folder, *common) for folder in ("one", "two")]
+    lines = [process.stdout.readline() if process.stdout is not None else "" for process in begun]
+    assert sorted(map(bool, lines)) == [False, True], [process.communicate(timeout=60) for process in begun]
+    winner, loser = begun if lines[0] else reversed(begun)
+    pid = json.loads(max(lines))["pid"]
+    try:
+        said = "another restore has the name twice; give another --name"
+        _, err = loser.communicate(timeout=60)
+        assert loser.returncode == 8 and said in err
+        cgroup = next(path for path in Path("/sys/fs/cgroup").glob("*/ckptfs/twice"))
+        (cgroup / "inner").mkdir()
+        late = ckptfs("restore", *common, "--dir", tmp_path / "late", "--cache-dir", tmp_path / "late-cache")
+        assert late.code == 8 and said in late.line
+        assert (cgroup / "inner").is_dir()
+        assert (Path(f"/proc/{pid}/root") / "data/added.txt").read_text() == "added\n"
+        assert str(tmp_path) in run("runc", "list").stdout
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        winner.communicate(timeout=60)
+    for folder in ("one", "two"):
+        assert_nothing_left(tmp_path / folder)
+    assert not (tmp_path / "late").exists()

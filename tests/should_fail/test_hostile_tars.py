@@ -48,7 +48,7 @@ def with_limits(**limits: int) -> Settings:
 
 @pytest.mark.row("M1")
 @pytest.mark.parametrize(
-    "name", [b"../x", b"..", b"a/../../b", b"a/..", b"/../etc/passwd", b"./../x", b"a/./../b", b"../" * 30 + b"x"]
+    "name", [b"../x", b"..", b"a/../../b", b"a/../..", b"/../etc/passwd", b"./../x", b"a/./../../b", b"../" * 30 + b"x"]
 )
 def test_a_name_that_leaves_the_image(name: bytes) -> None:
     refused(member(name) + END, "leaves the image")
@@ -68,9 +68,28 @@ def test_a_name_that_is_normalised(name: bytes, path: bytes) -> None:
 
 
 @pytest.mark.row("M1")
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        (b"a/../b", b"b"),
+        (b"a/./../b", b"b"),
+        (b"/a/b/../../c/", b"c"),
+        (b"a/../b/../c", b"c"),
+        (b"..a/b..", b"..a/b.."),
+    ],
+)
+def test_a_name_that_turns_back_inside_is_where_engines_put_it(name: bytes, path: bytes) -> None:
+    assert [entry.path for entry in entries(header(name, flag=b"5") + END)] == [path]
+    assert [entry.path for entry in entries(pax([(b"path", name)]) + header(b"x", flag=b"5") + END)] == [path]
+    (link,) = entries(header(b"x", flag=b"1", link=name) + END)
+    assert link.link == path
+
+
+@pytest.mark.row("M1")
 def test_a_root_that_is_not_a_directory() -> None:
     refused(member(b"./", b"", flag=b"2", link=b"x") + END, "root")
     refused(member(b"", b"data") + END, "root")
+    refused(member(b"a/..", b"data") + END, "root")
     assert [entry.path for entry in entries(header(b"./", flag=b"5") + END)] == [b""]
 
 

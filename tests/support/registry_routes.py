@@ -122,7 +122,9 @@ class Handler(BaseHTTPRequestHandler):
             self._error(404, "MANIFEST_UNKNOWN" if known else "NAME_UNKNOWN")
             return
         raw, kind = found
-        self._reply(200, raw, {"Content-Type": kind, "Docker-Content-Digest": str(Digest.of(raw))})
+        known = (one for (_, one), same in self.registry.manifests.items() if same == found and ":" in one)
+        told = name if ":" in name else next(known, str(Digest.of(raw)))
+        self._reply(200, raw, {"Content-Type": kind, "Docker-Content-Digest": told})
 
     def _blob(self, digest: str) -> None:
         data = self.registry.blobs.get(digest)

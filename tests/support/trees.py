@@ -84,13 +84,12 @@ def tar_listing(archive: Path, folder: Path) -> golden.Listing:
 
 
 def without_what_go_drops(listing: golden.Listing) -> golden.Listing:
-    """containers/storage keeps no empty xattrs, and in its JSON names that are not UTF-8 become U+FFFD."""
+    """containers/storage keeps no empty xattrs."""
     entries = {}
     for path, entry in listing["entries"].items():
         kept = {key: value for key, value in entry.get("xattrs", {}).items() if value}
         plain = {key: value for key, value in entry.items() if key != "xattrs"}
-        name = path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        entries[name] = plain | ({"xattrs": kept} if kept else {})
+        entries[path] = plain | ({"xattrs": kept} if kept else {})
     return {**listing, "entries": entries}
 
 

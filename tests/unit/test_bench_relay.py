@@ -13,6 +13,8 @@ import pytest
 from ckptfs.bench.relay import Relay
 from ckptfs.errors import CkptfsError, NotFoundError
 from ckptfs.model.oci import Reference
+from ckptfs.settings import Registries
+from tests.support.fake_registry import FakeRegistry
 
 LAYOUT = Path(__file__).parents[1] / "data/corpus/counter/k8s-zstdchunked.oci"
 
@@ -86,3 +88,13 @@ def test_an_image_that_is_not_there_is_said_so(tmp_path: Path, capfd: pytest.Cap
     assert f"there is no directory {tmp_path}/nowhere" in str(raised.value) and capfd.readouterr().err == ""
     assert raised.value.exit_code == NotFoundError.exit_code
     assert os.listdir(tmp_path) == []
+
+
+def test_mirrors_that_are_configured_are_asked() -> None:
+    with FakeRegistry() as mirror:
+        mirror.add_layout(LAYOUT, "app/counter")
+        registries = Registries(mirrors={"registry.invalid": (f"{mirror.host}",)}, mirror_tags=True)
+        with Relay(Reference.parse("registry.invalid/app/counter:latest"), registries=registries) as relay:
+            manifest = json.loads(get(relay, "app/counter/manifests/latest")[1])
+            (layer,) = manifest["layers"]
+            assert get(relay, f"app/counter/blobs/{layer['digest']}")[1] == mirror.blobs[layer["digest"]]

@@ -110,8 +110,12 @@ def test_one_process(pushed: dict[str, Path], tmp_path: Path) -> None:
     found = ckptfs("inspect", layout, "--json", "--pid", 14401, "--cache-dir", tmp_path).json["containers"][0]
     assert found["process_tree"]["pid"] == 14401 and "children" not in found["process_tree"]
     assert [entry["pid"] for entry in found["file_descriptors"]] == [14401]
-    result = ckptfs("inspect", layout, "--pid", 9, "--cache-dir", tmp_path)
-    assert result.code == 3 and "has no process 9" in result.line
+    for options in [], ["--stats"], ["--mounts", "--metadata"]:
+        result = ckptfs("inspect", layout, "--pid", 9, *options, "--cache-dir", tmp_path)
+        assert result.code == 3 and "has no process 9" in result.line
+    only = ckptfs("inspect", layout, "--json", "--stats", "--pid", 14401, "--cache-dir", tmp_path)
+    (found,) = only.json["containers"]
+    assert found["process_tree"]["pid"] == 14401 and "statistics" in found and "mounts" not in found
 
 
 def test_unknown_images_and_pods(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The lock and the files of a mount point, where mounts begin and end while others look."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,3 +75,28 @@ def test_umount_waits_for_the_daemon_that_it_ends_and_not_for_the_next(
     assert second.current() and MountFiles.of(target).state.exists()
     second.remove()
     second.__exit__()
+
+
+def test_the_lock_of_a_daemon_that_was_never_ready_goes_with_the_first_look(target: str) -> None:
+    files = MountFiles.of(target)
+    files.lock.touch()
+    files.socket.touch()
+    with mounting._Lock(f"{target}-other") as other:
+        assert mounting.statuses(None) == []
+        assert not files.lock.exists() and not files.socket.exists()
+        assert other.current()
+        other.remove()
+
+
+def test_who_only_removes_what_is_left_is_waited_for(target: str) -> None:
+    sweeping = mounting._Lock(target)
+    sweeping.__enter__()
+
+    def remove() -> None:
+        sweeping.remove()
+        sweeping.__exit__()
+
+    threading.Timer(0.03, remove).start()
+    with mounting._Lock(target) as lock:
+        assert lock.current()
+        lock.remove()

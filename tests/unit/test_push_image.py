@@ -17,7 +17,7 @@ from ckptfs.errors import FormatError, IntegrityError, NotFoundError, Unavailabl
 from ckptfs.layers import open_indexed
 from ckptfs.model.blob import Blob
 from ckptfs.model.index import decode_index
-from ckptfs.model.oci import Descriptor
+from ckptfs.model.oci import OCI_MANIFEST, Descriptor, Digest
 from ckptfs.push import Progress, PushOptions, open_checkpoint, push
 from ckptfs.push.layout_target import LayoutTarget
 from ckptfs.push.target import Sent
@@ -106,6 +106,23 @@ def test_foreign_formats_give_the_same_image(tmp_path: Path) -> None:
         for name in ("k8s-zstd", "k8s-zstdchunked", "k8s-estargz64k", "k8s-stargz-zstdchunked")
     }
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("size", [0, 2])
+def test_an_image_without_a_config_is_a_source(size: int, tmp_path: Path) -> None:
+    """Artifacts have none, or the empty one of the image-spec, whose bytes are known and need not be anywhere."""
+    layout = tmp_path / "from"
+    shutil.copytree(DATA / "corpus/counter/k8s-zstdchunked.oci", layout)
+    first = push_to_layout(f"oci:{layout}", tmp_path / "layout", "first")
+    found = manifest_of(layout)
+    config = Descriptor("application/vnd.oci.empty.v1+json", Digest.of(b"{}"[:size]), size)
+    document = {**json.loads(found.raw), "config": config.to_json(), "artifactType": "application/x.checkpoint"}
+    raw = json.dumps(document).encode()
+    entry = {"mediaType": OCI_MANIFEST, "digest": str(Digest.of(raw)), "size": len(raw)}
+    (layout / "blobs" / "sha256" / Digest.of(raw).hex).write_bytes(raw)
+    (layout / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [entry]}))
+    again = push_to_layout(f"oci:{layout}", tmp_path / "layout", "again")
+    assert again.manifest == first.manifest
 
 
 @pytest.mark.row("N2")
