@@ -21,6 +21,8 @@ _HELPER_TIME = 15.0  # seconds; cloud helpers ask a service of their own
 _HELPER_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*\Z"
 _IDENTITY = "<token>"  # user name that says that the secret is an identity token (docker-credential-helpers)
 _DOCKER_HUB = "https://index.docker.io/v1/"  # the key under which Docker keeps docker.io
+# Where podman, skopeo and buildah keep logins without $XDG_RUNTIME_DIR: in a service, and mostly those of root
+RUNTIME_DIR = Path("/run/containers")
 
 
 class Credentials(NamedTuple):
@@ -59,6 +61,8 @@ def _files(environment: Mapping[str, str]) -> Iterator[Path]:
         yield Path(explicit)
     if runtime := environment.get("XDG_RUNTIME_DIR"):
         yield Path(runtime) / "containers" / "auth.json"
+    elif os.access(own := RUNTIME_DIR / str(os.getuid()), os.X_OK):
+        yield own / "auth.json"
     yield Path(environment.get("XDG_CONFIG_HOME") or home / ".config") / "containers" / "auth.json"
     if docker := environment.get("DOCKER_CONFIG"):
         yield Path(docker) / "config.json"
@@ -79,9 +83,11 @@ def _from_file(path: Path, host: str, repository: str) -> Credentials | None:
         document = None
     if not isinstance(document, dict):
         raise UsageError(f"{path} is not a JSON object", hint="mend it or log in again")
-    helper = _object(document, "credHelpers").get(_server(host))
-    if isinstance(helper, str):
-        return _from_helper(helper, _server(host), path)
+    helpers = _object(document, "credHelpers")
+    for server in dict.fromkeys((_server(host), host)):  # docker names docker.io by its URL, podman does not
+        helper = helpers.get(server)
+        if isinstance(helper, str):
+            return _from_helper(helper, server, path)
     entries = _object(document, "auths")
     for key in _keys(host, repository):
         entry = entries.get(key)
