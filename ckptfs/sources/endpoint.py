@@ -146,7 +146,7 @@ class Endpoint:
                 f"{self.name} does not give {what} of {self.repository} ({status})",
                 hint=f"check the name, or log in with `podman login {self.name}` or `skopeo login {self.name}`",
             )
-        if status == 429 or status >= 500:
+        if status in (408, 429) or status >= 500:
             return UnavailableError(f"{reply.where} answered {status}", retry_after=reply.retry_after)
         code = self._code(reply)
         hint = "is it the right port, and is it http or https?" if status == 400 and not code else ""

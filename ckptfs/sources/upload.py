@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import TypeVar
 from urllib.parse import urlencode
 
-from ckptfs.errors import CkptfsError, FormatError, IntegrityError, NotFoundError
+from ckptfs.errors import AuthError, CkptfsError, FormatError, IntegrityError, NotFoundError
 from ckptfs.model.blob import Blob
 from ckptfs.model.oci import OCI_INDEX, Descriptor, Digest, Index, Manifest, Reference, parse_document
 from ckptfs.settings import MiB, Settings
@@ -66,9 +66,13 @@ class RegistryTarget:
 
         def ask(endpoint: Endpoint, attempts: Attempts) -> bool:
             url = endpoint.url(f"blobs/{descriptor.digest}")
-            reply, _ = endpoint.request("HEAD", url, attempts, what="blob", expect=(200, 404))
+            try:
+                reply, _ = endpoint.request("HEAD", url, attempts, what="blob", expect=(200, 404))
+            except AuthError:  # by a storage service, to which we were sent with a signature for GET
+                one, found = {"Range": "bytes=0-0"}, (200, 206, 404)
+                reply, _ = endpoint.request("GET", url, attempts, what="blob", expect=found, headers=one)
             with reply:
-                return reply.status == 200 and reply.length in (None, descriptor.size)
+                return reply.status == 206 or (reply.status == 200 and reply.length in (None, descriptor.size))
 
         return self._persist(self._host, ask)
 

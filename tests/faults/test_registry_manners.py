@@ -169,6 +169,25 @@ def test_a_session_in_place_of_a_mount_need_not_be_ended(fault: Fault) -> None:
         assert not c.target("other:x").mount(layer, "nowhere")
 
 
+def test_a_storage_service_that_refuses_head_has_the_blob() -> None:
+    """The registry sends us there with a signature for GET, whatever it was asked."""
+    with FakeRegistry() as registry, client(registry) as c:
+        registry.add_image("repo", "latest", [(TAR, DATA)])
+        with FakeRegistry({("HEAD", None): Status(403)}, storage_of=registry) as storage:
+            (layer,) = layers(c.source())
+            registry.script["/blobs/sha256", None] = Redirect(storage.url)
+            assert c.target().has(layer)
+            assert [(a.method, a.range) for a in storage.log] == [("HEAD", None), ("GET", (0, 0))]
+            storage.blobs.pop(str(layer.digest))
+            assert not c.target().has(layer)
+
+
+def test_a_request_that_took_too_long_is_made_again() -> None:
+    with FakeRegistry({("manifests/", 1): Status(408)}) as registry, client(registry) as c:
+        registry.add_image("repo", "latest", [(TAR, DATA)])
+        assert c.source().resolve()
+
+
 @pytest.mark.parametrize("status", [200, 201, 204])
 def test_a_patch_is_taken_with_any_success(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pulp and go-containerregistry say 204, as the old specification did."""
