@@ -100,11 +100,11 @@ class Authorizer:
         AuthError for 30 s after a refusal.
         """
         with self._lock:
-            self._raise_shared_failure()
             token = self._token
-            if token is not None and self._transport.clock.now() >= token.renew_at:
-                token = self._acquire(attempts)
-            return token.header if token is not None else None
+            if token is not None and self._transport.clock.now() < token.renew_at:
+                return token.header  # what it was refused for may have been one thing of many
+            self._raise_shared_failure()
+            return self._acquire(attempts).header if token is not None else None
 
     def challenged(self, reply: Reply, used: str | None, attempts: Attempts) -> bool:
         """A 401 or 403 came for a request with the header `used`: have a better one, or raise AuthError.

@@ -84,6 +84,19 @@ def test_a_list_that_is_forbidden_forbids_nothing_else(auth: str, monkeypatch: p
         assert source.blob(layer).read_at(5, 100) == DATA[5:105]
 
 
+def test_a_list_that_wants_another_right_forbids_nothing_else() -> None:
+    """ACR: what is attached is metadata, which a token for pulling may not see."""
+    with FakeRegistry(auth="bearer") as registry, client(registry) as c:
+        scope = "repository:repo:metadata_read"
+        wider = f'Bearer realm="{registry.realm}",service="fake",scope="{scope}",error="insufficient_scope"'
+        registry.script["/referrers/", None] = Status(401, headers={"WWW-Authenticate": wider})
+        registry.add_image("repo", "latest", [(TAR, DATA)])
+        source = c.source(credentials=USER)
+        (layer,) = layers(source)
+        assert source.referrers(source.resolve().digest) == ()
+        assert source.blob(layer).read_at(5, 100) == DATA[5:105]
+
+
 def test_a_registry_that_takes_the_tag_for_the_digest_has_no_list() -> None:
     """registry.gitlab.com: manifests/sha256-HEX is manifests/sha256:HEX."""
     with FakeRegistry(referrers=False) as registry, client(registry) as c:
