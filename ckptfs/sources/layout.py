@@ -26,7 +26,8 @@ class LayoutSource:
     def __init__(self, reference: Reference, limits: Limits | None = None) -> None:
         self._reference = reference
         self._limits = limits or Limits()
-        self._top, self._tag = _place(reference)
+        place = on_disk(reference)
+        self._top, self._tag = Path(place.path), place.tag
 
     @property
     def reference(self) -> Reference:
@@ -82,10 +83,13 @@ class LayoutSource:
         return file.read(0, size)
 
 
-def _place(reference: Reference) -> tuple[Path, str]:
-    """Directory and tag: buildah, skopeo and podman also write names there, oci:DIR:localhost/app:1."""
+def on_disk(reference: Reference) -> Reference:
+    """`reference` cut where its directory ends: buildah and skopeo write names for tags, oci:DIR:localhost/app:1.
+
+    As it is where no directory is there yet.
+    """
     path, tag = reference.path, reference.tag
     while path and not os.path.isdir(path):
         path, _, name = path.rpartition(":")
         tag = f"{name}:{tag}" if tag else name
-    return (Path(path), tag) if path else (Path(reference.path), reference.tag)
+    return reference._replace(path=path, tag=tag) if path else reference

@@ -185,6 +185,14 @@ def test_a_failed_push_leaves_the_tag_as_it_was(images: Path, tmp_path: Path) ->
     assert manifest_of(layout, "good").digest == before
 
 
+def test_a_layout_that_is_there_takes_names_for_tags(images: Path, tmp_path: Path) -> None:
+    for name in ("1", "localhost/app:1"):
+        assert ckptfs("push", images, f"oci:{tmp_path}/layout:{name}", "--quiet").code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["layout"]
+    entries = json.loads((tmp_path / "layout" / "index.json").read_text())["manifests"]
+    assert [entry["annotations"]["org.opencontainers.image.ref.name"] for entry in entries] == ["1", "localhost/app:1"]
+
+
 def test_progress_on_a_terminal_only(registry: DockerRegistry, tmp_path: Path) -> None:
     two_checkpoints(tmp_path)
     with ShapedLink(registry.host, rtt=0.02, rate=16e6) as link:
