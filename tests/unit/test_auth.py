@@ -146,10 +146,30 @@ def test_the_more_specific_entry_wins(home: Home) -> None:
         assert home.user(repository=repository) == user
 
 
-@pytest.mark.parametrize("key", ["https://h.example:5000", "https://h.example:5000/v1/", "http://h.example:5000"])
+@pytest.mark.parametrize(
+    "key", [f"https://h.example:5000{path}" for path in ("", "/v1/", "/v2", "/a/path")] + ["http://h.example:5000"]
+)
 def test_the_spellings_of_docker(home: Home, key: str) -> None:
     home.write(".docker/config.json", {"auths": {key: auth("docker")}})
     assert home.user() == "docker"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "index.docker.io",
+        "registry-1.docker.io",
+        "https://index.docker.io/v1",
+        "https://index.docker.io/v2/",
+        "https://registry-1.docker.io",
+        "https://docker.io/v1/",
+    ],
+)
+def test_docker_hub_has_many_names(home: Home, key: str) -> None:
+    """All of them are docker.io to podman."""
+    home.write(".docker/config.json", {"auths": {key: auth("hub")}})
+    assert home.user("docker.io", "library/busybox") == "hub"
+    assert home.user("h.example") is None
 
 
 def test_docker_hub_has_a_key_of_its_own(home: Home) -> None:
