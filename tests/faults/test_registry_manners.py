@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from ckptfs.errors import AuthError, LimitExceeded, UsageError
+from ckptfs.errors import AuthError, LimitExceeded, UnavailableError, UsageError
 from ckptfs.model.oci import OCI_INDEX, OCI_MANIFEST, Digest
 from ckptfs.settings import Registries
 from ckptfs.sources import host_files
 from ckptfs.sources.connections import Pools
 from ckptfs.sources.credentials import Credentials
-from tests.support.fake_registry import FakeRegistry, Redirect, Status
+from tests.support.fake_registry import FakeRegistry, Full200, Redirect, Status
 from tests.support.faulty import DATA, TAR, secure_source
 from tests.support.registry_faults import Fault
 from tests.support.sources import USER, Client, client, layers
@@ -317,3 +317,16 @@ def test_a_certificate_that_is_none_is_named(name: str, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=f"{name} cannot be used") as caught:
             secure_source(c).resolve()
         assert not caught.value.retryable and c.counters.requests <= 1
+
+
+# -- ranges ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_registry_without_ranges_is_named_with_a_way_out() -> None:
+    """`ckptfs pull` reads ranges as well: that the image can be pulled whole was no help."""
+    with FakeRegistry({("GET /v2/repo/blobs/", None): Full200()}) as registry, client(registry) as c:
+        registry.add_image("repo", "latest", [(TAR, DATA)])
+        blob = c.layer()
+        for _ in range(2):  # found out, and remembered
+            with pytest.raises(UnavailableError, match=f"{registry.host} sends whole blobs.*skopeo copy .* oci:DIR"):
+                blob.read_at(1000, 100_000)
