@@ -170,6 +170,22 @@ def test_a_mount_that_is_refused_is_an_upload(status: int) -> None:
         assert target.has(layer)
 
 
+def test_a_mount_at_a_server_that_is_told_which_registry_is_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """hosts.toml's `server` has another name than the registry: ?ns= goes with every request."""
+    monkeypatch.setattr(host_files, "CONTAINERD_DIRS", (tmp_path,))
+    monkeypatch.setattr(host_files, "CONTAINERS_DIR", tmp_path / "none")
+    with FakeRegistry() as registry:
+        registry.add_image("repo", "latest", [(TAR, DATA)])
+        (tmp_path / "home.example").mkdir()
+        (tmp_path / "home.example" / "hosts.toml").write_text(f'server = "{registry.url}"\n')
+        with client("home.example", registries=Registries(system_files=True)) as c:
+            (layer,) = layers(c.source())
+            assert c.target("other:x").mount(layer, "repo")
+        assert all("ns=home.example" in access.query for access in registry.log)
+
+
 @pytest.mark.parametrize("fault", [Status(403), Status(500), Status(501)])
 def test_a_session_in_place_of_a_mount_need_not_be_ended(fault: Fault) -> None:
     with FakeRegistry({("DELETE", None): fault}) as registry, client(registry) as c:
