@@ -4,6 +4,7 @@ checkpointctl runs `checkpointctl-NAME` for `checkpointctl NAME`, and asks each 
 every start: half a second is all it waits, so nothing is imported for that.
 """
 
+import codecs
 import contextlib
 import io
 import os
@@ -13,6 +14,7 @@ from typing import NoReturn
 
 _NO_DAEMON = {"-h", "--help", "--foreground", "--eager"}  # commands with these start none
 _DESCRIBED = 42  # the exit code by which checkpointctl knows that a plugin understood the question (cmd/plugin.go)
+_ESCAPED = "ckptfs.escaped"  # how what cannot be printed is
 
 
 def main() -> None:
@@ -61,9 +63,24 @@ def _open_closed_streams() -> None:
 
 
 def _print_names_as_they_are() -> None:
-    """Names of files need not be UTF-8: what os.fsdecode has made of them is printed as the bytes that they are."""
+    """Names of files need not be UTF-8: what os.fsdecode has made of them is printed as the bytes that they are.
+
+    What a locale has no character for (a name out of a document, µs) is an escape; one that has no more than ASCII says
+    nothing of who reads.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")
+        codecs.register_error(_ESCAPED, _escaped)
+        only_ascii = codecs.lookup(sys.stdout.encoding).name == "ascii"
+        sys.stdout.reconfigure(encoding="utf-8" if only_ascii else None, errors=_ESCAPED)
+
+
+def _escaped(error: UnicodeError) -> tuple[bytes, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    letters = error.object[error.start : error.end]
+    return b"".join(
+        bytes([ord(letter) - 0xDC00]) if 0xDC80 <= ord(letter) <= 0xDCFF else letter.encode("ascii", "backslashreplace")
+        for letter in letters
+    ), error.end
 
 
 def checkpointctl_plugin() -> None:

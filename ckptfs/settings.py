@@ -42,6 +42,7 @@ class Limits(NamedTuple):
     chunk_bytes: int = 64 * MiB  # largest verify-and-decode unit that is accepted
     zstd_window_bytes: int = 128 * MiB
     redirects: int = 5
+    referrer_pages: int = 64  # of a list of what is attached to an image; registries put 50 to 100 on one
     index_depth: int = (
         3  # documents from a name to its image: an index of indexes is legal, a chain of them is an attack
     )

@@ -64,6 +64,10 @@ class RegistryReference(click.ParamType["Reference | str"]):
         if isinstance(value, Reference):
             return value
         reference = Reference.parse(str(value))
+        if reference.kind == "oci":
+            from ckptfs.sources.layout import on_disk
+
+            reference = on_disk(reference)
         # The daemon of a mount works in /.
         return reference._replace(path=os.path.abspath(reference.path)) if reference.path else reference
 

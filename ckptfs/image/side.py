@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import trio
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Found = dict[Digest, SideDocument]
+Documents = dict[Digest, tuple[str, bytes]]  # of layers: kind and bytes
 
 _THREADS = 4
 _EXTERNAL_SUFFIX = "-esgztoc"  # stargz-snapshotter docs/estargz.md: the image that has the tables of another
@@ -131,36 +133,40 @@ class _Search:
 
     # What others have attached to the image.
 
-    def _published(self, pool: ThreadPoolExecutor) -> dict[Digest, tuple[str, bytes]]:
+    def _published(self, pool: ThreadPoolExecutor) -> Documents:
         repository = self._repository
         if repository is None:
             return {}
         named = self._manifest.annotations.get(SOCI_INDEX_DIGEST)
         if named is not None:
-            index = repository.document(str(Digest.parse(named)))
-            if isinstance(index, Manifest) and index.config.media_type == SOCI_V2:
-                return self._documents(pool, index, SOCI_LAYER, "ztoc")
+            documents = self._quietly(lambda: self._named(pool, repository, named))
+            if documents:
+                return documents
         offers = repository.referrers(self._manifest.digest)
         for kind, artifact, annotation in (("index", INDEX_ARTIFACT, INDEX_LAYER), ("ztoc", SOCI_V1, SOCI_LAYER)):
             for offer in offers:
                 if offer.artifact_type == artifact:
-                    found = self._quietly(lambda offer=offer: self._referrer(offer))  # type: ignore[misc]
-                    documents = self._documents(pool, found, annotation, kind) if found is not None else {}
+                    documents = self._quietly(partial(self._offered, pool, offer, annotation, kind))
                     if documents:
                         return documents
         return {}
 
-    def _referrer(self, offer: Descriptor) -> Manifest:
+    def _named(self, pool: ThreadPoolExecutor, repository: Repository, digest: str) -> Documents:
+        """Of the SOCI index that the image names. A copy of the image may have been made without it."""
+        index = repository.document(str(Digest.parse(digest)))
+        if isinstance(index, Manifest) and index.config.media_type == SOCI_V2:
+            return self._documents(pool, index, SOCI_LAYER, "ztoc")
+        return {}
+
+    def _offered(self, pool: ThreadPoolExecutor, offer: Descriptor, annotation: str, kind: str) -> Documents:
         document = parse_document(self._source.fetch(offer), offer.media_type)
         if not isinstance(document, Manifest):
             raise FormatError(f"{offer.digest} is attached as an index and is a list of images")
         if document.subject is None or document.subject.digest != self._manifest.digest:
             raise FormatError(f"the index {offer.digest} is attached to another image")
-        return document
+        return self._documents(pool, document, annotation, kind)
 
-    def _documents(
-        self, pool: ThreadPoolExecutor, index: Manifest, annotation: str, kind: str
-    ) -> dict[Digest, tuple[str, bytes]]:
+    def _documents(self, pool: ThreadPoolExecutor, index: Manifest, annotation: str, kind: str) -> Documents:
         """The documents that an index lists for layers that are wanted, by layer."""
         futures: dict[Digest, Future[bytes]] = {}
         for blob in index.layers[: self._settings.limits.layers]:

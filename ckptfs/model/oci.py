@@ -236,7 +236,8 @@ def parse_document(raw: bytes, media_type: str = "", digest: Digest | None = Non
     value = parse_json(raw, "manifest")
     if not isinstance(value, dict):
         raise FormatError("the manifest is not a JSON object")
-    declared = value.get("mediaType") or media_type.split(";")[0].strip()
+    claimed = media_type.split(";")[0].strip()
+    declared = value.get("mediaType") or (claimed if claimed in MANIFEST_TYPES else "")
     if value.get("schemaVersion") != 2:
         raise FormatError("the manifest has not schemaVersion 2", hint="push the image again with a current tool")
     digest = digest or Digest.of(raw)

@@ -157,7 +157,7 @@ def push(
     parent  leave the pages that this image has to its layers, if that saves enough.
     """
     if not any(file.name == b"inventory.img" for file in checkpoint.files):
-        raise FormatError("the source holds no inventory.img, so it is no checkpoint", hint="name what criu dumped")
+        raise FormatError("the source holds no inventory.img, so it is no checkpoint", hint=_what_instead(checkpoint))
     limits = options.settings.limits
     facts = read_facts(checkpoint, options.name, limits)
     pages = find_pages(checkpoint.files, limits)
@@ -215,6 +215,15 @@ def push(
             Descriptor(OCI_MANIFEST, Digest.of(rootfs.raw), len(rootfs.raw)) if rootfs is not None else None,
             increment,
         )
+
+
+def _what_instead(checkpoint: Checkpoint) -> str:
+    """Archives of whole images are no checkpoints, but what is in them may be one."""
+    if checkpoint.find(b"oci-layout") is not None:
+        return "it is an OCI layout: unpack it and push oci:DIR"
+    if checkpoint.find(b"manifest.json") is not None:
+        return "it is an image as docker saves it: copy it with skopeo to oci:DIR:1, and push that"
+    return "name what criu dumped"
 
 
 def _compared(

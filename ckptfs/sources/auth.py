@@ -23,9 +23,12 @@ _DEFAULT_LIFE = 60.0  # seconds, where the token endpoint names none (distributi
 _REFUSED_FOR = 30.0  # seconds in which a refused login is not tried again
 _FAILED_FOR = 1.0  # seconds in which threads that waited for a token request share its failure
 _MARGIN = 0.1  # part of a token's life before its end when it is renewed, at most 10 s
+PULL = frozenset(("pull",))
+PUSH = frozenset(("pull", "push"))
 # Compiled when first used (re keeps them): that takes 0.5 ms, and many registries ask for nothing.
 _TOKEN = r"[\x21-\x7e]+\Z"
 _SCOPE = r"repository:(\S+):([a-z,*]+)\Z"
+_NO_RIGHT = "insufficient_scope"  # RFC 6750, 3.1
 _CHALLENGE_PART = r"""[\s,]*
     (?: (?P<name>[!#$%&'*+.^_`|~0-9A-Za-z-]+) \s*=\s*
         (?: "(?P<quoted>(?:[^"\\]|\\.)*)" | (?P<plain>[!#$%&'*+.^_`|~0-9A-Za-z-]+(?=[\s,]|\Z)) )
@@ -67,6 +70,7 @@ class Authorizer:
 
     credentials   asked for at the first challenge, and again when the registry refuses what it was given (helpers hand
                   out passwords that expire).
+    actions       what a token is for, at least: of the repository that a challenge names first, or else of ours.
     """
 
     def __init__(
@@ -75,12 +79,15 @@ class Authorizer:
         territory: Territory,
         name: str,
         credentials: Callable[[], Credentials | None],
+        actions: frozenset[str] = PULL,
     ) -> None:
         self._transport = transport
         self._territory = territory
         self._name = name  # host/repository, for messages
         self._find = credentials
+        self._actions = actions
         self._lock = threading.Lock()
+        self._who = ""  # whose credentials were used, for messages
         self._challenge: Challenge | None = None
         self._scopes: dict[str, set[str]] = {}
         self._token: _Token | None = None
@@ -93,11 +100,11 @@ class Authorizer:
         AuthError for 30 s after a refusal.
         """
         with self._lock:
-            self._raise_shared_failure()
             token = self._token
-            if token is not None and self._transport.clock.now() >= token.renew_at:
-                token = self._acquire(attempts)
-            return token.header if token is not None else None
+            if token is not None and self._transport.clock.now() < token.renew_at:
+                return token.header  # what it was refused for may have been one thing of many
+            self._raise_shared_failure()
+            return self._acquire(attempts).header if token is not None else None
 
     def challenged(self, reply: Reply, used: str | None, attempts: Attempts) -> bool:
         """A 401 or 403 came for a request with the header `used`: have a better one, or raise AuthError.
@@ -120,23 +127,37 @@ class Authorizer:
                 schemes = ", ".join(sorted(offered)) or "nothing"
                 raise self._refused(f"{self._name} asks for authentication and offers {schemes}, not bearer or basic")
             self._challenge = challenge
+            known = self._scope_values()
             self._widen(challenge.parameters.get("scope", ""))
-            self._acquire(attempts, used)
-            return True
+            lacking = reply.status == 401 and challenge.parameters.get("error") == _NO_RIGHT
+            if lacking and self._token is not None and known == self._scope_values():
+                may_not = f"{self._who} may not {' and '.join(sorted(self._actions))}"
+                raise self._kept(self._refused(f"{self._name}: {may_not}, or there is no such repository"))
+            # A 403 to a token that is as good as new forbids one thing; everything else may still be had with it
+            return self._acquire(attempts, used if reply.status == 401 else None).header != used
 
     def rejected(self) -> AuthError:
         """The registry refuses token after token: the error to raise, now and for the next 30 s."""
-        error = self._refused(f"{self._name} refuses the tokens of its own token server")
         with self._lock:
-            self._shared_failure = (self._transport.clock.now() + _REFUSED_FOR, error)
+            return self._kept(self._refused(f"{self._name} refuses the tokens of its own token server"))
+
+    def _kept(self, error: AuthError) -> AuthError:
+        self._shared_failure = (self._transport.clock.now() + _REFUSED_FOR, error)
         return error
 
     def _widen(self, scopes: str) -> None:
-        """One token for all that was ever asked of us: pull first, push and mounts from elsewhere later."""
+        """One token for all that was ever asked of us: pull first, push and mounts from elsewhere later.
+
+        Registries that name no scope (Quay, Artifactory) mean what the request was about, as docker and podman take it.
+        """
+        needed = self._actions
+        if not scopes and not self._scopes:
+            scopes = f"repository:{self._name.partition('/')[2]}:{','.join(sorted(needed))}"
         for scope in scopes.split():
             match = re.match(_SCOPE, scope)
-            name, actions = (match[1], match[2].split(",")) if match else (scope, [])
+            name, actions = (match[1], needed.union(match[2].split(","))) if match else (scope, ())
             self._scopes.setdefault(name, set()).update(actions)
+            needed = needed if not match else frozenset()  # other repositories are where blobs are mounted from
 
     def _scope_values(self) -> list[str]:
         return [
@@ -151,6 +172,7 @@ class Authorizer:
         self._token = None
         try:
             credentials = self._find()
+            self._who = f"the credentials from {_origin(credentials)}" if credentials is not None else "anonymous users"
             if credentials is not None:
                 conceal(credentials.password, credentials.identity_token, credentials.registry_token)
             if credentials is not None and credentials.registry_token:

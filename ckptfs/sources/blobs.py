@@ -32,6 +32,7 @@ _STALE = (*REDIRECTS, 400, 401, 403, 404, 410)
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)\Z")
 _MANY = 24  # ranges of one request: they are the working set's first, and a wave of them shares the connections
 _ELSEWHERE = 400  # while a mirror still fetches a blob, one part in so many of it may be taken from elsewhere
+_COPY = "copy the image to where parts of it can be read: skopeo copy docker://REF oci:DIR:1"
 
 
 class _Location(NamedTuple):
@@ -179,13 +180,13 @@ class _Copy:
 
     def _await_ranges(self, offset: int, attempts: Attempts, leave: Callable[[], bool]) -> bool:
         """False if `leave` says so before the host has ranges of the blob."""
-        if not self._host.has_ranges(self._clock.now()):
-            raise NoRanges(f"{self._host.place.host} sends whole blobs in place of ranges", permanent=True)
-        try:
-            return self._gate.wait(lambda: self._has_ranges(offset, attempts), leave)
-        except NoRanges:
-            self._host.without_ranges(self._clock.now())
-            raise
+        host = self._host
+        if host.has_ranges(self._clock.now()):
+            try:
+                return self._gate.wait(lambda: self._has_ranges(offset, attempts), leave)
+            except NoRanges:
+                host.without_ranges(self._clock.now())
+        raise NoRanges(f"{host.place.host} sends whole blobs in place of ranges", hint=_COPY, permanent=True) from None
 
     def _has_ranges(self, offset: int, attempts: Attempts) -> bool:
         """Ask for one byte; an answer with more is not received."""

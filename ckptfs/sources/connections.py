@@ -9,13 +9,14 @@ import contextlib
 import functools
 import io
 import logging
+import os
 import socket
 import ssl
 import struct
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +27,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NameResolutionError, NewConnectionError
 from urllib3.util.ssl_ import create_urllib3_context
 
+from ckptfs.errors import UsageError
 from ckptfs.settings import KiB
 from ckptfs.sources import happy_eyeballs
 from ckptfs.sources.origin import Origin, Reach
@@ -269,7 +271,7 @@ class Pools:
 
     def _context(self, host: str, port: int) -> ssl.SSLContext:
         names = (f"{host}:{port}", host)
-        places = [place for base in self._certificates for name in names if (place := base / name).is_dir()]
+        places = [place for base in self._certificates for name in names if os.path.isdir(place := base / name)]
         trust = self._trusted.get((host, port))
         return _tls_context(trust or SYSTEM_TRUST, *places[:1]) if places or trust else self._default_context()
 
@@ -281,13 +283,29 @@ def _tls_context(trust: Trust = SYSTEM_TRUST, place: Path | None = None) -> ssl.
     context.sslsocket_class = WatchedTLSSocket
     found = sorted(place.glob("*.cert")) if place is not None else []
     for authority in (*trust.authorities, *(sorted(place.glob("*.crt")) if place is not None else ())):
-        context.load_verify_locations(authority)
+        with _named(authority):
+            context.load_verify_locations(authority)
     for certificate, key in (*trust.certificates, *((file, file.with_suffix(".key")) for file in found)):
-        context.load_cert_chain(certificate, key)
+        with _named(certificate):
+            context.load_cert_chain(certificate, key)
     if not trust.verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return context
+
+
+@contextlib.contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """What is wrong with a certificate that somebody put there says nothing of the network."""
+    try:
+        yield
+    except OSError as error:  # ssl.SSLError is one, of what is no certificate
+        why = (
+            "it is no certificate in PEM, or its key does not fit"
+            if isinstance(error, ssl.SSLError)
+            else error.strerror
+        )
+        raise UsageError(f"{file} cannot be used: {why}", hint="mend it or take it away") from None
 
 
 @functools.cache

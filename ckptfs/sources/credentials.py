@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,9 @@ _HELPER_TIME = 15.0  # seconds; cloud helpers ask a service of their own
 _HELPER_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*\Z"
 _IDENTITY = "<token>"  # user name that says that the secret is an identity token (docker-credential-helpers)
 _DOCKER_HUB = "https://index.docker.io/v1/"  # the key under which Docker keeps docker.io
+_HUB_NAMES = ("docker.io", "index.docker.io", "registry-1.docker.io")  # all of which podman takes for it
+# Where podman, skopeo and buildah keep logins without $XDG_RUNTIME_DIR: in a service, and mostly those of root
+RUNTIME_DIR = Path("/run/containers")
 
 
 class Credentials(NamedTuple):
@@ -59,6 +62,8 @@ def _files(environment: Mapping[str, str]) -> Iterator[Path]:
         yield Path(explicit)
     if runtime := environment.get("XDG_RUNTIME_DIR"):
         yield Path(runtime) / "containers" / "auth.json"
+    elif os.access(own := RUNTIME_DIR / str(os.getuid()), os.X_OK):
+        yield own / "auth.json"
     yield Path(environment.get("XDG_CONFIG_HOME") or home / ".config") / "containers" / "auth.json"
     if docker := environment.get("DOCKER_CONFIG"):
         yield Path(docker) / "config.json"
@@ -79,11 +84,13 @@ def _from_file(path: Path, host: str, repository: str) -> Credentials | None:
         document = None
     if not isinstance(document, dict):
         raise UsageError(f"{path} is not a JSON object", hint="mend it or log in again")
-    helper = _object(document, "credHelpers").get(_server(host))
-    if isinstance(helper, str):
-        return _from_helper(helper, _server(host), path)
+    helpers = _object(document, "credHelpers")
+    for server in dict.fromkeys((_server(host), host)):  # docker names docker.io by its URL, podman does not
+        helper = helpers.get(server)
+        if isinstance(helper, str):
+            return _from_helper(helper, server, path)
     entries = _object(document, "auths")
-    for key in _keys(host, repository):
+    for key in _keys(entries, host, repository):
         entry = entries.get(key)
         found = _from_entry(entry, path) if isinstance(entry, dict) else None
         if found is not None:
@@ -97,16 +104,17 @@ def _object(document: dict[str, object], name: str) -> dict[str, object]:
     return value if isinstance(value, dict) else {}
 
 
-def _keys(host: str, repository: str) -> Iterator[str]:
-    """host/a/b, host/a, host, and the spellings with a scheme that Docker writes."""
+def _keys(entries: Iterable[str], host: str, repository: str) -> Iterator[str]:
+    """host/a/b, host/a, host; then the URLs of the host among `entries`, whatever path Docker has given them."""
     parts = repository.split("/")
     for count in range(len(parts), 0, -1):
         yield "/".join([host, *parts[:count]])
-    yield host
-    if host == "docker.io":
-        yield _DOCKER_HUB
-    for scheme in ("https", "http"):
-        yield from (f"{scheme}://{host}", f"{scheme}://{host}/", f"{scheme}://{host}/v1/", f"{scheme}://{host}/v2/")
+    names = _HUB_NAMES if host in _HUB_NAMES else (host,)
+    yield from names
+    for key in entries:
+        scheme, _, rest = key.partition("://")
+        if scheme in ("https", "http") and rest.partition("/")[0] in names:
+            yield key
 
 
 def _server(host: str) -> str:

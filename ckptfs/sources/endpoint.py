@@ -61,10 +61,10 @@ class Endpoint:
         return f"{self.origin}{self._root}/{self.repository}/{path}{self._query}"
 
     def locate(self, location: str, base: str) -> str:
-        """The absolute URL of an upload session. UnavailableError where it is not with the registry itself."""
+        """The absolute URL of what goes on elsewhere (an upload, a list); UnavailableError outside of the registry."""
         target, _ = self._territory.admit(location, base)
         if Origin.of(target) != self.origin:
-            raise UnavailableError(f"{self.name} wants uploads to go to {Origin.of(target).netloc}", permanent=True)
+            raise UnavailableError(f"{self.name} wants to go on at {Origin.of(target).netloc}", permanent=True)
         return target
 
     def request(
@@ -146,7 +146,7 @@ class Endpoint:
                 f"{self.name} does not give {what} of {self.repository} ({status})",
                 hint=f"check the name, or log in with `podman login {self.name}` or `skopeo login {self.name}`",
             )
-        if status == 429 or status >= 500:
+        if status in (408, 429) or status >= 500:
             return UnavailableError(f"{reply.where} answered {status}", retry_after=reply.retry_after)
         code = self._code(reply)
         hint = "is it the right port, and is it http or https?" if status == 400 and not code else ""

@@ -120,7 +120,7 @@ def _containerd_folders(host: str) -> Iterator[Path]:
     spellings = [f"{name}_{port}_"] if colon and port.isdigit() else []
     for base in CONTAINERD_DIRS:
         for spelling in (*spellings, host, "_default"):
-            if (base / spelling / "hosts.toml").is_file():
+            if os.path.isfile(base / spelling / "hosts.toml"):  # /etc/docker is closed to users in places
                 yield base / spelling
                 return
 
@@ -177,7 +177,7 @@ def _trust(settings: Table, path: Path) -> Trust:
         raise UsageError(f"{path}: ca names no files", hint=_HINT)
     trust = Trust(not _flag(settings, "skip_verify", path), tuple(path.parent / file for file in files), tuple(pairs))
     for file in (*trust.authorities, *(file for pair in pairs for file in pair)):
-        if file is not None and not file.is_file():
+        if file is not None and not os.path.isfile(file):
             raise UsageError(f"{path} names {file}, which is no file", hint=_HINT)
     return trust
 

@@ -1,5 +1,6 @@
 """Images in an OCI image layout on this machine (image-spec image-layout.md): index.json and blobs/ALGORITHM/HEX."""
 
+import os
 from pathlib import Path
 
 from ckptfs.errors import FormatError, LimitExceeded, NotFoundError
@@ -16,7 +17,7 @@ from ckptfs.model.oci import (
 )
 from ckptfs.settings import Limits
 from ckptfs.sources.documents import check_document, check_limit
-from ckptfs.sources.files import FileBlob, OpenFile, open_inside
+from ckptfs.sources.files import FileBlob, OpenFile, open_inside, translated
 
 
 class LayoutSource:
@@ -25,7 +26,8 @@ class LayoutSource:
     def __init__(self, reference: Reference, limits: Limits | None = None) -> None:
         self._reference = reference
         self._limits = limits or Limits()
-        self._top = Path(reference.path)
+        place = on_disk(reference)
+        self._top, self._tag = Path(place.path), place.tag
 
     @property
     def reference(self) -> Reference:
@@ -33,8 +35,13 @@ class LayoutSource:
 
     def resolve(self) -> Manifest | Index:
         digest = self._reference.digest
-        if not self._top.is_dir():
-            raise NotFoundError(f"there is no directory {self._top}", hint="name an OCI image layout: oci:DIR[:TAG]")
+        try:
+            if not self._top.is_dir():
+                raise NotFoundError(
+                    f"there is no directory {self._top}", hint="name an OCI image layout: oci:DIR[:TAG]"
+                )
+        except OSError as error:
+            raise translated(error, self._top) from None
         if digest is not None:
             raw = self._small(self._open(digest))
             digest.check(raw, f"{self._top}: {digest}")
@@ -56,7 +63,7 @@ class LayoutSource:
         index = parse_document(self._small(open_inside(self._top, "index.json")), OCI_INDEX)
         if not isinstance(index, Index):
             raise FormatError(f"{self._top}/index.json is not an index", hint="is this an OCI image layout?")
-        tag = self._reference.tag
+        tag = self._tag
         found = [m for m in index.manifests if not tag or m.annotations.get(ANNOTATION_REF_NAME) == tag]
         tags = sorted({m.annotations.get(ANNOTATION_REF_NAME, "") for m in index.manifests} - {""})
         offered = f"it has {', '.join(tags)}" if tags else "none of its images has a tag"
@@ -74,3 +81,15 @@ class LayoutSource:
         if size > limit:
             raise LimitExceeded(f"{file.name} has {size} bytes, more than {limit}")
         return file.read(0, size)
+
+
+def on_disk(reference: Reference) -> Reference:
+    """`reference` cut where its directory ends: buildah and skopeo write names for tags, oci:DIR:localhost/app:1.
+
+    As it is where no directory is there yet.
+    """
+    path, tag = reference.path, reference.tag
+    while path and not os.path.isdir(path):
+        path, _, name = path.rpartition(":")
+        tag = f"{name}:{tag}" if tag else name
+    return reference._replace(path=path, tag=tag) if path else reference

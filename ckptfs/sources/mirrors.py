@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from ckptfs.errors import AuthError, CkptfsError, IntegrityError, NotFoundError, UnavailableError
-from ckptfs.sources.auth import Authorizer
+from ckptfs.sources.auth import PULL, Authorizer
 from ckptfs.sources.credentials import Credentials, find_credentials
 from ckptfs.sources.endpoint import Endpoint
 from ckptfs.sources.origin import Origin, Territory
@@ -31,11 +31,18 @@ _ONE_RANGE_FOR = 300.0  # the same for several ranges at once: finding out costs
 class Host:
     """One place, and what has been learnt of it. Threads share it."""
 
-    def __init__(self, place: Place, transport: Transport, credentials: Credentials | None = None) -> None:
-        """`credentials` in place of what the user's auth files say of this host."""
+    def __init__(
+        self,
+        place: Place,
+        transport: Transport,
+        credentials: Credentials | None = None,
+        actions: frozenset[str] = PULL,
+    ) -> None:
+        """`credentials` in place of what the user's auth files say of this host. `actions`: what they are used for."""
         self.place = place
         self._transport = transport
         self._credentials = credentials
+        self._actions = actions
         self._no_ranges_until = self._one_range_until = float("-inf")
         self._endpoint = self._open(place.scheme or "https")
 
@@ -82,7 +89,7 @@ class Host:
         def find() -> Credentials | None:
             return self._credentials or find_credentials(place.host, place.repository)
 
-        authorizer = Authorizer(transport, territory, f"{place.host}/{place.repository}", find)
+        authorizer = Authorizer(transport, territory, f"{place.host}/{place.repository}", find, self._actions)
         return Endpoint(
             transport, territory, authorizer, place.host, place.repository, root=place.root, namespace=place.namespace
         )

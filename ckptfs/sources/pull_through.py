@@ -15,7 +15,6 @@ from ckptfs.sources.transport import Transport
 
 _FILL_RATE = 1e9  # bytes per second: no mirror gets a blob sooner
 _LOOK = 0.05  # seconds between two looks at what another thread finds out
-_HINT = "such an image can only be pulled whole"
 
 
 class NoRanges(UnavailableError):
@@ -95,7 +94,7 @@ class RangeGate:
             self._pause = max(self._timeouts.retry_first, self._least)
         elif now - self._since > self._timeouts.mirror_fill:
             self._since = None
-            self._fail(NoRanges("it sends whole blobs in place of ranges", hint=_HINT, permanent=True))
+            self._fail(NoRanges("it sends whole blobs in place of ranges", permanent=True))
         self._pause *= 2
         self._ask_at = now + self._pause
 

@@ -6,10 +6,11 @@ A manifest is asked for at once, without a ping of /v2/: one round trip where no
 checked against its digest before it is parsed.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from ckptfs.errors import FormatError, IntegrityError, NotFoundError
+from ckptfs.errors import AuthError, FormatError, IntegrityError, LimitExceeded, UnavailableError
 from ckptfs.model.blob import Blob
 from ckptfs.model.oci import MANIFEST_TYPES, OCI_INDEX, Descriptor, Digest, Index, Manifest, Reference, parse_document
 from ckptfs.settings import Settings
@@ -26,14 +27,7 @@ from ckptfs.telemetry import NetworkCounters
 T = TypeVar("T")
 
 _ACCEPT = {"Accept": ", ".join(MANIFEST_TYPES)}
-
-
-def open_endpoint(
-    reference: Reference, transport: Transport, *, plain_http: bool = False, credentials: Credentials | None = None
-) -> Endpoint:
-    """The HTTP side of the registry of `reference` itself: where it really is, http or https, and who asks."""
-    place = places_of(reference, transport.settings.registries, plain_http=plain_http)[-1]
-    return Host(place, transport, credentials).endpoint
+_NEXT = r'<([^<>]*)>\s*;[^,]*\brel="?next\b'  # of a Link header (RFC 8288)
 
 
 class RegistrySource:
@@ -94,35 +88,51 @@ class RegistrySource:
 
         An empty tuple where there is nothing, and where there is no way to ask.
         """
-        raw = self._referrers_document(f"referrers/{digest}", f"the referrers of {digest}")
-        if raw is None:
-            raw = self._referrers_document(f"manifests/{digest.algorithm}-{digest.hex}", f"the referrers of {digest}")
-        if raw is None:
-            return ()
-        document = parse_document(raw, OCI_INDEX)
-        if not isinstance(document, Index):
-            raise FormatError(f"the referrers of {digest} are not an index")
-        return tuple(m for m in document.manifests if artifact_type in ("", m.artifact_type))
+        found = self._attached(digest, f"referrers/{digest}")
+        if found is None:
+            found = self._attached(digest, f"manifests/{digest.algorithm}-{digest.hex}")
+        return tuple(m for m in found or () if artifact_type in ("", m.artifact_type))
 
-    def _referrers_document(self, path: str, what: str) -> bytes | None:
-        def get(endpoint: Endpoint, attempts: Attempts) -> bytes | None:
-            reply, _ = endpoint.request(
-                "GET",
-                endpoint.url(path),
-                attempts,
-                what=what,
-                expect=(200, 404, 400, 405),
-                headers={"Accept": OCI_INDEX},
-            )
-            with reply:
-                if reply.status != 200:
-                    reply.drain()
+    def _attached(self, digest: Digest, path: str) -> Sequence[Descriptor] | None:
+        """What the index at `path` lists, in however many pages; None where there is none.
+
+        Registries without the API refuse it in any way there is, or send us to a web page (GHCR); GitLab takes the tag
+        for the digest and answers with the subject. No answer but an index of something else is one.
+        """
+
+        def get(endpoint: Endpoint, attempts: Attempts) -> Sequence[Descriptor] | None:
+            found: list[Descriptor] = []
+            url, left = endpoint.url(path), self._limits.manifest_bytes
+            for _ in range(self._limits.referrer_pages):
+                reply, _ = endpoint.request(
+                    "GET",
+                    url,
+                    attempts,
+                    what=f"the referrers of {digest}",
+                    expect=(200, 400, 404, 405, 429, 501),
+                    headers={"Accept": OCI_INDEX},
+                )
+                with reply:
+                    if reply.status != 200:
+                        reply.drain()
+                        return None
+                    raw = reply.read(left, "list of referrers")
+                    following = re.search(_NEXT, reply.header("Link") or "")
+                    url = endpoint.locate(following[1], reply.url) if following else ""
+                document = parse_document(raw, OCI_INDEX)
+                if not isinstance(document, Index) or document.digest == digest:
                     return None
-                return reply.read(self._limits.manifest_bytes, "list of referrers")
+                found += document.manifests
+                if not url:
+                    return found
+                left -= len(raw)
+            raise LimitExceeded(f"{endpoint.name} lists the referrers of {digest} on too many pages")
 
         try:
             return ask([self._home], self._transport, get, self._deadline)
-        except NotFoundError:
+        except (AuthError, FormatError, UnavailableError) as error:
+            if error.retryable or isinstance(error, LimitExceeded):
+                raise
             return None
 
     def _manifest(self, name: str, digest: Digest | None, what: str) -> tuple[bytes, str, Digest | None]:

@@ -18,6 +18,7 @@ from ckptfs.telemetry import NetworkCounters
 log = logging.getLogger(__name__)
 
 _LAST_TRY = 0.25  # seconds that a try which starts at the deadline may still take
+_MOMENT = 1e9  # a larger Retry-After is seconds since the epoch: Docker Hub has sent such
 
 
 class NoAnswer(UnavailableError):
@@ -179,11 +180,13 @@ def parse_retry_after(value: str | None, wall: float, date: str | None = None) -
     """
     if value is None:
         return None
-    value = value.strip()
+    value, now = value.strip(), _seconds(date or "")
+    now = wall if now is None else now
     if value.isascii() and value.isdigit():
-        return float(min(int(value[:10]), 10**9))
-    until, now = _seconds(value), _seconds(date or "")
-    return max(0.0, until - (wall if now is None else now)) if until is not None else None
+        seconds = float(value[:19])
+        return min(seconds if seconds < _MOMENT else max(0.0, seconds - now), 1e9)
+    until = _seconds(value)
+    return max(0.0, until - now) if until is not None else None
 
 
 def _seconds(date: str) -> float | None:

@@ -8,16 +8,19 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import TypeVar
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
 from ckptfs.errors import AuthError, CkptfsError, FormatError, IntegrityError, NotFoundError
 from ckptfs.model.blob import Blob
 from ckptfs.model.oci import OCI_INDEX, Descriptor, Digest, Index, Manifest, Reference, parse_document
 from ckptfs.settings import MiB, Settings
+from ckptfs.sources.auth import PUSH
 from ckptfs.sources.credentials import Credentials
 from ckptfs.sources.endpoint import Endpoint
-from ckptfs.sources.registry import open_endpoint
+from ckptfs.sources.mirrors import Host
+from ckptfs.sources.places import places_of
 from ckptfs.sources.retry import Attempts
 from ckptfs.sources.transport import Reply, Transport
 from ckptfs.telemetry import NetworkCounters
@@ -30,6 +33,7 @@ Sent = Callable[[int], None]  # told of bytes as they leave; negative when some 
 _AT_ONCE = 4 * MiB  # blobs up to this size are read into memory and sent with the request that commits them
 _RANGE = re.compile(r"(?:bytes=)?0-([0-9]{1,18})\Z")
 _BINARY = {"Content-Type": "application/octet-stream"}
+_TAKEN = (200, 201, 202, 204)  # of a PATCH: 202 today, 204 in the specification of Docker (Pulp, go-containerregistry)
 
 
 class RegistryTarget:
@@ -48,9 +52,10 @@ class RegistryTarget:
         self._reference = reference
         self._settings = settings
         self._transport = transport or Transport(settings, counters)
-        self._endpoint = open_endpoint(reference, self._transport, plain_http=plain_http, credentials=credentials)
+        place = places_of(reference, settings.registries, plain_http=plain_http)[-1]
+        self._host = Host(place, self._transport, credentials, PUSH)
         # A token for a mount needs rights to both repositories: if those are refused, the uploads' token must survive
-        self._mounts = open_endpoint(reference, self._transport, plain_http=plain_http, credentials=credentials)
+        self._mounts = Host(place, self._transport, credentials, PUSH)
 
     @property
     def reference(self) -> Reference:
@@ -58,45 +63,55 @@ class RegistryTarget:
 
     def has(self, descriptor: Descriptor) -> bool:
         """Whether the registry has the blob, with that size."""
-        url = self._endpoint.url(f"blobs/{descriptor.digest}")
 
-        def ask(attempts: Attempts) -> bool:
-            reply, _ = self._endpoint.request("HEAD", url, attempts, what="blob", expect=(200, 404))
+        def ask(endpoint: Endpoint, attempts: Attempts) -> bool:
+            url = endpoint.url(f"blobs/{descriptor.digest}")
+            try:
+                reply, _ = endpoint.request("HEAD", url, attempts, what="blob", expect=(200, 404))
+            except AuthError:  # by a storage service, to which we were sent with a signature for GET
+                one, found = {"Range": "bytes=0-0"}, (200, 206, 404)
+                reply, _ = endpoint.request("GET", url, attempts, what="blob", expect=found, headers=one)
             with reply:
-                return reply.status == 200 and reply.length in (None, descriptor.size)
+                return reply.status == 206 or (reply.status == 200 and reply.length in (None, descriptor.size))
 
-        return self._persist(ask)
+        return self._persist(self._host, ask)
 
     def mount(self, descriptor: Descriptor, repository: str) -> bool:
-        """The registry links the blob, nothing is sent. False where it cannot or we may not read `repository`."""
-        query = urlencode({"mount": str(descriptor.digest), "from": repository})
-        url = self._mounts.url(f"blobs/uploads/?{query}")
+        """The registry links the blob, nothing is sent. False where it cannot or we may not read `repository`.
 
-        def ask(attempts: Attempts) -> bool:
-            reply, _ = self._mounts.request("POST", url, attempts, what="mount", expect=(201, 202), body=b"")
+        Whatever it says, the blob can be sent instead: registries answer 400, 403, 405 and 500 to mounts as well.
+        """
+
+        def ask(endpoint: Endpoint, attempts: Attempts) -> bool:
+            query = urlencode({"mount": str(descriptor.digest), "from": repository})
+            url = _with_query(endpoint.url("blobs/uploads/"), query)
+            reply, _ = endpoint.request("POST", url, attempts, what="mount", expect=(201, 202), body=b"")
             with reply:
                 reply.drain()
                 if reply.status == 202:  # an upload session in place of a mount: not wanted
-                    self._cancel(self._location(reply), attempts)
+                    with suppress(CkptfsError):  # nor missed
+                        session = endpoint.locate(reply.header("Location") or "", reply.url)
+                        endpoint.request("DELETE", session, attempts, what="upload", expect=(200, 202, 204))[0].close()
                 return reply.status == 201
 
         try:
-            return self._persist(ask)
-        except (AuthError, NotFoundError):
+            return self._persist(self._mounts, ask)
+        except CkptfsError as error:
+            log.info("%s; it is sent", error.message)
             return False
 
     def put_blob(self, descriptor: Descriptor, blob: Blob, sent: Sent) -> None:
         """Send `blob`. IntegrityError when the registry counts another digest than the descriptor's."""
-        _Upload(self._endpoint, descriptor, blob, sent).run()
+        self._host.ask(lambda endpoint: _Upload(endpoint, descriptor, blob, sent).run())
 
     def put_manifest(self, raw: bytes, media_type: str, tag: str) -> Digest:
         """A manifest with a subject is entered in the subject's list of referrers where the registry does not do it."""
         digest = Digest.of(raw)
 
-        def ask(attempts: Attempts) -> bool:
-            reply, _ = self._endpoint.request(
+        def ask(endpoint: Endpoint, attempts: Attempts) -> bool:
+            reply, _ = endpoint.request(
                 "PUT",
-                self._endpoint.url(f"manifests/{tag or digest}"),
+                endpoint.url(f"manifests/{tag or digest}"),
                 attempts,
                 what=f"manifest {tag or digest}",
                 expect=(200, 201, 202),
@@ -108,10 +123,10 @@ class RegistryTarget:
                 reply.drain()
                 stored = reply.header("Docker-Content-Digest")
                 if stored is not None and stored != str(digest):
-                    raise IntegrityError(f"{self._endpoint.name} stored the manifest as {stored[:80]}, not {digest}")
+                    raise IntegrityError(f"{endpoint.name} stored the manifest as {stored[:80]}, not {digest}")
                 return reply.header("OCI-Subject") is not None
 
-        listed = self._persist(ask)
+        listed = self._persist(self._host, ask)
         document = parse_document(raw, media_type)
         if isinstance(document, Manifest) and document.subject is not None and not listed:
             self._enlist(document, media_type, document.subject.digest)
@@ -122,39 +137,37 @@ class RegistryTarget:
         tag = f"{subject.algorithm}-{subject.hex}"
         kind = manifest.artifact_type or manifest.config.media_type
         entry = Descriptor(media_type, manifest.digest, len(manifest.raw), manifest.annotations, kind)
-        known = [m for m in self._listed(tag) if m.digest != entry.digest]
+        known = [m for m in self._listed(tag, subject) if m.digest != entry.digest]
         manifests = [m.to_json() for m in (*known, entry)]
         index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests}
         self.put_manifest(json.dumps(index, separators=(",", ":")).encode(), OCI_INDEX, tag)
 
-    def _listed(self, tag: str) -> tuple[Descriptor, ...]:
-        def ask(attempts: Attempts) -> bytes:
-            url = self._endpoint.url(f"manifests/{tag}")
-            reply, _ = self._endpoint.request("GET", url, attempts, what=tag, headers={"Accept": OCI_INDEX})
+    def _listed(self, tag: str, subject: Digest) -> tuple[Descriptor, ...]:
+        def ask(endpoint: Endpoint, attempts: Attempts) -> bytes:
+            url = endpoint.url(f"manifests/{tag}")
+            reply, _ = endpoint.request("GET", url, attempts, what=tag, headers={"Accept": OCI_INDEX})
             with reply:
                 return reply.read(self._settings.limits.manifest_bytes, "list of referrers")
 
         try:
-            document = parse_document(self._persist(ask), OCI_INDEX)
+            document = parse_document(self._persist(self._host, ask), OCI_INDEX)
         except NotFoundError:
             return ()
+        if document.digest == subject:  # GitLab takes the tag for the digest
+            return ()
         if not isinstance(document, Index):
-            raise FormatError(f"{self._endpoint.name} has something else under the tag {tag}", hint="remove that tag")
+            name = self._host.place.host
+            raise FormatError(f"{name} has something else under the tag {tag}", hint="remove that tag")
         return document.manifests
 
-    def _location(self, reply: Reply) -> str:
-        return self._endpoint.locate(reply.header("Location") or "", reply.url)
-
-    def _cancel(self, session: str, attempts: Attempts) -> None:
-        reply, _ = self._mounts.request(
-            "DELETE", session, attempts, what="upload", expect=(200, 202, 204, 400, 404, 405)
-        )
-        reply.close()
-
-    def _persist(self, ask: Callable[[Attempts], T]) -> T:
+    def _persist(self, host: Host, ask: Callable[[Endpoint, Attempts], T]) -> T:
         """An outage is waited out, a registry that never answered is not: its name may be wrong."""
-        met = self._transport.windows.was_reached(self._endpoint.origin.host)
-        return self._transport.persist(ask, self._settings.timeouts.read_deadline, outlast=met)
+        met = self._transport.windows.was_reached(host.endpoint.origin.host)
+
+        def once(attempts: Attempts) -> T:
+            return host.ask(lambda endpoint: ask(endpoint, attempts))
+
+        return self._transport.persist(once, self._settings.timeouts.read_deadline, outlast=met)
 
 
 class _Upload:
@@ -205,7 +218,7 @@ class _Upload:
             self._session,
             attempts,
             what=self._what,
-            expect=(202,),
+            expect=_TAKEN,
             headers=headers,
             body=_Rest(self._pieces, self._position),
             first_byte=self._commit,
@@ -214,12 +227,11 @@ class _Upload:
 
     def _finish(self, attempts: Attempts) -> None:
         """PUT with the digest, which the registry checks."""
-        separator = "&" if "?" in self._session else "?"
         small = self._descriptor.size <= _AT_ONCE
         body = self._blob.read_at(0, self._descriptor.size) if small else b""
         reply, _ = self._endpoint.request(
             "PUT",
-            f"{self._session}{separator}digest={quote(str(self._descriptor.digest))}",
+            _with_query(self._session, urlencode({"digest": str(self._descriptor.digest)})),
             attempts,
             what=self._what,
             expect=(201, 204, 400),
@@ -285,6 +297,10 @@ class _Rest:
 
     def __iter__(self) -> Iterator[bytes | memoryview]:
         return self._pieces(self._start)
+
+
+def _with_query(url: str, query: str) -> str:
+    return f"{url}{'&' if '?' in url else '?'}{query}"
 
 
 def _received(reply: Reply, size: int) -> int | None:

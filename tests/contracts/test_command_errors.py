@@ -257,6 +257,7 @@ def test_without_criu(name: str, registry: FakeRegistry, folder: Path) -> None:
         (("cache", "info", "--cache-dir", "{folder}/closed/cache"), 8, "Permission denied; make it usable"),
         (("profile", "show", "{folder}/closed/profile"), 4, "may not be read by this user"),
         (("profile", "show", "{folder}/unreadable"), 4, "may not be read by this user"),
+        (("ls", "oci:{folder}/closed/layout"), 4, "may not be read by this user"),
         (("check", f"oci:{CORPUS}", "--rootfs", "{folder}/closed/root"), 8, ""),
     ],
 )

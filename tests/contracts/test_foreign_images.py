@@ -257,6 +257,32 @@ def hostile(kind: str, layer: BytesBlob) -> bytes:
     }[kind]
 
 
+def artifact(image: Descriptor, blob: Descriptor) -> bytes:
+    """One that claims to be an index of ours of `image`."""
+    document = {
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST,
+        "artifactType": INDEX_ARTIFACT,
+        "config": Descriptor("application/vnd.oci.empty.v1+json", Digest.of(b"{}"), 2).to_json(),
+        "layers": [blob.to_json()],
+        "subject": image.to_json(),
+    }
+    return json.dumps(document).encode()
+
+
+def test_an_index_is_found_beside_others_that_are_of_no_use(registry: DockerRegistry, tmp_path: Path) -> None:
+    """A copy of the image was made without the SOCI index that it names, and what somebody attached makes no sense."""
+    layer, sink = LAYERS["gzip"](), target(registry, "foreign/copied")
+    image = push_image(sink, "1", [layer], {soci.INDEX_DIGEST: str(Digest.of(b"left behind"))})
+    document = b"nothing"
+    blob = Descriptor(INDEX_BLOB, Digest.of(document), len(document), {INDEX_LAYER: "of no layer"})
+    push_artifact(sink, artifact(image, blob), [document])
+    reference = registry.reference("foreign/copied:1")
+    assert ckptfs("index", reference, "--cache-dir", tmp_path / "indexer").code == 0
+    found = look(reference, tmp_path, strict=True)
+    assert (found.last, found.format) == (b"two", "gzip+index")
+
+
 @pytest.mark.row("M7")
 @pytest.mark.parametrize("kind", ["empty", "rubbish", "cut", "of another layer"])
 def test_a_bad_index_is_not_used(kind: str, registry: DockerRegistry, tmp_path: Path) -> None:
@@ -265,15 +291,7 @@ def test_a_bad_index_is_not_used(kind: str, registry: DockerRegistry, tmp_path: 
     reference, image = pushed(registry, repository, layer)
     document = hostile(kind, layer)
     blob = Descriptor(INDEX_BLOB, Digest.of(document), len(document), {INDEX_LAYER: str(layer.descriptor.digest)})
-    artifact = {
-        "schemaVersion": 2,
-        "mediaType": OCI_MANIFEST,
-        "artifactType": INDEX_ARTIFACT,
-        "config": Descriptor("application/vnd.oci.empty.v1+json", Digest.of(b"{}"), 2).to_json(),
-        "layers": [blob.to_json()],
-        "subject": image.to_json(),
-    }
-    push_artifact(target(registry, repository), json.dumps(artifact).encode(), [document])
+    push_artifact(target(registry, repository), artifact(image, blob), [document])
     found = look(reference, tmp_path)
     assert (found.last, found.format) == (b"two", "gzip")
 

@@ -135,6 +135,8 @@ def test_the_root_file_system_as_well(registry: DockerRegistry, tmp_path: Path) 
         (["{tmp}/empty", "{ref}"], 7, "is empty"),
         (["{tmp}/junk", "{ref}"], 7, "tar"),
         (["{tmp}/plain", "{ref}"], 7, "no inventory.img"),
+        (["{tmp}/layout.tar", "{ref}"], 7, "unpack it and push oci:DIR"),
+        (["{tmp}/docker.tar", "{ref}"], 7, "copy it with skopeo to oci:DIR:1"),
         (["{tmp}/pipe", "{ref}"], 7, "pipe is not a regular file; write it to one"),
         (["", "{ref}"], 2, "SRC is empty"),
         (["{images}", "no-registry"], 2, "names no registry"),
@@ -164,6 +166,9 @@ def test_bad_input_gets_one_line_and_its_code(
     (tmp_path / "junk").write_text("no tar " * 1000)
     os.mkfifo(tmp_path / "pipe")
     push_to_layout(images, tmp_path / "layout", "1")
+    for archive, name in (("layout.tar", "."), ("docker.tar", "manifest.json")):
+        with tarfile.open(tmp_path / archive, "w") as made:
+            made.add(tmp_path / "layout" / ("" if name == "." else "index.json"), name)
     places = {"ref": registry.reference("command/bad:1"), "registry": registry.host, "images": images, "tmp": tmp_path}
     filled = [argument.format(layout=tmp_path / "layout", **places) for argument in arguments]
     result = ckptfs("push", *filled)
@@ -178,6 +183,14 @@ def test_a_failed_push_leaves_the_tag_as_it_was(images: Path, tmp_path: Path) ->
     (tmp_path / "cut.tar").write_bytes(b"")
     assert ckptfs("push", tmp_path / "cut.tar", f"oci:{layout}:good").code == 7
     assert manifest_of(layout, "good").digest == before
+
+
+def test_a_layout_that_is_there_takes_names_for_tags(images: Path, tmp_path: Path) -> None:
+    for name in ("1", "localhost/app:1"):
+        assert ckptfs("push", images, f"oci:{tmp_path}/layout:{name}", "--quiet").code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["layout"]
+    entries = json.loads((tmp_path / "layout" / "index.json").read_text())["manifests"]
+    assert [entry["annotations"]["org.opencontainers.image.ref.name"] for entry in entries] == ["1", "localhost/app:1"]
 
 
 def test_progress_on_a_terminal_only(registry: DockerRegistry, tmp_path: Path) -> None:

@@ -367,6 +367,18 @@ def test_a_layout_with_several_images_names_them(layout: Layout) -> None:
         LayoutSource(Reference("oci", path=str(layout.top))).resolve()
 
 
+@pytest.mark.parametrize("name", ["localhost/app:1", "app:1", "team/app", "1"])
+def test_a_layout_with_names_for_tags(name: str, tmp_path: Path) -> None:
+    """As `buildah push IMAGE oci:DIR:NAME:TAG` and `skopeo copy ... oci:DIR:NAME` write them."""
+    layout = Layout(tmp_path / "with:colon")
+    for number, tag in enumerate((name, "other")):
+        layout.tag(layout.manifest(SMALL + bytes([number])), tag)
+    chosen = LayoutSource(Reference.parse(f"oci:{layout.top}:{name}"))
+    assert str(chosen.resolve().digest) == layout.entries[0]["digest"]
+    with pytest.raises(NotFoundError, match=f"has no image {name}2; it has"):
+        LayoutSource(Reference.parse(f"oci:{layout.top}:{name}2")).resolve()
+
+
 def test_a_layout_that_is_none(tmp_path: Path) -> None:
     source = LayoutSource(Reference("oci", path=str(tmp_path / "nothing")))
     with pytest.raises(NotFoundError, match="there is no directory"):

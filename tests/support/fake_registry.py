@@ -103,6 +103,7 @@ class FakeRegistry:
         self.token_life = token_life
         self.referrers = referrers
         self.many_ranges = True  # False: a request for several ranges is answered with the whole blob
+        self.names_scope = True  # False: challenges do not say what a token is needed for
         self.denying = False  # True: the token server refuses everybody
         self.is_storage = storage_of is not None
         self.blobs: dict[str, bytes] = storage_of.blobs if storage_of is not None else {}
@@ -232,6 +233,9 @@ class FakeRegistry:
         end, scope = self.tokens.get(value, (0.0, ""))
         granted = re.search(rf"repository:{re.escape(repository)}:(\S*)", scope)
         return kind == "Bearer" and time.monotonic() < end and granted is not None and action in granted[1].split(",")
+
+    def lives(self, token: str) -> bool:
+        return time.monotonic() < self.tokens.get(token, (0.0, ""))[0]
 
     def knows(self, basic: str) -> bool:
         name, _, password = b64decode(basic).decode().partition(":")

@@ -230,8 +230,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.registry.auth == "basic":
             value = 'Basic realm="fake registry"'
         else:
-            scope = f"repository:{self.name}:{actions}"
-            value = f'Bearer realm="{self.registry.realm}",service="fake",scope="{scope}"'
+            scope = f',scope="repository:{self.name}:{actions}"' if self.registry.names_scope else ""
+            token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+            lacking = ',error="insufficient_scope"' if self.registry.lives(token) else ""
+            value = f'Bearer realm="{self.registry.realm}",service="fake"{scope}{lacking}'
         body = b'{"errors":[{"code":"UNAUTHORIZED","message":"canary-error-body"}]}'
         self._reply(401, body, {"WWW-Authenticate": value})
 

@@ -3,6 +3,7 @@
 import base64
 import json
 import logging
+import os
 import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptfs.errors import AuthError, UsageError
+from ckptfs.sources import credentials
 from ckptfs.sources.auth import Challenge, parse_challenges
 from ckptfs.sources.credentials import Credentials, find_credentials
 from tests.support.fake_registry import FakeRegistry, Status
@@ -114,6 +116,17 @@ def test_files_in_their_order(home: Home) -> None:
     assert home.user() is None
 
 
+def test_the_logins_of_podman_without_a_runtime_directory(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of root in a service and mostly with sudo: /run/containers/UID/auth.json."""
+    monkeypatch.setattr(credentials, "RUNTIME_DIR", home.path / "run")
+    home.write(".docker/config.json", {"auths": {"h.example:5000": auth("docker")}})
+    assert home.user() == "docker"
+    home.write(f"run/{os.getuid()}/auth.json", {"auths": {"h.example:5000": auth("podman")}})
+    assert home.user() == "podman"
+    home.environment["XDG_RUNTIME_DIR"] = str(home.path / "runtime")
+    assert home.user() == "docker"
+
+
 def test_a_file_without_the_host_leads_to_the_next(home: Home) -> None:
     home.write(".config/containers/auth.json", {"auths": {"other": auth("wrong")}})
     home.write(".docker/config.json", {"auths": {"h.example:5000": auth("right")}})
@@ -133,10 +146,30 @@ def test_the_more_specific_entry_wins(home: Home) -> None:
         assert home.user(repository=repository) == user
 
 
-@pytest.mark.parametrize("key", ["https://h.example:5000", "https://h.example:5000/v1/", "http://h.example:5000"])
+@pytest.mark.parametrize(
+    "key", [f"https://h.example:5000{path}" for path in ("", "/v1/", "/v2", "/a/path")] + ["http://h.example:5000"]
+)
 def test_the_spellings_of_docker(home: Home, key: str) -> None:
     home.write(".docker/config.json", {"auths": {key: auth("docker")}})
     assert home.user() == "docker"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "index.docker.io",
+        "registry-1.docker.io",
+        "https://index.docker.io/v1",
+        "https://index.docker.io/v2/",
+        "https://registry-1.docker.io",
+        "https://docker.io/v1/",
+    ],
+)
+def test_docker_hub_has_many_names(home: Home, key: str) -> None:
+    """All of them are docker.io to podman."""
+    home.write(".docker/config.json", {"auths": {key: auth("hub")}})
+    assert home.user("docker.io", "library/busybox") == "hub"
+    assert home.user("h.example") is None
 
 
 def test_docker_hub_has_a_key_of_its_own(home: Home) -> None:
@@ -209,6 +242,8 @@ def test_credential_helpers(home: Home, monkeypatch: pytest.MonkeyPatch) -> None
 
     assert find("h.example:5000") == Credentials("one", "s-h.example:5000", origin=origin)
     assert find("docker.io") == Credentials("one", "s-https://index.docker.io/v1/", origin=origin)
+    home.write(".config/containers/auth.json", {"credHelpers": {"docker.io": "one"}})
+    assert find("docker.io") == Credentials("one", "s-docker.io", origin=origin), "as podman calls it"
     assert find("other") == Credentials(identity_token="identity", origin="docker-credential-two")
     assert find("inline") == Credentials("inline", "password", origin=str(home.path / ".docker/config.json"))
 

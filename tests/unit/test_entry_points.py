@@ -87,3 +87,19 @@ def test_looking_into_images_needs_no_fuse(words: list[str], tmp_path: Path) -> 
     command = [sys.executable, "-c", program, *arguments, "--cache-dir", tmp_path]
     done = subprocess.run(command, capture_output=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("encoding", "printed"),
+    [
+        ("utf-8", "日 µ ".encode() + b"\xff"),
+        ("ascii", "日 µ ".encode() + b"\xff"),  # what is left where no locale is set
+        ("latin-1", b"\\u65e5 \xb5 \xff"),
+        ("koi8-r", b"\\u65e5 \\xb5 \xff"),
+    ],
+)
+def test_what_a_locale_has_no_character_for_is_printed(encoding: str, printed: bytes) -> None:
+    script = "import click, ckptfs.__main__ as m; m._print_names_as_they_are(); click.echo('\\u65e5 \\xb5 \\udcff')"
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=environment, check=False)
+    assert (done.stdout, done.stderr) == (printed + b"\n", b"")

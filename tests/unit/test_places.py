@@ -1,5 +1,6 @@
 """Where the images of a reference can be had: our configuration, registries.conf(5), containerd's hosts.toml."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -238,6 +239,19 @@ def test_directories_of_hosts(etc: Path) -> None:
     assert found(etc, "", "quay.io:8443/x")[0].host == "colon.example"
     write(etc / "containerd/quay.io_8443_/hosts.toml", text.format("underlined"))
     assert found(etc, "", "quay.io:8443/x")[0].host == "underlined.example"
+
+
+def test_a_directory_that_may_not_be_looked_into(etc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/etc/docker is closed to users where an older dockerd has made it."""
+    look = os.stat
+
+    def closed(path: str | Path, *, follow_symlinks: bool = True) -> os.stat_result:
+        if str(path).startswith(str(etc / "docker")):
+            raise PermissionError(13, "Permission denied", path)
+        return look(path, follow_symlinks=follow_symlinks)
+
+    monkeypatch.setattr(os, "stat", closed)
+    assert names(found(etc, "")) == ["quay.io/team/app"]
 
 
 def test_podmans_mirrors_come_before_containerds(etc: Path) -> None:

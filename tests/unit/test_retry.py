@@ -158,6 +158,12 @@ def test_retry_after_headers(value: str | None, seconds: float | None) -> None:
     assert parse_retry_after(value, 1_000_000.0) == seconds
 
 
+def test_retry_after_as_seconds_since_the_epoch() -> None:
+    """Docker Hub has sent such; taken for a duration they close a host for 54 years."""
+    assert parse_retry_after("1700000042", 1_700_000_000.0) == 42.0
+    assert parse_retry_after("1700000042", 1_700_000_100.0) == 0.0
+
+
 @given(st.text(max_size=40))
 def test_any_retry_after_is_a_time_or_none(value: str) -> None:
     found = parse_retry_after(value, 0.0)
