@@ -63,7 +63,7 @@ def finish(flow: Flow) -> None:
             pid = engine.start(flow.name)
         except RestoreError as error:
             said = runtimes.criu_complaint(work / "restore.log") or error.message
-            hint = f"the logs are in {work} (stay with --keep)"
+            hint = runtimes.way_out(said, work)
             raise RestoreError(f"containerd could not restore: {said}", hint=hint) from None
         flow.place.record(pid=pid)
         watch = Watch(pid, stop_signal(bundle), flow.settings.timeouts.stop, relays, flow.daemons)
