@@ -159,12 +159,15 @@ def delete(runtime: str, name: str, bundle: Path) -> None:
 
 
 def cgroup(name: str) -> str:
-    """The container's cgroup; a path of its own, so that the original may still run here."""
-    return f"/ckptfs/{name}"
+    """The container's cgroup; a path of its own, so that the original may still run here.
+
+    Restores share no directory above: one that ends would take it away between two mkdir(2) of another's runtime.
+    """
+    return f"/ckptfs-{name}"
 
 
 def remove_cgroups(name: str) -> None:
-    """The cgroup, those in it (criu makes all that the container had) and the directory above, in every hierarchy.
+    """The cgroup and those in it (criu makes all that the container had), in every hierarchy.
 
     Runtimes remove only the first, if they succeed. criu also makes them in hierarchies that nobody has mounted.
     """
@@ -190,12 +193,10 @@ def _remove_unseen(name: str, hierarchies: Sequence[str]) -> None:
 
 
 def _remove_tree(own: Path) -> None:
-    """A container's cgroup with all below it, and the one above it if that is empty."""
+    """A container's cgroup with all below it."""
     if own.is_dir():
         for path in (*sorted(own.rglob("*/"), reverse=True), own):
             _remove_cgroup(path)
-    if own.parent.is_dir():
-        _remove_cgroup(own.parent)
 
 
 def _not_mounted() -> list[str]:

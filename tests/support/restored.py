@@ -112,7 +112,7 @@ def assert_nothing_left(folder: Path) -> None:
     for name in ("image", "base"):
         files = MountFiles.of(str(place / name))
         assert [p for p in (files.socket, files.state, files.lock, files.log) if p.exists()] == []
-    assert list(Path("/sys/fs/cgroup").glob("*/ckptfs")) == []
+    assert list(Path("/sys/fs/cgroup").glob("*/ckptfs-*")) == []
     with contextlib.suppress(TimeoutError):
         wait_for("the end of all processes", lambda: not processes(folder), patience=30)
     left = processes(folder)

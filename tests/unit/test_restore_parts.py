@@ -68,7 +68,7 @@ def test_a_bundle_for_this_machine(place: Workplace, tmp_path: Path) -> None:
     assert spec["root"] == {"path": "/the/root", "readonly": True}
     assert "hooks" not in spec
     assert spec["annotations"] == {"kept": "yes"}
-    assert spec["linux"]["cgroupsPath"] == "/ckptfs/web"
+    assert spec["linux"]["cgroupsPath"] == "/ckptfs-web"
     assert spec["linux"]["namespaces"] == [
         {"type": "pid"},
         {"type": "ipc"},
