@@ -27,7 +27,7 @@ from ckptfs.push.image_files import LayerFiles, read_image, select_manifest
 from ckptfs.push.increment import Increment, make_increment
 from ckptfs.push.joined import joined
 from ckptfs.push.manifest import CONFIG_TYPE, BuiltLayer, encode_config, encode_inline_index, encode_manifest
-from ckptfs.push.pages import PagesFile, find_pages
+from ckptfs.push.pages import PagesFile, find_pages, require_parents
 from ckptfs.push.parent import ParentImage
 from ckptfs.push.plan import PlannedLayer, plan_layers
 from ckptfs.push.publisher import Progress, Publisher
@@ -159,6 +159,7 @@ def push(
     if not any(file.name == b"inventory.img" for file in checkpoint.files):
         raise FormatError("the source holds no inventory.img, so it is no checkpoint", hint=_what_instead(checkpoint))
     limits = options.settings.limits
+    require_parents(checkpoint.files, limits)
     facts = read_facts(checkpoint, options.name, limits)
     pages = find_pages(checkpoint.files, limits)
     increment: Increment | None = None

@@ -4,12 +4,14 @@ Pairs pagemap-*.img with the pages-N.img that they name. Holds one pagemap at a 
 runs has a pagemap that takes 100 MB in memory.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import posixpath
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptfs.criu.chunking import page_cuts
 from ckptfs.criu.images import parse_name
-from ckptfs.criu.pagemap import DEFAULT_PAGE_SIZE, Pagemap, PlacedRun, parse_pagemap
+from ckptfs.criu.pagemap import DEFAULT_PAGE_SIZE, PARENT, Pagemap, PlacedRun, parse_pagemap
 from ckptfs.errors import FormatError
 from ckptfs.push.checkpoint_files import CheckpointFile
 from ckptfs.settings import Limits
@@ -85,6 +87,26 @@ def find_pages(files: Iterable[CheckpointFile], limits: Limits) -> Mapping[bytes
         elif path in every:
             found[path] = PagesFile(every[path], file, limits, file.directory + b"/parent" in directories)
     return {path: pages for path, pages in found.items() if path not in twice}
+
+
+def require_parents(files: Sequence[CheckpointFile], limits: Limits) -> None:
+    """FormatError where pages were left to a checkpoint before that is not among the files: nobody could restore them.
+
+    podman exports each checkpoint of a chain by itself, and criu's are directories beside one another.
+    """
+    known = {file.directory for file in files} | {file.path for file in files if file.inode.is_dir}
+    lost = {}
+    for file in files:
+        if file.name == b"parent" and stat.S_ISLNK(file.inode.mode):
+            target = file.inode.target
+            if posixpath.normpath(posixpath.join(file.directory, target)) not in known:
+                lost[file.directory] = target.decode("utf-8", "replace")
+    for file in files:
+        if file.directory not in lost or not file.is_regular or not file.name.startswith(b"pagemap-"):
+            continue
+        if any(run.flags & PARENT for run in _parse(file, limits).runs):
+            what = f"memory is in the checkpoint before, {lost[file.directory]!r}, which the source has not"
+            raise FormatError(what, hint="push the directory that has both, side by side (docs/pushing.md)")
 
 
 def _parse(file: CheckpointFile, limits: Limits) -> Pagemap:

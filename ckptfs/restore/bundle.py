@@ -143,12 +143,15 @@ class Bundle:
         return None
 
     def _fix_namespaces(self, linux: dict[str, Any]) -> None:
-        """Namespaces that were joined and are not here are made new; the network's is empty but for loopback."""
+        """Namespaces that were joined and are not here are made new; the network's is empty but for loopback.
+
+        One that has no name but a process's number (a pod's, of containerd and podman) is not: here that is another's.
+        """
         for one in _objects(linux.get("namespaces"), "spec.dump: namespaces"):
             path, kind = str(one.get("path") or ""), one.get("type")
             if kind == "network" and self._join:
                 one["path"] = self._join
-            elif path and not os.path.exists(path):
+            elif path and (path.startswith("/proc/") or not os.path.exists(path)):
                 if kind == "network":
                     one["path"] = str(self._network())
                 else:

@@ -47,6 +47,11 @@ def finish(flow: Flow) -> None:
     with flow.place.writing():
         config = runtimes.write_criu_config(work / "criu.conf", lazy=lazy is not None, words=words)
     bundle.annotate(CRIU_CONFIG, str(config))
+
+    def resident() -> None:
+        runtimes.write_criu_config(config, lazy=False, words=words)  # a lazy dump would wait for a page server
+        flow.resident()
+
     engine = Containerd()
     flow.stack.callback(engine.close)
     flow.place.record(name=flow.name, containerd=engine.place)
@@ -63,12 +68,12 @@ def finish(flow: Flow) -> None:
             pid = engine.start(flow.name)
         except RestoreError as error:
             said = runtimes.criu_complaint(work / "restore.log") or error.message
-            hint = f"the logs are in {work} (stay with --keep)"
+            hint = runtimes.way_out(said, work)
             raise RestoreError(f"containerd could not restore: {said}", hint=hint) from None
         flow.place.record(pid=pid)
         watch = Watch(pid, stop_signal(bundle), flow.settings.timeouts.stop, relays, flow.daemons)
         running = {"runtime": _RUNTIME, "engine": "containerd", "rootfs": origin}
-        watch.run(lazy, lambda: flow.running(pid, **running), flow.resident)
+        watch.run(lazy, lambda: flow.running(pid, **running), resident)
         flow.tell("ended", exit_code=engine.wait(flow.name), ended_ms=flow.now())
 
 

@@ -11,7 +11,9 @@ from typing import Any
 
 from ckptfs.criu.core import parse_core
 from ckptfs.criu.files import parse_files
+from ckptfs.criu.images import parse_name
 from ckptfs.criu.inventory import parse_inventory
+from ckptfs.criu.pagemap import PARENT, parse_pagemap
 from ckptfs.criu.pstree import parse_pstree
 from ckptfs.errors import FormatError
 from ckptfs.inspection.source import CheckpointFiles, read_whole
@@ -27,6 +29,11 @@ _LOCK_TOOLS = {"iptables": "iptables-restore", "nftables": "nft", "": ""}
 def check_runtime(files: CheckpointFiles, wanted: str, settings: Settings, *, lazy: bool) -> Iterator[Finding]:
     """Whether a runtime here can restore the checkpoint. `wanted` may be auto: what wrote it, if that is known."""
     if files.size("spec.dump") is None:
+        if wanted != "criu" and files.size("checkpoint/descriptors.json") is not None:  # runtimes write it
+            detail = "the checkpoint is of a container, and has no spec.dump, which says how it is run"
+            hint = "push it with its bundle's config.json as spec.dump, beside checkpoint/ (docs/pushing.md)"
+            yield Finding("runtime", False, detail, hint, FormatError)
+            return
         ok = wanted in ("auto", "criu")
         detail = "plain criu" if ok else f"the checkpoint has no spec.dump, which {wanted} needs"
         yield Finding("runtime", ok, detail, "restore it with --runtime criu", FormatError)
@@ -106,6 +113,33 @@ def check_checkpoint(files: CheckpointFiles, settings: Settings) -> Iterator[Fin
     theirs, ours = _architecture(files, settings), machine_architecture()
     detail = theirs if theirs == ours else f"the checkpoint is of a {theirs} machine, this one is {ours}"
     yield Finding("architecture", theirs == ours, detail, "restore it on a machine of its kind", FormatError)
+    if lost := _lost_parent(files, settings.limits):
+        detail = f"memory is in the checkpoint before, and the image has no {lost}"
+        hint = "push the directory that has both, side by side (docs/pushing.md)"
+        yield Finding("memory", False, detail, hint, FormatError)
+
+
+def _lost_parent(files: CheckpointFiles, limits: Limits) -> str:
+    """A checkpoint before, that pages were left to and that is not in the image; "" where there is none."""
+    directory = "checkpoint"
+    for _ in range(limits.pre_dumps):
+        names = files.list(directory)
+        parent = f"{directory}/parent"
+        if "parent" not in names and "parent/" not in names:
+            return ""
+        if not files.list(parent):
+            return parent if any(_leaves_pages(files, f"{directory}/{name}", limits) for name in names) else ""
+        directory = parent
+    return ""
+
+
+def _leaves_pages(files: CheckpointFiles, path: str, limits: Limits) -> bool:
+    name = path.rpartition("/")[2]
+    kind = parse_name(name)
+    if kind is None or kind.kind not in ("pagemap", "pagemap-shmem"):
+        return False
+    data = read_whole(files, path, limits.criu_image_bytes)
+    return data is not None and any(run.flags & PARENT for run in parse_pagemap(data, name, limits).runs)
 
 
 def document(files: CheckpointFiles, name: str, limits: Limits) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from ckptfs.restore.bundle import CRIU_CONFIG
 from ckptfs.restore.facts import check_engine
 from ckptfs.restore.flow import Flow, RestoreRequest
 from ckptfs.restore.image_store import has_image
-from ckptfs.restore.runtimes import criu_complaint
+from ckptfs.restore.runtimes import criu_complaint, way_out
 from ckptfs.restore.stub import Redirection, write_stub
 from ckptfs.restore.supervise import wait_resident
 from ckptfs.restore.workplace import check_name
@@ -60,7 +60,9 @@ def finish(flow: Flow) -> None:
             raise RestoreError(f"podman has a container {name} already", hint="give another --name")
     undo = flow.stack.enter_context(contextlib.ExitStack())
     undo.callback(_remove, name, redirection.config)
-    done = _podman("container", "restore", f"--import={archive}", f"--name={name}", *flow.request.extra)
+    # podman refuses both together; without a name it restores the container as the one that it was.
+    named = [] if "--tcp-established" in flow.request.extra and not flow.request.name else [f"--name={name}"]
+    done = _podman("container", "restore", f"--import={archive}", *named, *flow.request.extra)
     if done.returncode != 0:
         raise _failure(done, redirection.work, str(config.get("rootfsImageName", "")), flow.settings)
     pid = int(_podman("container", "inspect", "--format={{.State.Pid}}", name).stdout.strip() or 0)
@@ -96,7 +98,5 @@ def _failure(
     said = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1].removeprefix("Error: ")
     if base and not has_image(base, settings):
         return NotFoundError(f"podman lacks the base image {base}: {said}", hint="pull, load or build it first")
-    return RestoreError(
-        f"podman could not restore: {criu_complaint(work / 'restore.log') or said}",
-        hint=f"the logs are in {work} (stay with --keep)",
-    )
+    said = criu_complaint(work / "restore.log") or said
+    return RestoreError(f"podman could not restore: {said}", hint=way_out(said, work))

@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,13 @@ _CGROUP_TRIES = 100  # of 10 ms
 _TIDY = 5.0  # seconds for a runtime to clean up; it takes some 20 ms
 # criu says these in every restore without CAP_SYS_RESOURCE, and after every failure.
 _HARMLESS = ("RLIMIT_NOFILE", "Restoring FAILED", "exited, status", "cgroupd: recv req")
+# What criu says where a checkpoint was made with an option that the restore was not given.
+_WANTS = {
+    "Connected TCP socket in image": "--tcp-established",
+    "External socket found in image": "--ext-unix-sk",
+    "not a session leader": "--shell-job",
+    "slave peer index": "--shell-job",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +100,16 @@ def restore(runtime: str, job: Job, settings: Settings) -> int:
         command += ["--pid-file", str(job.pid_file), *lazy, *job.extra]
         command += ["--console-socket", str(job.console)] if job.console else []
         command.append(job.name)
+    # Processes of a shell are given the terminal of this one, as its standard input, and its session.
+    ours = "--shell-job" in job.extra
     try:
         process = subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=None if ours else subprocess.DEVNULL,
             stdout=job.stdout,
             stderr=job.stderr,
             env=environment,
-            start_new_session=True,
+            start_new_session=not ours,
         )
     except OSError as error:
         raise RestoreError(f"{command[0]} cannot be started: {error.strerror}") from None
@@ -111,19 +120,27 @@ def restore(runtime: str, job: Job, settings: Settings) -> int:
         raise
     if code != 0:
         raise failure(runtime, job.work)
-    return int(job.pid_file.read_text())
+    try:
+        return int(job.pid_file.read_text())
+    except FileNotFoundError:
+        hint = "what follows -- are options of its restore"
+        raise RestoreError(f"{runtime} ended well and restored nothing", hint=hint) from None
 
 
 def _interrupt(process: "subprocess.Popen[bytes]") -> None:
     """End a restore under way. A runtime whose criu dies tidies up; one that is killed leaves mounts and state."""
-    for pid in children(process.pid) or {process.pid}:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    _kill(children(process.pid) or {process.pid})
     try:
         process.wait(_TIDY)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        _kill({*children(process.pid), process.pid})
         process.wait()
+
+
+def _kill(pids: Collection[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def children(pid: int) -> set[int]:
@@ -142,12 +159,15 @@ def delete(runtime: str, name: str, bundle: Path) -> None:
 
 
 def cgroup(name: str) -> str:
-    """The container's cgroup; a path of its own, so that the original may still run here."""
-    return f"/ckptfs/{name}"
+    """The container's cgroup; a path of its own, so that the original may still run here.
+
+    Restores share no directory above: one that ends would take it away between two mkdir(2) of another's runtime.
+    """
+    return f"/ckptfs-{name}"
 
 
 def remove_cgroups(name: str) -> None:
-    """The cgroup, those in it (criu makes all that the container had) and the directory above, in every hierarchy.
+    """The cgroup and those in it (criu makes all that the container had), in every hierarchy.
 
     Runtimes remove only the first, if they succeed. criu also makes them in hierarchies that nobody has mounted.
     """
@@ -173,12 +193,10 @@ def _remove_unseen(name: str, hierarchies: Sequence[str]) -> None:
 
 
 def _remove_tree(own: Path) -> None:
-    """A container's cgroup with all below it, and the one above it if that is empty."""
+    """A container's cgroup with all below it."""
     if own.is_dir():
         for path in (*sorted(own.rglob("*/"), reverse=True), own):
             _remove_cgroup(path)
-    if own.parent.is_dir():
-        _remove_cgroup(own.parent)
 
 
 def _not_mounted() -> list[str]:
@@ -211,7 +229,15 @@ def write_criu_config(path: Path, *, lazy: bool, words: Sequence[str] = (), **op
 def failure(runtime: str, work: Path) -> RestoreError:
     """What kept the container from running, from criu's log or else from the runtime's."""
     said = criu_complaint(work / "restore.log") or _last_message(work / "runtime.log") or "it does not say why"
-    return RestoreError(f"{runtime} could not restore: {said}", hint=f"the logs are in {work} (stay with --keep)")
+    return RestoreError(f"{runtime} could not restore: {said}", hint=way_out(said, work))
+
+
+def way_out(said: str, work: Path) -> str:
+    """What to do after a restore whose criu or runtime `said` that; their logs are in `work`."""
+    for words, option in _WANTS.items():
+        if words in said:
+            return f"the checkpoint was made with {option}, and is restored with it: -- {option}"
+    return f"the logs are in {work} (stay with --keep)"
 
 
 def criu_complaint(log: Path) -> str:

@@ -45,4 +45,12 @@ def test_what_criu_made_in_hierarchies_that_nobody_mounted_goes_with_the_contain
     remove_cgroups(_NAME)
     _in_hierarchy(hierarchy, f"test ! -e .{cgroup(_NAME)} && test -d .{cgroup('another')}")
     remove_cgroups("another")
-    _in_hierarchy(hierarchy, "test ! -e ckptfs")
+    _in_hierarchy(hierarchy, "test ! -e ckptfs*")
+
+
+def test_one_that_ends_takes_nothing_from_another_that_begins(hierarchy: str) -> None:
+    """A runtime makes what is above a container's cgroup step by step: none of that may be another's to remove."""
+    remove_cgroups(_NAME)
+    remove_cgroups("another")
+    above = Path(cgroup("beginning")).parent
+    _in_hierarchy(hierarchy, f"test -d .{above} && mkdir .{cgroup('beginning')}")

@@ -80,6 +80,19 @@ def test_a_container_runs_again(options: list[str], pushed: Pushed, containerd: 
     assert container.events[-1]["exit_code"] == 128 + signal.SIGKILL
 
 
+def test_it_is_checkpointed_again(pushed: Pushed, containerd: Containerd, tmp_path: Path) -> None:
+    """By containerd, once all its memory is here: what criu was told for the restore is not for its next dump."""
+    images = containerd.isolation.path("/var/lib/containers/again")
+    with restored(
+        tmp_path, pushed.reference, *ENGINE, "--base", pushed.base, "--name", "again", prefix=containerd.isolation.enter
+    ) as container:
+        assert container.process.stdout is not None
+        assert json.loads(container.process.stdout.readline())["event"] == "resident"
+        images.mkdir()
+        containerd("tasks", "checkpoint", "--image-path=/var/lib/containers/again", "again")
+        assert sum(path.stat().st_size for path in images.glob("pages-*.img")) > 60 << 20
+
+
 def test_by_our_own_runc(pushed: Pushed, tmp_path: Path) -> None:
     """containerd's checkpoints need no containerd: the spec is in them."""
     with restored(tmp_path, pushed.reference, "--base", pushed.base) as container:

@@ -15,7 +15,9 @@ from tests.support.command import ckptfs, mounted
 from tests.support.criu import Checkpoint, restore
 from tests.support.criu_images import pagemap
 from tests.support.docker_registry import DockerRegistry
-from tests.support.tools import run
+from tests.support.restored import restored
+from tests.support.tools import run, wait_for
+from tests.support.workload import kill_tree
 
 pytestmark = [pytest.mark.restore, pytest.mark.fuse]
 
@@ -44,7 +46,7 @@ def increments(single_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathF
         ends = run_.vaddr + half * _PAGE
         if half:
             moved.append((run_.vaddr, half, PRESENT))
-            kept.append((run_.vaddr, half, PARENT | run_.flags & ~PRESENT))
+            kept.append((run_.vaddr, half, PARENT))
             pages[parent] += piece[: half * _PAGE]
         kept.append((ends, run_.pages - half, run_.flags))
         pages[child] += piece[half * _PAGE :]
@@ -79,3 +81,32 @@ def test_criu_restores_from_both(
         with restore(single_checkpoint, tmp_path / "work", images=mount.path / "checkpoint") as restored:
             restored.assert_continues()
         assert mount.status()["errors"] == []
+
+
+def test_one_without_the_checkpoint_before_is_refused(
+    increments: Path, single_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """podman exports each of a chain by itself: nobody could restore from the last one alone, both together are one."""
+    chain, both, cache = tmp_path / "chain", tmp_path / "both", ("--cache-dir", tmp_path / "cache")
+    both.mkdir()
+    for number, name in (("1", "pre-checkpoint"), ("2", "checkpoint")):
+        shutil.copytree(increments / "dumps" / number, chain / name, symlinks=True)
+    (chain / "checkpoint/parent").unlink()
+    (chain / "checkpoint/parent").symlink_to("../pre-checkpoint")
+    for name in ("pre-checkpoint", "checkpoint"):
+        run("tar", "--create", "--file", tmp_path / f"{name}.tar", "--directory", chain, name)
+        run("tar", "--extract", "--file", tmp_path / f"{name}.tar", "--directory", both)
+    alone = tmp_path / "checkpoint.tar"
+    pushed = ckptfs("push", alone, f"oci:{tmp_path}/layout:alone")
+    assert pushed.code == 7 and "memory is in the checkpoint before, '../pre-checkpoint'" in pushed.line
+    for command in ("check", "restore"):
+        done = ckptfs(command, f"archive:{alone}", *cache)
+        assert done.code == 7 and "the image has no checkpoint/parent" in done.out + done.err
+    reference = f"oci:{tmp_path}/layout:both"
+    assert ckptfs("push", both, reference).code == 0
+    single_checkpoint.put_back()
+    offset = len(single_checkpoint.output_bytes)
+    with restored(tmp_path, reference) as container:
+        ticks = wait_for("a tick", lambda: single_checkpoint.output.lines(what="tick", offset=offset))
+        assert ticks[0].number == single_checkpoint.last_tick("ticker") + 1
+    kill_tree(container.pid)

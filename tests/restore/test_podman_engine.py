@@ -70,3 +70,13 @@ def test_two_at_once(reference: str, podman: Podman, tmp_path: Path) -> None:
         podman("rm", "--force", "--time=0", "engine")
         for folder in folders:
             assert_nothing_left(folder)
+
+
+def test_connections(reference: str, podman: Podman, tmp_path: Path) -> None:
+    """podman takes no name for a container that has some: it is restored as the one that it was."""
+    process = start(tmp_path, reference, *ENGINE, extra=("--tcp-established",), prefix=podman.isolation.enter)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, ""), out
+    assert podman("ps", "--format={{.Names}}") == "engine"
+    podman("rm", "--force", "--time=0", "engine")
+    assert_nothing_left(tmp_path)

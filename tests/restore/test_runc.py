@@ -1,6 +1,7 @@
 """`ckptfs restore` of containers that runc ran without an engine, with what engines seldom ask for."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tests.support.command import ckptfs
 from tests.support.criu import require_criu
 from tests.support.other_user import as_nobody
 from tests.support.push import push_to_layout
-from tests.support.restored import restored
+from tests.support.restored import assert_nothing_left, restored, start
 from tests.support.tools import require
 from tests.support.workload import scratch
 
@@ -63,3 +64,29 @@ def test_a_terminal_where_paths_are_long(folder: Path) -> None:
         container.assert_continues(last)
         assert os.readlink(container.root / "proc/1/fd/1").startswith("/dev/pts/")
     assert (container.code, container.err) == (0, "")
+
+
+def test_images_without_a_spec(folder: Path) -> None:
+    """As runc and docker leave them. With the bundle's config.json beside it, the container runs again."""
+    dump = runc.checkpoint(folder, "bare")
+    (dump / "spec.dump").unlink()
+    (dump / "config.dump").unlink()
+    common = ("--rootfs", folder / "rootfs", "--cache-dir", folder / "cache")
+    push_to_layout(dump / "checkpoint", folder / "layout", "bare")
+    for command in ("check", "restore"):
+        done = ckptfs(command, f"oci:{folder}/layout:bare", *common)
+        assert done.code == 7 and "of a container, and has no spec.dump" in done.out + done.err
+    shutil.copy(folder / "config.json", dump / "spec.dump")
+    push_to_layout(dump, folder / "layout")
+    last = runc.ticks(folder / "rootfs")[-1].number
+    with restored(folder, f"oci:{folder}/layout:latest", "--rootfs", folder / "rootfs") as container:
+        container.assert_continues(last)
+
+
+def test_a_runtime_that_was_told_to_do_something_else(folder: Path) -> None:
+    push_to_layout(runc.checkpoint(folder, "other"), folder / "layout")
+    process = start(folder, f"oci:{folder}/layout:latest", "--rootfs", folder / "rootfs", extra=("--help",))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 8
+    assert err.endswith("ckptfs: runc ended well and restored nothing; what follows -- are options of its restore\n")
+    assert_nothing_left(folder)

@@ -72,9 +72,11 @@ def assert_delta(root: Path) -> None:
     assert not (root / "data/deleted-folder").exists()
 
 
-def start(folder: Path, *arguments: object, prefix: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
-    """`ckptfs restore ARGUMENTS --json` at work in folder/place, with a cache in folder/cache."""
-    words = ["restore", *arguments, "--json", "--dir", folder / "place", "--cache-dir", folder / "cache"]
+def start(
+    folder: Path, *arguments: object, extra: tuple[str, ...] = (), prefix: tuple[str, ...] = ()
+) -> "subprocess.Popen[str]":
+    """`ckptfs restore ARGUMENTS --json -- EXTRA` at work in folder/place, with a cache in folder/cache."""
+    words = ["restore", *arguments, "--json", "--dir", folder / "place", "--cache-dir", folder / "cache", "--", *extra]
     command = [*prefix, sys.executable, "-m", "ckptfs", *map(str, words)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
@@ -110,7 +112,7 @@ def assert_nothing_left(folder: Path) -> None:
     for name in ("image", "base"):
         files = MountFiles.of(str(place / name))
         assert [p for p in (files.socket, files.state, files.lock, files.log) if p.exists()] == []
-    assert list(Path("/sys/fs/cgroup").glob("*/ckptfs")) == []
+    assert list(Path("/sys/fs/cgroup").glob("*/ckptfs-*")) == []
     with contextlib.suppress(TimeoutError):
         wait_for("the end of all processes", lambda: not processes(folder), patience=30)
     left = processes(folder)

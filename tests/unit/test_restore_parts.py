@@ -21,7 +21,7 @@ from ckptfs.errors import FormatError, RestoreError, UsageError
 from ckptfs.restore import checking
 from ckptfs.restore.bundle import Bundle
 from ckptfs.restore.container import stop_signal
-from ckptfs.restore.runtimes import criu_complaint, write_criu_config
+from ckptfs.restore.runtimes import criu_complaint, way_out, write_criu_config
 from ckptfs.restore.supervise import Relay, Watch, become_subreaper
 from ckptfs.restore.workplace import Workplace, check_name
 from ckptfs.settings import Settings
@@ -68,7 +68,7 @@ def test_a_bundle_for_this_machine(place: Workplace, tmp_path: Path) -> None:
     assert spec["root"] == {"path": "/the/root", "readonly": True}
     assert "hooks" not in spec
     assert spec["annotations"] == {"kept": "yes"}
-    assert spec["linux"]["cgroupsPath"] == "/ckptfs/web"
+    assert spec["linux"]["cgroupsPath"] == "/ckptfs-web"
     assert spec["linux"]["namespaces"] == [
         {"type": "pid"},
         {"type": "ipc"},
@@ -77,6 +77,18 @@ def test_a_bundle_for_this_machine(place: Workplace, tmp_path: Path) -> None:
     sources = {mount["destination"]: mount["source"] for mount in spec["mounts"]}
     assert sources["/data"] == sources["/srv"] == str(tmp_path)
     assert Path(sources["/etc/hosts"]).read_text().startswith("127.0.0.1 localhost web-1\n")
+
+
+def test_a_namespace_named_by_a_process_is_of_the_other_machine(place: Workplace) -> None:
+    """Whoever has the number here, it is somebody else: the container would be in the network of the machine itself."""
+    require("unshare", "ip", root=True)
+    kinds = {"network": "net", "pid": "pid", "ipc": "ipc"}
+    joined = [{"type": kind, "path": f"/proc/{os.getpid()}/ns/{name}"} for kind, name in kinds.items()]
+    bundle = Bundle(place, place / "image", {"linux": {"namespaces": joined}}, {}, {}, "")
+    bundle.write(Path("/the/root"), "web")
+    netns = str(place / "bundle" / "netns")
+    assert joined == [{"type": "network", "path": netns}, {"type": "pid"}, {"type": "ipc"}]
+    assert os.stat(netns).st_ino != os.stat("/proc/self/ns/net").st_ino
 
 
 def test_a_volume_that_is_mounted_twice_is_one(place: Workplace) -> None:
@@ -272,6 +284,23 @@ def test_the_first_error_that_explains(tmp_path: Path) -> None:
     )
     assert criu_complaint(log) == "(criu/files-reg.c:2294): File . has bad mode 040755 (expect 040555)"
     assert criu_complaint(tmp_path / "none") == ""
+
+
+@pytest.mark.parametrize(
+    ("said", "option"),
+    [
+        ("(criu/sk-inet.c:903): inet: Connected TCP socket in image", "--tcp-established"),
+        ("(criu/sk-unix.c:1): unix: External socket found in image. Consider using", "--ext-unix-sk"),
+    ],
+)
+def test_an_option_that_the_restore_was_not_given_is_named(said: str, option: str, tmp_path: Path) -> None:
+    """In criu's words of 4.1.1, whose dumps of such sockets fail on Linux 6.18."""
+    hint = f"the checkpoint was made with {option}, and is restored with it: -- {option}"
+    assert way_out(said, tmp_path) == hint
+    assert (
+        way_out("(criu/cr-restore.c:2320): something else", tmp_path)
+        == f"the logs are in {tmp_path} (stay with --keep)"
+    )
 
 
 def test_criu_configuration(tmp_path: Path) -> None:
