@@ -112,7 +112,7 @@ def furnish(folder: Path) -> Path:
     return folder
 
 
-@each(COMMANDS)
+@each("name", COMMANDS)
 def test_words_that_it_does_not_take(name: str) -> None:
     done = ckptfs(*name.split(), "--no-such-option")
     assert_one_line(name, done, 2)
@@ -143,7 +143,7 @@ def reads_configuration(name: str) -> bool:
     return bool(options & {"--plain-http", "--cache-dir", "--config"})
 
 
-@each([name for name in COMMANDS if reads_configuration(name)])
+@each("name", [name for name in COMMANDS if reads_configuration(name)])
 def test_a_configuration_that_is_not_there(name: str, folder: Path) -> None:
     """Every command that has to do with a registry or the cache takes --config."""
     first, *others = words(name, "localhost:1/repo:1", folder)
@@ -154,24 +154,24 @@ def test_a_configuration_that_is_not_there(name: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("reference", ["nginx:1", "localhost:5000/UPPER:1", "oci:"])
-@each(OF_IMAGES)
+@each("name", OF_IMAGES)
 def test_references_that_do_not_parse(name: str, reference: str, folder: Path) -> None:
     assert_one_line(name, ckptfs(*words(name, reference, folder)), 2)
 
 
-@each(OF_IMAGES)
+@each("name", OF_IMAGES)
 def test_nothing_of_that_name(name: str, registry: FakeRegistry, folder: Path) -> None:
     done = ckptfs(*words(name, registry.reference("nowhere:1"), folder))
     assert_one_line(name, done, 3)
 
 
-@each(OF_IMAGES)
+@each("name", OF_IMAGES)
 def test_a_refused_login(name: str, folder: Path) -> None:
     with FakeRegistry(auth="basic", users={"somebody": "secret"}) as registry:
         assert_one_line(name, ckptfs(*words(name, registry.reference("repo:latest"), folder)), 4)
 
 
-@each(OF_IMAGES, at_once=len(OF_IMAGES))
+@each("name", OF_IMAGES, at_once=len(OF_IMAGES))
 def test_without_network(name: str, folder: Path) -> None:
     """Each waits 4 s and tries again."""
     done = ckptfs(*words(name, f"127.0.0.1:{free_port()}/repo:1", folder))
@@ -179,7 +179,7 @@ def test_without_network(name: str, folder: Path) -> None:
     assert "connection refused" in done.line
 
 
-@each(OF_IMAGES)
+@each("name", OF_IMAGES)
 def test_interrupted(name: str, folder: Path) -> None:
     """Ctrl-C: no traceback, no empty line, what a shell expects as exit code."""
     with FakeRegistry({(MANIFESTS, None): Silent()}) as registry:
@@ -197,7 +197,7 @@ def test_interrupted(name: str, folder: Path) -> None:
     assert (out, err) == ("", "ckptfs: interrupted\n"), name
 
 
-@each(COMMANDS)
+@each("name", COMMANDS)
 def test_as_somebody_else(name: str, registry: FakeRegistry, folder: Path) -> None:
     """A user who may write nowhere that the command names."""
     require("setpriv", "unshare", root=True)
@@ -207,7 +207,7 @@ def test_as_somebody_else(name: str, registry: FakeRegistry, folder: Path) -> No
         assert_one_line(name, Result(done.returncode, done.stdout, done.stderr), 8)
 
 
-@each(COMMANDS)
+@each("name", COMMANDS)
 def test_without_fuse(name: str, registry: FakeRegistry, folder: Path) -> None:
     """Only what mounts needs it; all else works as ever."""
     require("unshare", root=True)
@@ -228,7 +228,7 @@ def test_without_fuse(name: str, registry: FakeRegistry, folder: Path) -> None:
         assert done.code in (0, 3, 7, 8) and "/dev/fuse" not in done.err, (name, done)
 
 
-@each([name for name in OF_IMAGES if name not in ("mount", "profile record", "bench")])
+@each("name", [name for name in OF_IMAGES if name not in ("mount", "profile record", "bench")])
 def test_without_criu(name: str, registry: FakeRegistry, folder: Path) -> None:
     """Only what restores needs it. (mount, profile record and bench never start one, and would leave more to clean.)"""
     done = ckptfs(*words(name, registry.reference("repo:latest"), folder), env={"PATH": str(folder)})
@@ -297,7 +297,7 @@ def shell(redirected: str, *words: str) -> Result:
     return Result(done.returncode, done.stdout, done.stderr)
 
 
-@each(PRINTING)
+@each("name", PRINTING)
 def test_a_reader_that_has_had_enough(name: str, folder: Path) -> None:
     """`ckptfs ls | head`: no failure, nothing said."""
     reader, writer = os.pipe()
@@ -313,7 +313,7 @@ def test_a_reader_that_has_had_enough(name: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("redirected", "why"), [(">/dev/full", "No space left on device"), (">&-", "Bad file descriptor")]
 )
-@each(PRINTING)
+@each("name", PRINTING)
 def test_an_output_that_cannot_be_written(name: str, redirected: str, why: str, folder: Path) -> None:
     done = shell(redirected, *printing(name, folder))
     assert (done.code, done.line) == (8, f"ckptfs: cannot write the output: {why}")

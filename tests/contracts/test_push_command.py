@@ -17,6 +17,7 @@ import pytest
 from ckptfs.bench.link import ShapedLink
 from tests.support.command import ckptfs
 from tests.support.docker_registry import DockerRegistry
+from tests.support.each import each
 from tests.support.push import manifest_of, push_to_layout, tree_images, two_checkpoints
 from tests.support.tools import run, wait_for
 from tests.support.trees import layout_of
@@ -123,8 +124,8 @@ def test_the_root_file_system_as_well(registry: DockerRegistry, tmp_path: Path) 
     assert (seen.code, seen.out) == (0, ""), seen.err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "words"),
+@each(
+    "arguments, code, words",
     [
         (["nowhere", "{ref}"], 3, "there is no nowhere"),
         (["{tmp}/nowhere", "{ref}"], 3, "nowhere"),
@@ -151,21 +152,20 @@ def test_the_root_file_system_as_well(registry: DockerRegistry, tmp_path: Path) 
         (["{images}", "{ref}", "--work-dir", "{tmp}/nowhere"], 2, "--work-dir"),
         (["{images}"], 2, "REF"),
     ],
-    ids=lambda value: " ".join(map(str, value))[:40] if isinstance(value, list) else None,
 )
 def test_bad_input_gets_one_line_and_its_code(
-    arguments: list[str], code: int, words: str, images: Path, registry: DockerRegistry, tmp_path: Path
+    arguments: list[str], code: int, words: str, images: Path, registry: DockerRegistry, folder: Path
 ) -> None:
     for name in ("empty", "plain", "local/checkpoint"):
-        (tmp_path / name).mkdir(parents=True)
-    shutil.copy(images / "inventory.img", tmp_path / "local" / "checkpoint")
-    (tmp_path / "local" / "config.dump").write_text('{"name": "web", "rootfsImageName": "localhost/web:1"}')
-    (tmp_path / "plain" / "file").write_text("no checkpoint")
-    (tmp_path / "junk").write_text("no tar " * 1000)
-    os.mkfifo(tmp_path / "pipe")
-    push_to_layout(images, tmp_path / "layout", "1")
-    places = {"ref": registry.reference("command/bad:1"), "registry": registry.host, "images": images, "tmp": tmp_path}
-    filled = [argument.format(layout=tmp_path / "layout", **places) for argument in arguments]
+        (folder / name).mkdir(parents=True)
+    shutil.copy(images / "inventory.img", folder / "local" / "checkpoint")
+    (folder / "local" / "config.dump").write_text('{"name": "web", "rootfsImageName": "localhost/web:1"}')
+    (folder / "plain" / "file").write_text("no checkpoint")
+    (folder / "junk").write_text("no tar " * 1000)
+    os.mkfifo(folder / "pipe")
+    push_to_layout(images, folder / "layout", "1")
+    places = {"ref": registry.reference("command/bad:1"), "registry": registry.host, "images": images, "tmp": folder}
+    filled = [argument.format(layout=folder / "layout", **places) for argument in arguments]
     result = ckptfs("push", *filled)
     assert (result.code, words in result.line) == (code, True), result.err
     assert result.out == ""

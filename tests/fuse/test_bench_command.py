@@ -14,6 +14,7 @@ import pytest
 from ckptfs.bench.results import Sample, Series, Stamp, read_results
 from tests.support.command import ckptfs
 from tests.support.disks import disk_of
+from tests.support.each import each
 from tests.support.fake_registry import FakeRegistry
 from tests.support.tools import require, wait_for
 
@@ -53,8 +54,8 @@ def test_a_recorded_trace_is_replayed(tmp_path: Path) -> None:
     assert "ckptfs: until the process could run; 20 ms, no cap" in done.out
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "said"),
+@each(
+    "words, code, said",
     [
         (("oci:{tmp}/nowhere",), 3, "there is no directory"),
         (("archive:{tmp}/x.tar",), 2, "push it to a registry"),
@@ -69,15 +70,15 @@ def test_a_recorded_trace_is_replayed(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_measured_is_said_in_one_line(
-    words: tuple[str, ...], code: int, said: str, tmp_path: Path
+    words: tuple[str, ...], code: int, said: str, folder: Path
 ) -> None:
-    (tmp_path / "bytes").write_bytes(b"\xff\xfe\n")
-    (tmp_path / "empty").touch()
-    (tmp_path / "other").write_text(json.dumps({"path": "nowhere", "offset": 0, "length": 1}) + "\n")
-    done = ckptfs("bench", *(word.format(tmp=tmp_path) for word in words), "--out", tmp_path / "out")
+    (folder / "bytes").write_bytes(b"\xff\xfe\n")
+    (folder / "empty").touch()
+    (folder / "other").write_text(json.dumps({"path": "nowhere", "offset": 0, "length": 1}) + "\n")
+    done = ckptfs("bench", *(word.format(tmp=folder) for word in words), "--out", folder / "out")
     assert done.code == code
     assert said in done.line
-    assert list(tmp_path.glob("out/*")) == []
+    assert list(folder.glob("out/*")) == []
 
 
 def test_an_image_that_cannot_be_read_is_said_in_one_line(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""One test for many commands: each is a process, and a machine with several cores runs several of them at a time."""
+"""One test for many cases that wait, or are a process each: a machine with several cores does several at a time."""
 
 import inspect
 import os
@@ -8,41 +8,44 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-_OURS = ("name", "folder")
+FOLDER = "folder"
 
 
-def each(names: Iterable[str], at_once: int | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Call the test with every `name`, and a `folder` of its own that others can look into; tell all that fail.
+def each(names: str, cases: Iterable[Any], at_once: int | None = None) -> Callable[[Callable[..., None]], Any]:
+    """As pytest.mark.parametrize, but all cases are one test, of which all that fail are told.
 
-    Other parameters are fixtures, made once for all. `at_once`: so many, not one for each core.
+    Every case has a `folder` of its own that others can look into. Other parameters are fixtures, made once for all.
+    `at_once`: so many, not one for each core.
     """
-    wanted = list(names)
+    keys = [name.strip() for name in names.split(",")]
+    wanted = [dict(zip(keys, case if len(keys) > 1 else (case,), strict=True)) for case in cases]
 
     def decorate(check: Callable[..., None]) -> Callable[..., None]:
+        parameters = inspect.signature(check).parameters
+
+        def failure(case: dict[str, Any], folder: Path) -> Exception | None:
+            folder.mkdir(mode=0o755)
+            try:
+                check(**case, **({FOLDER: folder} if FOLDER in parameters else {}))
+            except Exception as error:
+                error.add_note(f"with {case}")
+                return error
+            return None
+
         def test(**fixtures: Any) -> None:
             with (
                 tempfile.TemporaryDirectory(dir="/var/tmp") as folder,
                 ThreadPoolExecutor(at_once or os.cpu_count()) as pool,
             ):
                 Path(folder).chmod(0o755)
-
-                def one(number: int, name: str) -> Exception | None:
-                    own = Path(folder) / str(number)
-                    own.mkdir(mode=0o755)
-                    found = {"name": name, "folder": own, **fixtures}
-                    try:
-                        check(**{key: found[key] for key in inspect.signature(check).parameters})
-                    except Exception as error:
-                        error.add_note(f"with {name!r}")
-                        return error
-                    return None
-
-                failed = [error for error in pool.map(one, range(len(wanted)), wanted) if error is not None]
+                folders = (Path(folder) / str(number) for number in range(len(wanted)))
+                failed = [
+                    error for error in pool.map(failure, ({**case, **fixtures} for case in wanted), folders) if error
+                ]
             if failed:
                 raise ExceptionGroup(f"{len(failed)} of {len(wanted)}", failed)
 
-        parameters = inspect.signature(check).parameters
-        fixtures = [parameter for name, parameter in parameters.items() if name not in _OURS]
+        fixtures = [one for one in parameters.values() if one.name not in (*keys, FOLDER)]
         test.__signature__ = inspect.Signature(fixtures)  # type: ignore[attr-defined]  # what pytest looks at
         test.__name__, test.__doc__, test.__module__ = check.__name__, check.__doc__, check.__module__
         return test
