@@ -58,16 +58,7 @@ async def _serve(
     files: MountFiles,
     announce: Announce,
 ) -> None:
-    options = ImageOptions(
-        view=request.view,
-        offline=request.offline,
-        strict=request.strict,
-        prefetch=request.prefetch,
-        background=request.background,
-        base=request.base,
-        settings=request.settings,
-    )
-    async with open_image(source, cache, options, counters, reach) as image:
+    async with open_image(source, cache, _image_options(request), counters, reach) as image:
         await image.ready()
         operations = Operations(image)
         session = MountSession(operations, mountpoint, request.settings)
@@ -108,6 +99,18 @@ async def _serve(
                 if request.stats is not None:
                     _write_stats(request.stats, status({"exact": True}))
                 nursery.cancel_scope.cancel()
+
+
+def _image_options(request: MountRequest) -> ImageOptions:
+    return ImageOptions(
+        view=request.view,
+        offline=request.offline,
+        strict=request.strict,
+        prefetch=request.prefetch,
+        background=request.background,
+        base=request.base,
+        settings=request.settings,
+    )
 
 
 def _write_stats(file: Path, status: dict[str, Any]) -> None:
