@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
     from ckptfs.engine.cache import ChunkCache
-    from ckptfs.sources import Source
+    from ckptfs.sources import OpenSource
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -226,7 +226,7 @@ class RegistryOptions(NamedTuple):
             cache.close()
             raise
 
-    def reach(self, counters: NetworkCounters) -> "Callable[[Reference], Source]":
+    def reach(self, counters: NetworkCounters) -> "OpenSource":
         """What opens the source of a reference; its requests are counted in `counters`."""
         from ckptfs.sources import open_source
 
