@@ -122,15 +122,15 @@ READERS += ["restore REF --dir TMP/place", "restore REF --dir TMP/place --eager"
 @pytest.mark.fuse
 @pytest.mark.row("M11")
 @each("words", READERS)
-def test_strict_is_heeded_by_all_that_hand_out_bytes(words: str, folder: Path) -> None:
+def test_strict_is_heeded_by_all_that_hand_out_bytes(words: str, tmp_path: Path) -> None:
     """As an option and as a setting; by a command that executes the memory most of all."""
     require("fusermount3", *["criu"] * words.startswith("restore"), root=True)
     with FakeRegistry() as registry:
         add(registry, "gzip")
-        command, _, rest = words.replace("TMP", str(folder)).partition("REF")
-        cache, reference = {"CKPTFS_CACHE_DIR": str(folder / "cache")}, registry.reference("repo:latest")
+        command, _, rest = words.replace("TMP", str(tmp_path)).partition("REF")
+        cache, reference = {"CKPTFS_CACHE_DIR": str(tmp_path / "cache")}, registry.reference("repo:latest")
         for options, setting in ((["--verify", "strict"], {}), ([], {"CKPTFS_VERIFY": "strict"})):
             line = [*command.split(), *options, reference, *rest.replace("REF", reference).split()]
             refused = ckptfs(*line, env=cache | setting)
             assert refused.code == 6 and "cannot be verified chunk by chunk" in refused.line, refused
-            assert {path.name for path in folder.iterdir()} <= {"cache", "criu"}
+            assert {path.name for path in tmp_path.iterdir()} <= {"cache", "criu"}

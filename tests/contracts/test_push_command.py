@@ -154,18 +154,18 @@ def test_the_root_file_system_as_well(registry: DockerRegistry, tmp_path: Path) 
     ],
 )
 def test_bad_input_gets_one_line_and_its_code(
-    arguments: list[str], code: int, words: str, images: Path, registry: DockerRegistry, folder: Path
+    arguments: list[str], code: int, words: str, images: Path, registry: DockerRegistry, tmp_path: Path
 ) -> None:
     for name in ("empty", "plain", "local/checkpoint"):
-        (folder / name).mkdir(parents=True)
-    shutil.copy(images / "inventory.img", folder / "local" / "checkpoint")
-    (folder / "local" / "config.dump").write_text('{"name": "web", "rootfsImageName": "localhost/web:1"}')
-    (folder / "plain" / "file").write_text("no checkpoint")
-    (folder / "junk").write_text("no tar " * 1000)
-    os.mkfifo(folder / "pipe")
-    push_to_layout(images, folder / "layout", "1")
-    places = {"ref": registry.reference("command/bad:1"), "registry": registry.host, "images": images, "tmp": folder}
-    filled = [argument.format(layout=folder / "layout", **places) for argument in arguments]
+        (tmp_path / name).mkdir(parents=True)
+    shutil.copy(images / "inventory.img", tmp_path / "local" / "checkpoint")
+    (tmp_path / "local" / "config.dump").write_text('{"name": "web", "rootfsImageName": "localhost/web:1"}')
+    (tmp_path / "plain" / "file").write_text("no checkpoint")
+    (tmp_path / "junk").write_text("no tar " * 1000)
+    os.mkfifo(tmp_path / "pipe")
+    push_to_layout(images, tmp_path / "layout", "1")
+    places = {"ref": registry.reference("command/bad:1"), "registry": registry.host, "images": images, "tmp": tmp_path}
+    filled = [argument.format(layout=tmp_path / "layout", **places) for argument in arguments]
     result = ckptfs("push", *filled)
     assert (result.code, words in result.line) == (code, True), result.err
     assert result.out == ""

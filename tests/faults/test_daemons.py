@@ -118,8 +118,8 @@ def test_a_stale_mount_is_mended_only_where_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.row("L6")
 @each("number", [signal.SIGCONT, signal.SIGKILL], at_once=2)
-def test_the_mount_of_a_stopped_daemon_is_unmounted(number: int, folder: Path) -> None:
-    with mounted(f"oci:{LAYOUT}", folder) as mount:
+def test_the_mount_of_a_stopped_daemon_is_unmounted(number: int, tmp_path: Path) -> None:
+    with mounted(f"oci:{LAYOUT}", tmp_path) as mount:
         files = MountFiles.of(str(mount.path))
         os.kill(mount.pid, signal.SIGSTOP)
         try:

@@ -70,15 +70,15 @@ def test_a_recorded_trace_is_replayed(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_measured_is_said_in_one_line(
-    words: tuple[str, ...], code: int, said: str, folder: Path
+    words: tuple[str, ...], code: int, said: str, tmp_path: Path
 ) -> None:
-    (folder / "bytes").write_bytes(b"\xff\xfe\n")
-    (folder / "empty").touch()
-    (folder / "other").write_text(json.dumps({"path": "nowhere", "offset": 0, "length": 1}) + "\n")
-    done = ckptfs("bench", *(word.format(tmp=folder) for word in words), "--out", folder / "out")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\n")
+    (tmp_path / "empty").touch()
+    (tmp_path / "other").write_text(json.dumps({"path": "nowhere", "offset": 0, "length": 1}) + "\n")
+    done = ckptfs("bench", *(word.format(tmp=tmp_path) for word in words), "--out", tmp_path / "out")
     assert done.code == code
     assert said in done.line
-    assert list(folder.glob("out/*")) == []
+    assert list(tmp_path.glob("out/*")) == []
 
 
 def test_an_image_that_cannot_be_read_is_said_in_one_line(tmp_path: Path) -> None:

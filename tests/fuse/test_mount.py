@@ -319,12 +319,12 @@ def test_unmounting_what_is_not_ours_is_refused(tmp_path: Path) -> None:
         (["nonsense"], 2, "nonsense"),
     ],
 )
-def test_bad_input_gets_one_line_and_its_code(arguments: list[str], code: int, words: str, folder: Path) -> None:
-    mnt = folder / "mnt"
+def test_bad_input_gets_one_line_and_its_code(arguments: list[str], code: int, words: str, tmp_path: Path) -> None:
+    mnt = tmp_path / "mnt"
     mnt.mkdir()
-    filled = [a.format(mnt=mnt, tmp=folder, layout=LAYOUT) for a in arguments]
+    filled = [a.format(mnt=mnt, tmp=tmp_path, layout=LAYOUT) for a in arguments]
     if filled[0] in ("mount", "cat", "ls"):
-        filled += ["--cache-dir", str(folder / "cache")]
+        filled += ["--cache-dir", str(tmp_path / "cache")]
     result = ckptfs(*filled)
     assert (result.code, words in result.line) == (code, True), result.err
     assert not os.path.ismount(mnt)

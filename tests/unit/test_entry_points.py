@@ -80,11 +80,11 @@ def test_man_pages(tmp_path: Path) -> None:
 
 
 @each("words", [["inspect"], ["show"], ["memparse"], ["ls"], ["cat"], ["diff", "again"]])
-def test_looking_into_images_needs_no_fuse(words: list[str], folder: Path) -> None:
+def test_looking_into_images_needs_no_fuse(words: list[str], tmp_path: Path) -> None:
     """Where libfuse is not installed pyfuse3 cannot be imported."""
     layout = f"oci:{CORPUS}/tree/k8s-zstdchunked.oci"
     arguments = [words[0], layout, *([layout] if words[1:] else []), *(["checkpoint/pstree.img"] * (words == ["cat"]))]
     program = "import sys; sys.modules['pyfuse3'] = None; from ckptfs.cli import run; sys.exit(run(sys.argv[1:]))"
-    command = [sys.executable, "-c", program, *arguments, "--cache-dir", folder / "cache"]
+    command = [sys.executable, "-c", program, *arguments, "--cache-dir", tmp_path / "cache"]
     done = subprocess.run(command, capture_output=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
