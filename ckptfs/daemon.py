@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,10 @@ from ckptfs.fuse.mount import MountSession, mount_options
 from ckptfs.fuse.operations import Operations
 from ckptfs.image import ImageOptions, OpenImage, open_image
 from ckptfs.image.residency import Residency, ResidencyMeter
-from ckptfs.model.oci import Reference
 from ckptfs.mounting import Announce, MountRequest
 from ckptfs.redaction import redact
 from ckptfs.resident import Resident, keep_house, run_with
-from ckptfs.sources import Source
+from ckptfs.sources import OpenSource, Source
 from ckptfs.telemetry import NetworkCounters
 
 log = logging.getLogger(__name__)
@@ -33,7 +31,7 @@ log = logging.getLogger(__name__)
 def run(
     request: MountRequest,
     source: Source,
-    reach: Callable[[Reference], Source],
+    reach: OpenSource,
     counters: NetworkCounters,
     mountpoint: str,
     files: MountFiles,
@@ -51,23 +49,14 @@ def run(
 async def _serve(
     request: MountRequest,
     source: Source,
-    reach: Callable[[Reference], Source],
+    reach: OpenSource,
     counters: NetworkCounters,
     cache: ChunkCache,
     mountpoint: str,
     files: MountFiles,
     announce: Announce,
 ) -> None:
-    options = ImageOptions(
-        view=request.view,
-        offline=request.offline,
-        strict=request.strict,
-        prefetch=request.prefetch,
-        background=request.background,
-        base=request.base,
-        settings=request.settings,
-    )
-    async with open_image(source, cache, options, counters, reach) as image:
+    async with open_image(source, cache, _image_options(request), counters, reach) as image:
         await image.ready()
         operations = Operations(image)
         session = MountSession(operations, mountpoint, request.settings)
@@ -108,6 +97,18 @@ async def _serve(
                 if request.stats is not None:
                     _write_stats(request.stats, status({"exact": True}))
                 nursery.cancel_scope.cancel()
+
+
+def _image_options(request: MountRequest) -> ImageOptions:
+    return ImageOptions(
+        view=request.view,
+        offline=request.offline,
+        strict=request.strict,
+        prefetch=request.prefetch,
+        background=request.background,
+        base=request.base,
+        settings=request.settings,
+    )
 
 
 def _write_stats(file: Path, status: dict[str, Any]) -> None:

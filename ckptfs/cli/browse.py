@@ -10,9 +10,10 @@ from typing import Any
 
 import click
 
-from ckptfs.cli.opening import Progress, image_options, with_image
+from ckptfs.cli.opening import image_options, with_image
 from ckptfs.cli.options import reference_argument, view_options
 from ckptfs.cli.output import tidy
+from ckptfs.cli.progress import Line
 from ckptfs.model.oci import Reference
 from ckptfs.model.times import as_datetime
 from ckptfs.terminal import printable
@@ -82,7 +83,7 @@ def cat(reference: Reference, paths: tuple[str, ...], **options: Any) -> None:
     ckptfs cat localhost:5000/counter:1 config.dump | jq .name
     """
 
-    progress = Progress()
+    progress = Line(quiet=options["quiet"])
 
     async def work(image: Any) -> None:
         for path in paths:

@@ -4,8 +4,6 @@ Only `warm` reads contents and needs the cache's key; the others keep house in a
 """
 
 import json
-import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +24,7 @@ from ckptfs.cli.options import (
     verify_option,
     view_options,
 )
+from ckptfs.cli.progress import Line
 from ckptfs.errors import CacheError, IntegrityError, NotFoundError
 from ckptfs.model.oci import Reference
 from ckptfs.settings import default_cache_dir
@@ -34,8 +33,6 @@ from ckptfs.terminal import size_text
 if TYPE_CHECKING:
     from ckptfs.engine.cache import ChunkCache
     from ckptfs.image import OpenImage
-
-_PATIENCE = 1.0  # seconds of silence before a sign of life
 
 
 @click.group()
@@ -88,7 +85,10 @@ def verify(as_json: bool, cache_dir: Path | None, verbose: int, quiet: bool) -> 
     ckptfs cache verify
     """
     # What is damaged is told once, at the end.
-    with _opened(cache_dir, verbose, quiet or not verbose) as found, _sign_of_life("reading the whole cache", quiet):
+    with (
+        _opened(cache_dir, verbose, quiet or not verbose) as found,
+        Line(lambda: "reading the whole cache", quiet=quiet),
+    ):
         checked, bad = found.verify()
     if as_json:
         click.echo(json.dumps({"checked": checked, "damaged": bad}))
@@ -115,7 +115,7 @@ def prune(target: int | None, as_json: bool, cache_dir: Path | None, verbose: in
     ckptfs cache prune --to 2G
     """
     target = current_configuration().values["cache_size"].value if target is None else target
-    with _opened(cache_dir, verbose, quiet) as found, _sign_of_life("evicting", quiet):
+    with _opened(cache_dir, verbose, quiet) as found, Line(lambda: "evicting", quiet=quiet):
         freed, left = _freed(found, lambda: found.prune(target))
     _tell_freed(freed, left, as_json, quiet, "; the rest is being written by mounts" if left > target else "")
 
@@ -130,7 +130,7 @@ def clear(force: bool, as_json: bool, cache_dir: Path | None, verbose: int, quie
     \b
     ckptfs cache clear
     """
-    with _opened(cache_dir, verbose, quiet) as found, _sign_of_life("removing", quiet):
+    with _opened(cache_dir, verbose, quiet) as found, Line(lambda: "removing", quiet=quiet):
         freed, left = _freed(found, lambda: found.clear(force=force))
     _tell_freed(freed, left, as_json, quiet)
 
@@ -203,23 +203,3 @@ def _tell_freed(freed: int, left: int, as_json: bool, quiet: bool, why: str = ""
         click.echo(json.dumps({"freed_bytes": freed, "bytes": left}))
     elif not quiet:
         click.echo(f"freed {size_text(freed)}, {size_text(left)} left{why}")
-
-
-@contextmanager
-def _sign_of_life(what: str, quiet: bool) -> Iterator[None]:
-    """A line that moves on a terminal's stderr once a call has taken a second; gone when it returns."""
-    if quiet or not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-
-    status = Console(stderr=True).status(what)
-    timer = threading.Timer(_PATIENCE, status.start)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        timer.join()
-        status.stop()

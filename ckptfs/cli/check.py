@@ -117,8 +117,8 @@ def _base(
 
         return await in_thread(image, lambda files: document(files, "config.dump", settings.limits)) or {}
 
-    async def nothing(image: "OpenImage") -> str:
-        return os.fsdecode(b"".join(node.name + b" " for node in list(image.tree.root.visible_children())[:4]))
+    async def nothing(image: "OpenImage") -> None:
+        """It could be opened."""
 
     if base is None and (stored := local_image(with_image(reference, config, **options))):
         return Finding("base image", True, f"{stored[:12]} in podman's storage")

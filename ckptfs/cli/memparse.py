@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptfs.cli.opening import Progress, console, image_options, say_traffic, with_images
+from ckptfs.cli.opening import console, image_options, say_traffic, with_images
 from ckptfs.cli.options import reference_argument
 from ckptfs.cli.output import appearing, create, tidy
+from ckptfs.cli.progress import Line
 from ckptfs.errors import UsageError
 from ckptfs.model.oci import Reference
 from ckptfs.terminal import size_text
@@ -86,7 +87,7 @@ def memparse(
         )
     from ckptfs.inspection.memory import hex_pattern, regex_pattern, text_pattern
 
-    progress = Progress()  # matches and dumps are printed while they are found
+    progress = Line(quiet=options["quiet"])  # matches and dumps are printed while they are found
     work: Callable[[ImageFiles], dict[str, Any]]
     if any(given):
         if search is not None:
@@ -132,7 +133,7 @@ def _processes(files: "ImageFiles", pid: int | None) -> "Iterator[tuple[str, Ima
         raise NotFoundError(f"the checkpoint has no {who}", hint="`ckptfs inspect REF --ps-tree` lists them")
 
 
-def _table(files: "ImageFiles", pid: int | None, as_json: bool, progress: Progress) -> dict[str, Any]:
+def _table(files: "ImageFiles", pid: int | None, as_json: bool, progress: Line) -> dict[str, Any]:
     from ckptfs.inspection.render import print_memory_sizes
 
     found = list(_processes(files, pid))
@@ -161,7 +162,7 @@ def _search(
     context: int,
     limit: int,
     as_json: bool,
-    progress: Progress,
+    progress: Line,
 ) -> dict[str, Any]:
     from ckptfs.inspection.memory import ProcessMemory, search
     from ckptfs.inspection.render import print_matches
@@ -183,7 +184,7 @@ def _search(
     return {"matches": found, "complete": count < limit}
 
 
-def _dump(files: "ImageFiles", pid: int, progress: Progress) -> dict[str, Any]:
+def _dump(files: "ImageFiles", pid: int, progress: Line) -> dict[str, Any]:
     from ckptfs.inspection.memory import ProcessMemory
     from ckptfs.inspection.render import hex_lines
 

@@ -10,8 +10,8 @@ import click
 from ckptfs.cli.options import (
     RegistryOptions,
     configure_logging,
-    deadline,
     metrics_option,
+    read_deadline_option,
     reference_argument,
     registry_options,
     verify_option,
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 )
 @metrics_option
 @click.option("--ready-fd", type=click.IntRange(0), help="Write a line to this descriptor once a read works.")
-@click.option("--read-deadline", default="60", show_default=True, help="Seconds until a read gets EIO, or `hard`.")
+@read_deadline_option
 @click.option("--allow-other", is_flag=True, help="Let other users in; modes and owners are those of the image.")
 @click.option("--json", "as_json", is_flag=True, help="Print the mount's status as JSON.")
 @registry_options
@@ -69,7 +69,7 @@ def mount(
     stats: Path | None,
     metrics: tuple[str, int] | None,
     ready_fd: int | None,
-    read_deadline: str,
+    read_deadline: float,
     allow_other: bool,
     as_json: bool,
     registry: RegistryOptions,
@@ -115,7 +115,7 @@ def mount(
         metrics=metrics,
         ready_fd=ready_fd,
         figures=as_json,
-        settings=registry.settings(deadline(read_deadline)),
+        settings=registry.settings(read_deadline),
     )
     start(request, f"{reference} is mounted on", foreground=foreground, as_json=as_json, quiet=quiet)
 

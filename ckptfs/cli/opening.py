@@ -6,7 +6,6 @@ runs.
 
 import math
 import sys
-import threading
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ckptfs.cli.options import F, RegistryOptions, configure_logging, registry_options, verify_option
+from ckptfs.cli.progress import Line
 from ckptfs.errors import only_error
 from ckptfs.model.oci import Reference
 from ckptfs.telemetry import NetworkCounters
@@ -22,14 +22,12 @@ from ckptfs.terminal import size_text
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.status import Status
 
     from ckptfs.image import OpenImage
 
 T = TypeVar("T")
 
 _PIPE_WIDTH = 10_000
-_PATIENCE = 1.0  # seconds of silence before progress is shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,48 +51,6 @@ class Traffic:
         return f"fetched {of} in {self.requests} request{'' if self.requests == 1 else 's'}"
 
 
-class Progress:
-    """One line on stderr that changes and goes away, once a command has taken a second."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._status: Status | None = None
-        self._over = False
-
-    async def show(self, counters: NetworkCounters, images: "Sequence[OpenImage]") -> None:
-        """Until cancelled."""
-        import trio
-        from rich.console import Console
-
-        await trio.sleep(_PATIENCE)
-        try:
-            with self._lock:
-                if not self._over:
-                    self._status = Console(stderr=True).status("")
-                    self._status.start()
-            while not self._over:
-                total = sum(image.image_bytes for image in images)
-                of = size_text(total) if total else "the image"
-                with self._lock:
-                    if self._status is not None:
-                        self._status.update(f"fetched {size_text(counters.bytes)} of {of}")
-                await trio.sleep(0.2)
-        finally:
-            self._end()
-
-    def printing(self) -> None:
-        """Something is about to be printed; on the same terminal it would get into the line. From any thread."""
-        if not self._over and sys.stdout.isatty():
-            self._end()
-
-    def _end(self) -> None:
-        with self._lock:
-            self._over = True
-            if self._status is not None:
-                self._status.stop()
-                self._status = None
-
-
 def image_options(function: F) -> F:
     """What commands that open an image take."""
     offline = click.option("--offline", is_flag=True, help="Send nothing; use only what the node's cache has.")
@@ -115,7 +71,7 @@ def with_images(
     work: "Callable[[Sequence[OpenImage]], Awaitable[T]]",
     *,
     registry: RegistryOptions,
-    progress: Progress | None = None,
+    progress: Line | None = None,
     increments: bool = False,
     only_checkpoints: bool = False,
     **options: Any,
@@ -135,7 +91,8 @@ def with_images(
     from ckptfs.sources.early import EarlySource
 
     keep_memory_private()
-    counters, shown = NetworkCounters(), progress or Progress()
+    counters, shown = NetworkCounters(), progress or Line(quiet=options["quiet"])
+    images: list[OpenImage] = []
     reach = registry.reach(counters)
 
     def sources() -> list[Source]:
@@ -156,23 +113,22 @@ def with_images(
     )
     cache = registry.open_cache()
 
-    async def run() -> tuple[T, Traffic]:
-        images: list[OpenImage] = []
-        async with trio.open_nursery() as nursery:
-            if not options["quiet"] and sys.stderr.isatty():
-                nursery.start_soon(shown.show, counters, images)
-            async with AsyncExitStack() as stack:
-                for source in sources():
-                    image = await stack.enter_async_context(open_image(source, cache, wanted, counters, reach))
-                    images.append(image)
-                    await image.ready()
-                result = await work(images)
-                traffic = _traffic(images, counters)
-            nursery.cancel_scope.cancel()
-        return result, traffic
+    def fetched() -> str:
+        total = sum(image.image_bytes for image in images)
+        return f"fetched {size_text(counters.bytes)} of {size_text(total) if total else 'the image'}"
 
+    async def run() -> tuple[T, Traffic]:
+        async with AsyncExitStack() as stack:
+            for source in sources():
+                image = await stack.enter_async_context(open_image(source, cache, wanted, counters, reach))
+                images.append(image)
+                await image.ready()
+            return await work(images), _traffic(images, counters)
+
+    shown.text = fetched
     try:
-        return trio.run(run)
+        with shown:
+            return trio.run(run)
     except BaseExceptionGroup as group:
         raise only_error(group) from None
     finally:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
     from ckptfs.engine.cache import ChunkCache
-    from ckptfs.sources import Source
+    from ckptfs.sources import OpenSource
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -176,6 +176,24 @@ def metrics_option(function: F) -> F:
     )(function)
 
 
+def read_deadline_option(function: F) -> F:
+    """--read-deadline: the command gets seconds, infinity for `hard`."""
+
+    def parsed(_: click.Context, __: click.Parameter, text: str) -> float:
+        try:
+            return parse_deadline(text)
+        except ValueError as error:
+            raise UsageError(f"--read-deadline: {error}") from None
+
+    return click.option(
+        "--read-deadline",
+        default="60",
+        show_default=True,
+        callback=parsed,
+        help="Seconds until a read gets EIO, or `hard`.",
+    )(function)
+
+
 class RegistryOptions(NamedTuple):
     """How a command reaches registries and the node's cache: the values of `registry_options`, as they were typed.
 
@@ -212,7 +230,7 @@ class RegistryOptions(NamedTuple):
             cache.close()
             raise
 
-    def reach(self, counters: NetworkCounters) -> "Callable[[Reference], Source]":
+    def reach(self, counters: NetworkCounters) -> "OpenSource":
         """What opens the source of a reference; its requests are counted in `counters`."""
         from ckptfs.sources import open_source
 
@@ -292,11 +310,3 @@ def configure_logging(verbose: int, quiet: bool) -> None:
     """Log lines to stderr: warnings, with -v what happens, with -vv every request."""
     level = logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     log_to_stderr(level)
-
-
-def deadline(text: str) -> float:
-    """Seconds, or `hard`. UsageError."""
-    try:
-        return parse_deadline(text)
-    except ValueError as error:
-        raise UsageError(f"--read-deadline: {error}") from None

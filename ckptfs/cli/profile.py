@@ -87,15 +87,13 @@ def record(
     ckptfs profile record --from reads.jsonl localhost:5000/counter:1 --out counter.json
     """
     configure_logging(verbose, quiet)
-    settings = registry.settings()
-    limits = settings.limits
+    limits = registry.settings().limits
     if recordings and command:
         raise UsageError("both --from and a COMMAND", hint="give one of them")
     if not recordings and not (reference and command):
         raise UsageError("nothing to record", hint="give REF -- COMMAND..., or --from FILE")
     from ckptfs.cli.output import require_writable, write
     from ckptfs.model.profile import encode_profile, merged
-    from ckptfs.mounting import MountRequest, command_start
 
     path = out or Path(_default_name(reference))
     require_writable(path)  # before a restore that may take minutes
@@ -103,24 +101,7 @@ def record(
         found = [_read_recording(file, limits) for file in recordings]
     else:
         assert reference is not None
-        # What ends this command must end the mount as well.
-        ended = interruptible(signal.SIGTERM, signal.SIGHUP)
-        with ended, tempfile.TemporaryDirectory(prefix="ckptfs-profile-") as folder:
-            request = MountRequest(
-                reference,
-                f"{folder}/mount",
-                command_start(),
-                cache_dir=registry.cache_path(),
-                cache_key=registry.cache_key(),
-                strict=verify == "strict",
-                plain_http=registry.plain_http,
-                record=(reads := Path(folder) / "reads.jsonl"),
-                transfer_rate=_TRANSFER_RATE,
-                settings=settings,
-            )
-            with _mounted(request) as mount:
-                _run(command, mount)
-            found = [_read_recording(reads, limits)]
+        found = [_recorded(reference, command, registry, strict=verify == "strict")]
     result = merged(found, limits)
     if not result.runs:
         raise NotFoundError(
@@ -239,6 +220,32 @@ def plot(reads: Path, out: Path, verbose: int, quiet: bool) -> None:
     title = f"Reads of {printable(reads.name)}"
     write(out, (trace_page(trace, title) if out.suffix == ".html" else trace_svg(trace)).encode())
     click.echo(out)
+
+
+def _recorded(reference: Reference, command: tuple[str, ...], registry: RegistryOptions, *, strict: bool) -> "Profile":
+    """What `command` reads of a mount of the image."""
+    from ckptfs.mounting import MountRequest, command_start
+
+    settings = registry.settings()
+    # What ends this command must end the mount as well.
+    ended = interruptible(signal.SIGTERM, signal.SIGHUP)
+    with ended, tempfile.TemporaryDirectory(prefix="ckptfs-profile-") as folder:
+        reads = Path(folder) / "reads.jsonl"
+        request = MountRequest(
+            reference,
+            f"{folder}/mount",
+            command_start(),
+            cache_dir=registry.cache_path(),
+            cache_key=registry.cache_key(),
+            strict=strict,
+            plain_http=registry.plain_http,
+            record=reads,
+            transfer_rate=_TRANSFER_RATE,
+            settings=settings,
+        )
+        with _mounted(request) as mount:
+            _run(command, mount)
+        return _read_recording(reads, settings.limits)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
-"""Bars on a terminal for commands that take their time; nothing at all in a pipe.
+"""What a command that takes its time shows on a terminal: bars, or a line that changes. Nothing at all in a pipe.
 
-They appear on stderr once the command has taken a second and go away at its end. A thread of their own draws them, so
-that a command which waits is seen to wait. Called by push, pull and index.
+It appears on stderr once the command has taken a second and goes away at its end. A thread of its own draws it, so
+that a command which waits is seen to wait.
 """
 
 import sys
@@ -14,14 +14,13 @@ _PATIENCE = 1.0  # seconds of silence before anything is shown
 _STEP = 0.1  # seconds between two looks at the amounts
 
 
-class Bars:
-    """A context manager. `amounts` is asked, from another thread: {"sent": (3, 10)} is a bar, 3 of 10 bytes."""
+class _Shown:
+    """A context manager that draws meanwhile."""
 
-    def __init__(self, amounts: Callable[[], Mapping[str, tuple[int, int]]], *, quiet: bool) -> None:
+    def __init__(self, *, quiet: bool) -> None:
         self._wanted = not quiet and sys.stderr.isatty()
-        self._amounts = amounts
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._draw, name="progress", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
 
     def __enter__(self) -> Self:
         if self._wanted:
@@ -31,13 +30,30 @@ class Bars:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._end()
+
+    def _end(self) -> None:
         self._over.set()
-        if self._wanted:
+        if self._thread.is_alive():
             self._thread.join()
 
+    def _run(self) -> None:
+        if not self._over.wait(_PATIENCE):
+            self._draw()
+
     def _draw(self) -> None:
-        if self._over.wait(_PATIENCE):
-            return
+        """Until it is over."""
+        raise NotImplementedError
+
+
+class Bars(_Shown):
+    """`amounts` is asked, from another thread: {"sent": (3, 10)} is a bar, 3 of 10 bytes."""
+
+    def __init__(self, amounts: Callable[[], Mapping[str, tuple[int, int]]], *, quiet: bool) -> None:
+        super().__init__(quiet=quiet)
+        self._amounts = amounts
+
+    def _draw(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -50,3 +66,23 @@ class Bars:
                     if name not in bars:
                         bars[name] = progress.add_task(name, total=total)
                     progress.update(bars[name], completed=done, total=total)
+
+
+class Line(_Shown):
+    """`text` is asked, from another thread; it can be set until the block begins."""
+
+    def __init__(self, text: Callable[[], str] = str, *, quiet: bool = False) -> None:
+        super().__init__(quiet=quiet)
+        self.text = text
+
+    def printing(self) -> None:
+        """Something is about to be printed; on the same terminal it would get into the line. From any thread."""
+        if sys.stdout.isatty():
+            self._end()
+
+    def _draw(self) -> None:
+        from rich.console import Console
+
+        with Console(stderr=True).status(self.text()) as status:
+            while not self._over.wait(_STEP):
+                status.update(self.text())

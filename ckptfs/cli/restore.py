@@ -14,7 +14,7 @@ from ckptfs.cli.options import (
     RegistryOptions,
     RegistryReference,
     configure_logging,
-    deadline,
+    read_deadline_option,
     reference_argument,
     registry_options,
     verify_option,
@@ -76,7 +76,7 @@ def require_one_base(base: Reference | str | None, rootfs: Path | None) -> None:
 )
 @click.option("--keep", is_flag=True, help="Leave mounts, bundle and logs when it has ended.")
 @click.option("--offline", is_flag=True, help="Send nothing; use only what the node's cache has.")
-@click.option("--read-deadline", default="60", show_default=True, help="Seconds until a read gets EIO, or `hard`.")
+@read_deadline_option
 @verify_option
 @click.option("--json", "as_json", is_flag=True, help="One object per event: running, resident, ended.")
 @registry_options
@@ -96,7 +96,7 @@ def restore(
     directory: Path | None,
     keep: bool,
     offline: bool,
-    read_deadline: str,
+    read_deadline: float,
     verify: str,
     as_json: bool,
     registry: RegistryOptions,
@@ -132,7 +132,7 @@ def restore(
             strict=verify == "strict",
             background=not offline,
             plain_http=registry.plain_http,
-            settings=registry.settings(deadline(read_deadline)),
+            settings=registry.settings(read_deadline),
         ),
         name=name,
         runtime=runtime,

@@ -6,8 +6,8 @@ from ckptfs.cli.mount import start
 from ckptfs.cli.options import (
     RegistryOptions,
     configure_logging,
-    deadline,
     metrics_option,
+    read_deadline_option,
     registry_options,
 )
 
@@ -30,7 +30,7 @@ from ckptfs.cli.options import (
 )
 @metrics_option
 @click.option("--ready-fd", type=click.IntRange(0), help="Write a line to this descriptor once the store works.")
-@click.option("--read-deadline", default="60", show_default=True, help="Seconds until a read gets EIO, or `hard`.")
+@read_deadline_option
 @click.option(
     "--allow-other",
     is_flag=True,
@@ -46,7 +46,7 @@ def store(
     background_fetch: bool,
     metrics: tuple[str, int] | None,
     ready_fd: int | None,
-    read_deadline: str,
+    read_deadline: float,
     allow_other: bool,
     as_json: bool,
     registry: RegistryOptions,
@@ -79,6 +79,6 @@ def store(
         metrics=metrics,
         ready_fd=ready_fd,
         figures=as_json,
-        settings=registry.settings(deadline(read_deadline)),
+        settings=registry.settings(read_deadline),
     )
     start(request, "layers are served on", foreground=foreground, as_json=as_json, quiet=quiet)

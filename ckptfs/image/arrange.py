@@ -16,7 +16,7 @@ from ckptfs.image.delta import DerivedTars, Unpacked
 from ckptfs.image.earlier import EarlierImages
 from ckptfs.image.indexed import inline_index
 from ckptfs.image.opened import OpenImage
-from ckptfs.image.rootfs import OpenSource, base_directories, show_rootfs
+from ckptfs.image.rootfs import base_directories, show_rootfs
 from ckptfs.image.views import (
     CONTAINERD_CONFIG,
     CRIU_TAR,
@@ -37,6 +37,7 @@ from ckptfs.model.oci import INDEX_TYPES, Descriptor, Manifest, Reference
 from ckptfs.model.parents import parent_link
 from ckptfs.model.toc import Entry, Inode
 from ckptfs.model.tree import Tree
+from ckptfs.sources import OpenSource
 
 log = logging.getLogger(__name__)
 

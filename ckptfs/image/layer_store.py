@@ -25,7 +25,7 @@ from ckptfs.image.layer_directories import LayerDirectories, toc_digest
 from ckptfs.image.opened import ImageOptions, OpenImage, open_image
 from ckptfs.image.resolve import resolve_in_thread
 from ckptfs.model.oci import Digest, Reference
-from ckptfs.sources import Source
+from ckptfs.sources import OpenSource
 from ckptfs.telemetry import NetworkCounters
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class LayerStore:
     def __init__(
         self,
         name: str,
-        reach: Callable[[Reference], Source],
+        reach: OpenSource,
         cache: ChunkCache,
         options: ImageOptions,
         counters: NetworkCounters,

@@ -37,7 +37,7 @@ from ckptfs.model.profile import Profile
 from ckptfs.model.toc import Chunk, Entry, Inode, prefixed
 from ckptfs.model.tree import Tree, Whiteouts
 from ckptfs.settings import Settings
-from ckptfs.sources import Source
+from ckptfs.sources import OpenSource, Source
 from ckptfs.telemetry import NetworkCounters
 
 if TYPE_CHECKING:
@@ -423,7 +423,7 @@ async def open_image(
     cache: ChunkCache,
     options: ImageOptions,
     counters: NetworkCounters,
-    open_source: Callable[[Reference], Source] | None = None,
+    open_source: OpenSource | None = None,
 ) -> AsyncIterator[OpenImage]:
     """Resolve, open, arrange the view; inside the block names and bytes can be asked for.
 

@@ -6,7 +6,7 @@ name, in whatever registry that is.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import trio
 
@@ -21,11 +21,10 @@ from ckptfs.model.oci import Descriptor, Digest, Reference, parse_json
 from ckptfs.model.toc import Chunk
 from ckptfs.model.tree import Tree
 from ckptfs.settings import Settings
-from ckptfs.sources import Source
+from ckptfs.sources import OpenSource, Source
 
 log = logging.getLogger(__name__)
 
-OpenSource = Callable[[Reference], Source]
 
 _NAMES = ("rootfsImageName", "rootfsImage", "RawImageName", "rawImageName", "rootfsImageRef")
 

@@ -5,7 +5,6 @@ neither fills nor uses: it is what lazy is measured against. Blocks; called by t
 """
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from ckptfs.model.toc import Chunk, Inode
 from ckptfs.pull.contents import Contents
 from ckptfs.pull.destination import Destination, Directories, translated
 from ckptfs.settings import Settings
-from ckptfs.sources import Source
+from ckptfs.sources import OpenSource, Source
 from ckptfs.telemetry import NetworkCounters
 
 __all__ = ["PullProgress", "PullResult", "pull"]
@@ -58,7 +57,7 @@ class PullResult:
 def pull(
     source: Source,
     directory: Path,
-    open_source: Callable[[Reference], Source],
+    open_source: OpenSource,
     counters: NetworkCounters,
     *,
     view: View = "checkpoint",
@@ -89,7 +88,7 @@ def pull(
 async def _pull(
     source: Source,
     destination: Destination,
-    open_source: Callable[[Reference], Source],
+    open_source: OpenSource,
     counters: NetworkCounters,
     options: ImageOptions,
     cache: ChunkCache,

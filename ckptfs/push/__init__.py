@@ -35,7 +35,7 @@ from ckptfs.push.rootfs import BaseImage, RootfsImage
 from ckptfs.push.spool import Spool, Work
 from ckptfs.push.target import Target, open_target
 from ckptfs.settings import Limits, Settings
-from ckptfs.sources import Source
+from ckptfs.sources import OpenSource, Source
 from ckptfs.sources.archive import ArchiveSource
 from ckptfs.sources.files import translated
 
@@ -53,8 +53,6 @@ __all__ = [
     "open_target",
     "push",
 ]
-
-OpenSource = Callable[[Reference], Source]
 
 
 @dataclass(frozen=True, slots=True)

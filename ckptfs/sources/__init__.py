@@ -3,6 +3,7 @@
 A new source is one module and one branch in `open_source`. Calls block and are made from worker threads.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from ckptfs.model.blob import Blob
@@ -28,6 +29,9 @@ class Source(Protocol):
 
     def blob(self, descriptor: Descriptor) -> Blob:
         """A layer to be read in ranges. No I/O until it is read."""
+
+
+OpenSource = Callable[[Reference], Source]  # how another image is reached: `open_source` with all else given
 
 
 @runtime_checkable

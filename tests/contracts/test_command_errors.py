@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import click
@@ -20,6 +19,7 @@ import pytest
 
 from ckptfs.cli import main
 from tests.support.command import Result, ckptfs
+from tests.support.each import each
 from tests.support.fake_registry import FakeRegistry, Silent
 from tests.support.other_user import as_nobody
 from tests.support.tools import ROOT, free_port, require, wait_for
@@ -58,6 +58,7 @@ TELLS_ALL = {"check"}  # it says what it has found on standard output
 
 def words(name: str, reference: str, folder: Path) -> list[str]:
     """A command line that the command takes."""
+    furnish(folder)
     made, options = [], []
     for parameter in COMMANDS[name].params:
         if isinstance(parameter, click.Option):
@@ -106,12 +107,12 @@ def folder() -> Iterator[Path]:
 def furnish(folder: Path) -> Path:
     folder.chmod(0o755)
     for name in ("mount", "umount", "status"):
-        (folder / name).mkdir()
+        (folder / name).mkdir(exist_ok=True)
     (folder / "profile").write_text('{"version": 1, "files": [], "runs": [], "recordings": 1}')
     return folder
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@each("name", COMMANDS)
 def test_words_that_it_does_not_take(name: str) -> None:
     done = ckptfs(*name.split(), "--no-such-option")
     assert_one_line(name, done, 2)
@@ -142,7 +143,7 @@ def reads_configuration(name: str) -> bool:
     return bool(options & {"--plain-http", "--cache-dir", "--config"})
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if reads_configuration(name)])
+@each("name", [name for name in COMMANDS if reads_configuration(name)])
 def test_a_configuration_that_is_not_there(name: str, folder: Path) -> None:
     """Every command that has to do with a registry or the cache takes --config."""
     first, *others = words(name, "localhost:1/repo:1", folder)
@@ -152,46 +153,33 @@ def test_a_configuration_that_is_not_there(name: str, folder: Path) -> None:
     assert "none.toml" in done.line
 
 
-@pytest.mark.parametrize("name", OF_IMAGES)
 @pytest.mark.parametrize("reference", ["nginx:1", "localhost:5000/UPPER:1", "oci:"])
+@each("name", OF_IMAGES)
 def test_references_that_do_not_parse(name: str, reference: str, folder: Path) -> None:
     assert_one_line(name, ckptfs(*words(name, reference, folder)), 2)
 
 
-@pytest.mark.parametrize("name", OF_IMAGES)
+@each("name", OF_IMAGES)
 def test_nothing_of_that_name(name: str, registry: FakeRegistry, folder: Path) -> None:
     done = ckptfs(*words(name, registry.reference("nowhere:1"), folder))
     assert_one_line(name, done, 3)
 
 
-@pytest.mark.parametrize("name", OF_IMAGES)
+@each("name", OF_IMAGES)
 def test_a_refused_login(name: str, folder: Path) -> None:
     with FakeRegistry(auth="basic", users={"somebody": "secret"}) as registry:
         assert_one_line(name, ckptfs(*words(name, registry.reference("repo:latest"), folder)), 4)
 
 
-@pytest.fixture(scope="module")
-def unconnected() -> Iterator[dict[str, "Future[Result]"]]:
-    """Every command with a registry that is not there, all at the same time: each waits 4 s and tries again."""
-    reference = f"127.0.0.1:{free_port()}/repo:1"
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(OF_IMAGES)) as pool:
-
-        def result(name: str) -> Result:
-            place = Path(folder) / name
-            place.mkdir()
-            return ckptfs(*words(name, reference, furnish(place)))
-
-        yield {name: pool.submit(result, name) for name in OF_IMAGES}
-
-
-@pytest.mark.parametrize("name", OF_IMAGES)
-def test_without_network(name: str, unconnected: dict[str, "Future[Result]"]) -> None:
-    done = unconnected[name].result()
+@each("name", OF_IMAGES, at_once=len(OF_IMAGES))
+def test_without_network(name: str, folder: Path) -> None:
+    """Each waits 4 s and tries again."""
+    done = ckptfs(*words(name, f"127.0.0.1:{free_port()}/repo:1", folder))
     assert_one_line(name, done, 5)
     assert "connection refused" in done.line
 
 
-@pytest.mark.parametrize("name", OF_IMAGES)
+@each("name", OF_IMAGES)
 def test_interrupted(name: str, folder: Path) -> None:
     """Ctrl-C: no traceback, no empty line, what a shell expects as exit code."""
     with FakeRegistry({(MANIFESTS, None): Silent()}) as registry:
@@ -209,7 +197,7 @@ def test_interrupted(name: str, folder: Path) -> None:
     assert (out, err) == ("", "ckptfs: interrupted\n"), name
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@each("name", COMMANDS)
 def test_as_somebody_else(name: str, registry: FakeRegistry, folder: Path) -> None:
     """A user who may write nowhere that the command names."""
     require("setpriv", "unshare", root=True)
@@ -219,7 +207,7 @@ def test_as_somebody_else(name: str, registry: FakeRegistry, folder: Path) -> No
         assert_one_line(name, Result(done.returncode, done.stdout, done.stderr), 8)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@each("name", COMMANDS)
 def test_without_fuse(name: str, registry: FakeRegistry, folder: Path) -> None:
     """Only what mounts needs it; all else works as ever."""
     require("unshare", root=True)
@@ -240,7 +228,7 @@ def test_without_fuse(name: str, registry: FakeRegistry, folder: Path) -> None:
         assert done.code in (0, 3, 7, 8) and "/dev/fuse" not in done.err, (name, done)
 
 
-@pytest.mark.parametrize("name", [name for name in OF_IMAGES if name not in ("mount", "profile record", "bench")])
+@each("name", [name for name in OF_IMAGES if name not in ("mount", "profile record", "bench")])
 def test_without_criu(name: str, registry: FakeRegistry, folder: Path) -> None:
     """Only what restores needs it. (mount, profile record and bench never start one, and would leave more to clean.)"""
     done = ckptfs(*words(name, registry.reference("repo:latest"), folder), env={"PATH": str(folder)})
@@ -293,6 +281,7 @@ PRINTING = ("ls -R", "ls --json", "cat", "show", "diff", "inspect", "memparse -s
 
 
 def printing(words: str, folder: Path) -> list[str]:
+    furnish(folder)
     image, cache = f"oci:{CORPUS}", ["--cache-dir", str(folder / "cache")]
     name, *options = words.split() or [""]
     arguments = {"cat": [image, "checkpoint/pages-1.img"], "diff": [image, image], "profile": [str(folder / "profile")]}
@@ -309,25 +298,25 @@ def shell(redirected: str, *words: str) -> Result:
     return Result(done.returncode, done.stdout, done.stderr)
 
 
-@pytest.mark.parametrize("words", PRINTING)
-def test_a_reader_that_has_had_enough(words: str, folder: Path) -> None:
+@each("name", PRINTING)
+def test_a_reader_that_has_had_enough(name: str, folder: Path) -> None:
     """`ckptfs ls | head`: no failure, nothing said."""
     reader, writer = os.pipe()
     os.close(reader)
     with subprocess.Popen(
-        [sys.executable, "-m", "ckptfs", *printing(words, folder)], stdout=writer, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "ckptfs", *printing(name, folder)], stdout=writer, stderr=subprocess.PIPE, text=True
     ) as process:
         os.close(writer)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 0 and "internal error" not in said and "Traceback" not in said, said
 
 
-@pytest.mark.parametrize("words", PRINTING)
 @pytest.mark.parametrize(
     ("redirected", "why"), [(">/dev/full", "No space left on device"), (">&-", "Bad file descriptor")]
 )
-def test_an_output_that_cannot_be_written(words: str, redirected: str, why: str, folder: Path) -> None:
-    done = shell(redirected, *printing(words, folder))
+@each("name", PRINTING)
+def test_an_output_that_cannot_be_written(name: str, redirected: str, why: str, folder: Path) -> None:
+    done = shell(redirected, *printing(name, folder))
     assert (done.code, done.line) == (8, f"ckptfs: cannot write the output: {why}")
 
 

@@ -16,6 +16,7 @@ from ckptfs.settings import KiB
 from tests.support.blobs import TAR, BytesBlob, blob_of
 from tests.support.chunked import chunked_layer, read_file, with_image
 from tests.support.command import ckptfs, mounted
+from tests.support.each import each
 from tests.support.fake_registry import FakeRegistry
 from tests.support.faulty import Record
 from tests.support.sources import client
@@ -120,7 +121,7 @@ READERS += ["restore REF --dir TMP/place", "restore REF --dir TMP/place --eager"
 
 @pytest.mark.fuse
 @pytest.mark.row("M11")
-@pytest.mark.parametrize("words", READERS)
+@each("words", READERS)
 def test_strict_is_heeded_by_all_that_hand_out_bytes(words: str, tmp_path: Path) -> None:
     """As an option and as a setting; by a command that executes the memory most of all."""
     require("fusermount3", *["criu"] * words.startswith("restore"), root=True)

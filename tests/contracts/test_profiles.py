@@ -1,6 +1,7 @@
 """Profiles in a registry: attached to an image, merged, found by a mount for one request, and harmless when bad."""
 
 import base64
+import itertools
 import json
 import random
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -101,12 +103,13 @@ def test_a_large_profile_is_fetched(case: Case) -> None:
     assert case.found == large
 
 
-def test_the_newest_counts_and_has_what_was_there(case: Case) -> None:
+def test_the_newest_counts_and_has_what_was_there(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = itertools.count()  # artifacts say to the second when they were made
+    clock = SimpleNamespace(strftime=time.strftime, gmtime=lambda: time.gmtime(next(seconds)))
+    monkeypatch.setattr("ckptfs.image.profiles.time", clock)
     case.publish(profile(0))
-    time.sleep(1.1)
     case.publish(profile(MiB), case.found)
     assert case.found == profile(0, MiB, recordings=2)
-    time.sleep(1.1)
     case.publish(profile(2 * MiB))
     assert case.found == profile(2 * MiB)
 

@@ -17,6 +17,7 @@ import pytest
 from ckptfs.bench.link import ShapedLink
 from tests.support.command import ckptfs
 from tests.support.docker_registry import DockerRegistry
+from tests.support.each import each
 from tests.support.push import manifest_of, push_to_layout, tree_images, two_checkpoints
 from tests.support.tools import run, wait_for
 from tests.support.trees import layout_of
@@ -123,8 +124,8 @@ def test_the_root_file_system_as_well(registry: DockerRegistry, tmp_path: Path) 
     assert (seen.code, seen.out) == (0, ""), seen.err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "words"),
+@each(
+    "arguments, code, words",
     [
         (["nowhere", "{ref}"], 3, "there is no nowhere"),
         (["{tmp}/nowhere", "{ref}"], 3, "nowhere"),
@@ -153,7 +154,6 @@ def test_the_root_file_system_as_well(registry: DockerRegistry, tmp_path: Path) 
         (["{images}", "{ref}", "--work-dir", "{tmp}/nowhere"], 2, "--work-dir"),
         (["{images}"], 2, "REF"),
     ],
-    ids=lambda value: " ".join(map(str, value))[:40] if isinstance(value, list) else None,
 )
 def test_bad_input_gets_one_line_and_its_code(
     arguments: list[str], code: int, words: str, images: Path, registry: DockerRegistry, tmp_path: Path

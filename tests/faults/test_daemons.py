@@ -18,6 +18,7 @@ from ckptfs.control.client import MountFiles
 from ckptfs.fuse.mountpoint import mount_at
 from ckptfs.model.oci import Digest
 from tests.support.command import ckptfs, mounted
+from tests.support.each import each
 from tests.support.fake_registry import FakeRegistry, Trickle
 from tests.support.hanging import BLOB, LAZY, SILENT, TAR, Figure, assert_told, ended, errno_of, foreground, hang, pages
 from tests.support.readers import reading
@@ -116,7 +117,7 @@ def test_a_stale_mount_is_mended_only_where_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.row("L6")
-@pytest.mark.parametrize("number", [signal.SIGCONT, signal.SIGKILL])
+@each("number", [signal.SIGCONT, signal.SIGKILL], at_once=2)
 def test_the_mount_of_a_stopped_daemon_is_unmounted(number: int, tmp_path: Path) -> None:
     with mounted(f"oci:{LAYOUT}", tmp_path) as mount:
         files = MountFiles.of(str(mount.path))

@@ -14,6 +14,7 @@ import pytest
 from ckptfs.bench.results import Sample, Series, Stamp, read_results
 from tests.support.command import ckptfs
 from tests.support.disks import disk_of
+from tests.support.each import each
 from tests.support.fake_registry import FakeRegistry
 from tests.support.tools import require, wait_for
 
@@ -53,8 +54,8 @@ def test_a_recorded_trace_is_replayed(tmp_path: Path) -> None:
     assert "ckptfs: until the process could run; 20 ms, no cap" in done.out
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "said"),
+@each(
+    "words, code, said",
     [
         (("oci:{tmp}/nowhere",), 3, "there is no directory"),
         (("archive:{tmp}/x.tar",), 2, "push it to a registry"),

@@ -20,6 +20,7 @@ from ckptfs.namespace import mount as mount_kernel_files
 from ckptfs.settings import Sizes
 from tests.support import golden
 from tests.support.command import ckptfs, mounted
+from tests.support.each import each
 from tests.support.fake_registry import FakeRegistry
 from tests.support.hanging import ended
 from tests.support.other_user import as_nobody
@@ -286,8 +287,8 @@ def test_unmounting_what_is_not_ours_is_refused(tmp_path: Path) -> None:
     assert nothing.code == 8 and "nothing is mounted" in nothing.line
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "words"),
+@each(
+    "arguments, code, words",
     [
         (["mount", "no-registry", "{mnt}"], 2, "names no registry"),
         (["mount", "host.example/UPPER:x", "{mnt}"], 2, "repository name"),
@@ -317,7 +318,6 @@ def test_unmounting_what_is_not_ours_is_refused(tmp_path: Path) -> None:
         (["status", "/proc"], 8, "is a proc mount, not one of ckptfs"),
         (["nonsense"], 2, "nonsense"),
     ],
-    ids=lambda value: " ".join(map(str, value))[:40] if isinstance(value, list) else None,
 )
 def test_bad_input_gets_one_line_and_its_code(arguments: list[str], code: int, words: str, tmp_path: Path) -> None:
     mnt = tmp_path / "mnt"

@@ -6,7 +6,6 @@ import random
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -32,7 +31,7 @@ def test_every_read_is_recorded_in_order(tmp_path: Path) -> None:
         reference = registry.reference("repo:latest")
         with mounted(reference, tmp_path, "--record", record, "--no-background-fetch") as mount:
             (mount.path / "config.dump").read_bytes()
-            time.sleep(1.2)
+            wait_for("the record", lambda: record.exists() and record.read_text())
             early = [json.loads(line) for line in record.read_text().splitlines()]
             assert [fact["path"] for fact in early] == ["config.dump"]
             size = (mount.path / "checkpoint" / "pages-1.img").stat().st_size

@@ -4,6 +4,7 @@ Values only; registry_routes.py performs them.
 """
 
 import re
+import threading
 from dataclasses import dataclass, field
 
 
@@ -49,6 +50,14 @@ class Trickle(Fault):
 
     interval: float
     size: int = 1
+
+
+@dataclass(frozen=True)
+class Paused(Fault):
+    """The body up to each of `stops`, where it waits until `go_on` is released once more."""
+
+    stops: tuple[int, ...]
+    go_on: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import struct
 import time
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote, urlsplit
 
@@ -21,6 +22,7 @@ from tests.support.registry_faults import (
     Fault,
     Flip,
     Full200,
+    Paused,
     Redirect,
     Reset,
     Silent,
@@ -288,6 +290,12 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(body[at : at + fault.size])
                 if self.registry.closing.wait(fault.interval):
                     break
+        elif isinstance(fault, Paused):
+            for start, stop in pairwise((0, *(stop for stop in fault.stops if stop < len(body)), len(body))):
+                self.wfile.write(body[start:stop])
+                while stop < len(body) and not fault.go_on.acquire(timeout=0.05):
+                    if self.registry.closing.is_set():
+                        return
         else:
             self.wfile.write(body)
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.command import ckptfs
 from tests.support.criu_images import CORPUS
+from tests.support.each import each
 from tests.support.tools import ROOT
 
 PLUGIN = "import sys; from ckptfs.__main__ import checkpointctl_plugin; sys.exit(checkpointctl_plugin())"
@@ -78,13 +79,13 @@ def test_man_pages(tmp_path: Path) -> None:
             assert done.returncode == 0 and done.stderr == "" and "OPTIONS" in done.stdout
 
 
-@pytest.mark.parametrize("words", [["inspect"], ["show"], ["memparse"], ["ls"], ["cat"], ["diff", "again"]])
+@each("words", [["inspect"], ["show"], ["memparse"], ["ls"], ["cat"], ["diff", "again"]])
 def test_looking_into_images_needs_no_fuse(words: list[str], tmp_path: Path) -> None:
     """Where libfuse is not installed pyfuse3 cannot be imported."""
     layout = f"oci:{CORPUS}/tree/k8s-zstdchunked.oci"
     arguments = [words[0], layout, *([layout] if words[1:] else []), *(["checkpoint/pstree.img"] * (words == ["cat"]))]
     program = "import sys; sys.modules['pyfuse3'] = None; from ckptfs.cli import run; sys.exit(run(sys.argv[1:]))"
-    command = [sys.executable, "-c", program, *arguments, "--cache-dir", tmp_path]
+    command = [sys.executable, "-c", program, *arguments, "--cache-dir", tmp_path / "cache"]
     done = subprocess.run(command, capture_output=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
 

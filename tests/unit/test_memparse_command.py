@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ckptfs.cli.memparse import _search, _table
-from ckptfs.cli.opening import Progress
+from ckptfs.cli.progress import Line
 from ckptfs.inspection.image_files import in_thread
 from ckptfs.inspection.memory import ProcessMemory, text_pattern
 from ckptfs.inspection.overview import open_images
@@ -123,12 +123,12 @@ def test_sizes_fetch_no_page_and_a_search_each_page_once(tmp_path: Path) -> None
     _, counters = with_layouts(
         [tmp_path / "image"],
         tmp_path / "a",
-        lambda images: in_thread(images[0], lambda f: _table(f, None, True, Progress())),
+        lambda images: in_thread(images[0], lambda f: _table(f, None, True, Line())),
     )
     assert (counters.requests, counters.bytes) == (1, manifest)
 
     def work(files: object) -> object:
-        return _search(files, None, text_pattern("container=podman"), 0, 10, True, Progress())  # type: ignore[arg-type]
+        return _search(files, None, text_pattern("container=podman"), 0, 10, True, Line())  # type: ignore[arg-type]
 
     found, counters = with_layouts(
         [tmp_path / "image"],

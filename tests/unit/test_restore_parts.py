@@ -189,11 +189,13 @@ def test_restores_that_begin_together_after_a_crash(tmp_path: Path) -> None:
         (tmp_path / name / STATE).write_text('{"pid": 999999999}')
         for number in range(20):
             (tmp_path / name / f"file-{number}").touch()
-    code = "import sys, pathlib; from ckptfs.restore.workplace import Workplace\n"
+    code = "import sys, pathlib; from ckptfs.restore.workplace import Workplace\nprint(flush=True)\n"
     code += "input()\nwith Workplace(pathlib.Path(sys.argv[1])) as place: assert (place / 'work').is_dir()"
-    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    pipe = subprocess.PIPE
+    pipes = {"stdin": pipe, "stdout": pipe, "stderr": pipe, "text": True, "cwd": ROOT}
     begun = [subprocess.Popen([sys.executable, "-c", code, tmp_path / name], **pipes) for name in names]  # type: ignore[call-overload]
-    time.sleep(1)  # imports
+    for process in begun:
+        process.stdout.readline()  # it has imported all
     for process in begun:
         process.stdin.write("\n")
         process.stdin.flush()
