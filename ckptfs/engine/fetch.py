@@ -355,8 +355,13 @@ class Fetcher:
     def publish_stream(self, chunks: list[tuple[bytes, Buffer]]) -> None:
         """Chunks that came along while a layer was scanned, from the scanning thread.
 
-        Into the cache first: who waited for the last one may look what this node has.
+        In place of what an earlier scan has left in the cache, which nobody has hashed if it was not run to its end:
+        this one's hash will vouch for these. Into the cache first: who waited for the last one may look what this node
+        has.
         """
+        for key, data in chunks:
+            if self.cache.get(key) not in (None, data):
+                self.cache.drop(key)
         self.cache.put_many(chunks)
         self._receiver.publish(chunks)
 
