@@ -334,18 +334,20 @@ def _become_daemon(log_file: Path, keep: Collection[int | None]) -> None:
 def _serve(request: Request, claim: _Lock, writer: int) -> NoReturn:
     """The daemon's whole life; never returns. The parent waits at the pipe `writer` for a status, or an error."""
     code = 0
+    waiting = os.fdopen(writer, "wb", buffering=0)
 
     def announce(status: dict[str, Any]) -> None:
-        os.write(writer, json.dumps(status).encode() + b"\n")
-        os.close(writer)
+        waiting.write(json.dumps(status).encode() + b"\n")
+        waiting.close()
 
     try:
         _run(request, claim, announce, logs=True)
     except BaseException as error:
         message = told(error)
         code = message["code"]
-        with contextlib.suppress(OSError):
-            os.write(writer, json.dumps(message).encode() + b"\n")
+        if not waiting.closed:  # else nobody waits, and the descriptor's number may be another file's
+            with contextlib.suppress(OSError):
+                waiting.write(json.dumps(message).encode() + b"\n")
     finally:
         logging.shutdown()
         os._exit(code)

@@ -1,6 +1,7 @@
 """The lock and the files of a mount point, where mounts begin and end while others look."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,27 @@ def test_umount_waits_for_the_daemon_that_it_ends_and_not_for_the_next(
     assert second.current() and MountFiles.of(target).state.exists()
     second.remove()
     second.__exit__()
+
+
+def test_a_daemon_that_fails_later_tells_it_to_nobody(tmp_path: Path) -> None:
+    """The pipe to who has waited is closed by then, and its number is another file's."""
+    reader, writer = os.pipe()
+    other = tmp_path / "other"
+
+    def run(request: object, claim: object, announce: Callable[[dict[str, Any]], None], *, logs: bool) -> None:
+        announce({"ready": True})
+        os.dup2(os.open(other, os.O_RDWR | os.O_CREAT, 0o600), writer)
+        raise MountError("the last status could not be written")
+
+    daemon = os.fork()
+    if daemon == 0:
+        try:
+            mounting._run = run  # type: ignore[assignment]
+            mounting._serve(None, None, writer)  # type: ignore[arg-type]
+        finally:
+            os._exit(99)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        assert pipe.read() == b'{"ready": true}\n'
+    assert os.waitstatus_to_exitcode(os.waitpid(daemon, 0)[1]) == MountError.exit_code
+    assert other.read_bytes() == b""
