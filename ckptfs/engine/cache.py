@@ -325,6 +325,8 @@ class ChunkCache:
         if not self._gate.may_write():
             return
         try:
+            if self._directory is not None:
+                self._directory.require_same()
             action()
         except OSError as error:
             self._gate.failed(error)

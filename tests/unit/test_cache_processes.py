@@ -303,6 +303,22 @@ def test_without_a_key_a_disk_that_refuses_is_read(path: Path) -> None:
         cache.require_key()
 
 
+def test_nothing_is_written_into_another_cache_that_is_in_the_place_of_ours(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be encrypted."""
+    with ChunkCache.open(path, size=SIZE).require_key() as plain:
+        plain.put_many([item(1, 1000)])
+        path.rename(path.with_name("elsewhere"))
+        keyed(path)
+        plain.put_many([item(2, 1000)])
+        plain.put_document("d", chunk(3, 1000))
+        plain.drop(key(1))
+        assert plain.get(key(2)) is None and plain.get_document("d") is None
+    assert [file.name for file in path.rglob("*") if file.suffix in (".seg", ".idx", ".doc")] == []
+    assert "another directory is in its place" in caplog.text
+
+
 class Meanwhile(DiskOps):
     """Something happens between the making of a document's file and its lock, once."""
 
