@@ -8,7 +8,7 @@ appends and evicts.
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 
 from ckptfs.engine.disk import Buffer, DiskOps, Handle
@@ -180,13 +180,16 @@ class ChunkIndex:
                 del self._records[segment.record(i)[0]]
             self._erase(segment, i)
 
-    def drop(self, key: bytes) -> None:
-        """Forget the chunk, here and on disk, every copy of it."""
+    def drop(self, keys: Collection[bytes]) -> None:
+        """Forget these chunks, here and on disk, every copy of them."""
+        found: list[tuple[Segment, int]] = []
         with self._lock:
-            self._records.pop(key, None)
+            for key in keys:
+                self._records.pop(key, None)
             for segment in self._slots.values():
-                for i in list(segment.find(key)):
-                    self._erase(segment, i)
+                found += [(segment, i) for i, key in enumerate(segment.chunk_keys()) if key in keys]
+        for segment, i in found:
+            self._erase(segment, i)
 
     def _erase(self, segment: Segment, i: int) -> None:
         with suppress(OSError):

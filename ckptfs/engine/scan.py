@@ -122,23 +122,26 @@ class LayerScan:
             failure = await self._attempt(0)
             if isinstance(failure, IntegrityError):
                 log.error("%s; everything that was kept of it is dropped, trying again", failure)
-                self._fetcher.discard(self._keys)
+                await self._discard()
                 failure = await self._attempt(1)
+            if isinstance(failure, IntegrityError):
+                await self._discard()
         except _Stopped:
             return
         finally:
             self._running = False
         self._drain()
         self.error = failure
-        if isinstance(failure, IntegrityError):
-            self._fetcher.discard(self._keys)
-            if self.number is not None:
-                self._fetcher.condemn(self.number, failure)
+        if isinstance(failure, IntegrityError) and self.number is not None:
+            self._fetcher.condemn(self.number, failure)
         first = not self.complete
         self.complete = self.complete or failure is None
         self._settle(failure)
         if first or isinstance(failure, IntegrityError):
             self._on_end(failure)
+
+    async def _discard(self) -> None:
+        await trio.to_thread.run_sync(self._fetcher.discard, self._keys, limiter=self._thread)
 
     def _settle(self, failure: CkptfsError | None) -> None:
         """The stream has ended: who still waits for a chunk that has passed gets another run, others the failure."""

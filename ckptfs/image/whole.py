@@ -27,7 +27,7 @@ async def hash_layer(fetcher: Fetcher, descriptor: Descriptor, layer: TarLayer) 
         keys.append(chunk.key)
         await trio.to_thread.run_sync(digest.update, data)
     if digest.hexdigest() != descriptor.digest.hex:
-        fetcher.discard(keys)
+        await trio.to_thread.run_sync(fetcher.discard, keys)
         raise IntegrityError(
             f"layer {descriptor.digest} arrived with digest {descriptor.digest.algorithm}:{digest.hexdigest()}",
             hint="what was read of it is not to be trusted; unmount, and ask the registry's operator",

@@ -3,7 +3,8 @@ nobody waits for ever, and what a stream has left that was never hashed to its e
 """
 
 import hashlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from random import Random
 
@@ -14,7 +15,7 @@ from ckptfs.engine.cache import ChunkCache
 from ckptfs.engine.fetch import Fetcher
 from ckptfs.engine.memory import MemoryCache
 from ckptfs.engine.scan import LayerScan
-from ckptfs.errors import CkptfsError, UnavailableError
+from ckptfs.errors import CkptfsError, IntegrityError, UnavailableError
 from ckptfs.layers.protocols import Emit, Verification
 from ckptfs.model.toc import Chunk, Entry
 from ckptfs.settings import Settings
@@ -164,5 +165,45 @@ def test_a_stream_that_is_right_replaces_what_a_broken_one_has_left(tmp_path: Pa
                 nursery.cancel_scope.cancel()
         with ChunkCache.open(tmp_path / "cache", size=1 << 24) as cache:
             assert cache.get(chunk(3).key) == DATA[3 * LENGTH : 4 * LENGTH]
+
+    trio.run(main)
+
+
+class Wrong(Stream):
+    """It is not what its digest says."""
+
+    def scan(self, emit: Emit, *, attempt: int = 0) -> Iterator[Entry]:
+        yield from super().scan(emit, attempt=attempt)
+        raise IntegrityError("another layer")
+
+
+def test_a_stream_that_was_wrong_is_dropped_while_others_are_answered() -> None:
+    """A layer of 10 GB are 40 000 chunks."""
+
+    async def main() -> None:
+        layer = Wrong()
+        with ChunkCache.ephemeral(size=1 << 24) as cache:
+            fetcher = Fetcher(cache, MemoryCache(1 << 20), Settings())
+            discard, threads = fetcher.discard, []
+
+            def watched(keys: Collection[bytes]) -> None:
+                threads.append(threading.current_thread())
+                discard(keys)
+
+            fetcher.discard = watched  # type: ignore[method-assign]
+            send, ends = trio.open_memory_channel[CkptfsError | None](1)
+            scan = LayerScan(layer, fetcher, lambda _: None, send.send_nowait, number=0)  # type: ignore[arg-type]
+            fetcher.add_layer(blob_of(DATA), layer, scan)  # type: ignore[arg-type]
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(fetcher.run)
+                nursery.start_soon(scan.run)
+                with trio.fail_after(10):
+                    assert isinstance(await ends.receive(), IntegrityError)
+                assert threading.current_thread() not in threads and len(threads) == layer.runs == 2
+                assert not any(fetcher.has(chunk(number)) for number in range(COUNT))
+                with pytest.raises(IntegrityError):
+                    await fetcher.get(chunk(0))
+                scan.stop()
+                nursery.cancel_scope.cancel()
 
     trio.run(main)
