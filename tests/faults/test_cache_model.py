@@ -6,13 +6,14 @@ and the kernel closes its files.
 """
 
 import errno
-import gc
+import os
 import random
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -48,13 +49,25 @@ class Killed(BaseException):
 
 
 class Doomed(FaultyDisk):
-    """Does what the fault says, from the call on that it names."""
+    """Does what the fault says, from the call on that it names; and what the kernel does for who is killed."""
 
     def __init__(self) -> None:
         self.fault: Fault = None
         self.killed = False
+        self.files: set[int] = set()
         super().__init__(self._judge)
-        whole = self.pwritev
+        whole, opened, closed = self.pwritev, self.open, self.close
+
+        def keep(*args: Any) -> int:
+            self.files.add(fd := opened(*args))
+            return fd
+
+        def forget(fd: int) -> None:
+            if fd in self.files:
+                self.files.remove(fd)
+                closed(fd)
+
+        self.open, self.close = keep, forget  # type: ignore[method-assign,assignment]
 
         def half(fd: int, buffers: list[memoryview], offset: int) -> int:
             if self.fault is not None and self.fault[0] == 1:
@@ -63,6 +76,10 @@ class Doomed(FaultyDisk):
             return whole(fd, buffers, offset)
 
         self.pwritev = half  # type: ignore[misc]
+
+    def close_all(self) -> None:
+        while self.files:
+            os.close(self.files.pop())
 
     def _judge(self, name: str) -> int | None:
         if self.killed and name != "close":
@@ -106,8 +123,7 @@ class Process:
             self.disk.fault = None
             self.clock.advance(61)  # a gate that was shut opens, a disk that was full has room again
         if self.disk.killed:
-            del self.cache
-            gc.collect()
+            self.disk.close_all()
             self.begin()
 
 
@@ -136,6 +152,8 @@ class SharedCache(RuleBasedStateMachine):
     def put(self, node: int, wanted: list[int], fault: Fault) -> None:
         process = self.processes[node]
         with process.under(fault):
+            for number in wanted:
+                process.cache.get(key(number))  # as who fetches does: only reading tells what is damaged
             process.cache.put_many([item(number, length(number)) for number in wanted])
         if fault is None:
             for number in wanted[-1:]:
@@ -159,6 +177,7 @@ class SharedCache(RuleBasedStateMachine):
     def drop(self, node: int, number: int, fault: Fault) -> None:
         process = self.processes[node]
         with process.under(fault):
+            process.cache.refresh()
             process.cache.drop(key(number))
             assert not process.cache.contains(key(number)) or fault is not None
 
