@@ -21,6 +21,7 @@ from ckptfs.engine.link import LinkEstimate
 from ckptfs.engine.memory import MemoryCache
 from ckptfs.engine.owed import Owed
 from ckptfs.engine.schedule import Job, Priority, Scheduler
+from ckptfs.engine.threads import in_thread
 from ckptfs.engine.waiting import Demand, Waiting
 from ckptfs.errors import CkptfsError, FormatError, IntegrityError, UnavailableError
 from ckptfs.layers import Layer
@@ -286,9 +287,7 @@ class Fetcher:
     async def _perform(self, job: Job) -> None:
         failures: dict[bytes, CkptfsError] = {}
         try:
-            failures = await trio.to_thread.run_sync(
-                self._receiver.fetch, job, *self._layers[job.layer], abandon_on_cancel=True, limiter=self._threads
-            )
+            failures = await in_thread(self._receiver.fetch, job, *self._layers[job.layer], limiter=self._threads)
         except CkptfsError as error:
             failures = {chunk.key: error for chunk in job.chunks}
         except Exception as error:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import trio
 
 from ckptfs.engine.fetch import Fetcher
+from ckptfs.engine.threads import in_thread
 from ckptfs.errors import CkptfsError, FormatError, IntegrityError, UnavailableError
 from ckptfs.layers import Layer
 from ckptfs.model.toc import Chunk, Entry
@@ -141,7 +142,7 @@ class LayerScan:
             self._on_end(failure)
 
     async def _discard(self) -> None:
-        await trio.to_thread.run_sync(self._fetcher.discard, self._keys, limiter=self._thread)
+        await in_thread(self._fetcher.discard, self._keys, limiter=self._thread, finish=True)
 
     def _settle(self, failure: CkptfsError | None) -> None:
         """The stream has ended: who still waits for a chunk that has passed gets another run, others the failure."""
@@ -159,7 +160,7 @@ class LayerScan:
 
     async def _attempt(self, attempt: int) -> CkptfsError | None:
         try:
-            finished = await trio.to_thread.run_sync(self._scan, attempt, abandon_on_cancel=True, limiter=self._thread)
+            finished = await in_thread(self._scan, attempt, limiter=self._thread)
         except CkptfsError as error:
             return error
         except Exception as error:

@@ -7,10 +7,9 @@ A plain tar has one digest, of everything: a wrong byte shows only when the last
 import hashlib
 import logging
 
-import trio
-
 from ckptfs.engine.fetch import Fetcher
 from ckptfs.engine.schedule import Priority
+from ckptfs.engine.threads import in_thread
 from ckptfs.errors import IntegrityError
 from ckptfs.layers.tar import TarLayer
 from ckptfs.model.oci import Descriptor
@@ -25,9 +24,9 @@ async def hash_layer(fetcher: Fetcher, descriptor: Descriptor, layer: TarLayer) 
     for chunk in layer.chunks():
         data = await fetcher.get(chunk, Priority.BACKGROUND)
         keys.append(chunk.key)
-        await trio.to_thread.run_sync(digest.update, data)
+        await in_thread(digest.update, data)
     if digest.hexdigest() != descriptor.digest.hex:
-        await trio.to_thread.run_sync(fetcher.discard, keys)
+        await in_thread(fetcher.discard, keys, finish=True)
         raise IntegrityError(
             f"layer {descriptor.digest} arrived with digest {descriptor.digest.algorithm}:{digest.hexdigest()}",
             hint="what was read of it is not to be trusted; unmount, and ask the registry's operator",
