@@ -162,6 +162,7 @@ class LayerScan:
         try:
             finished = await in_thread(self._scan, attempt, limiter=self._thread)
         except CkptfsError as error:
+            error.__traceback__ = None  # it is kept: the frames would keep the stream open
             return error
         except Exception as error:
             log.exception("scan of %s layer failed", self.layer.format)
