@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ckptfs import mounting
 from ckptfs.control import client
 from ckptfs.control.client import MountFiles, write_state
 from ckptfs.errors import MountError
+from tests.support.disks import disk_of
 
 
 @pytest.fixture
@@ -75,6 +77,17 @@ def test_umount_waits_for_the_daemon_that_it_ends_and_not_for_the_next(
     assert second.current() and MountFiles.of(target).state.exists()
     second.remove()
     second.__exit__()
+
+
+def test_no_room_for_what_a_mount_says_of_itself(tmp_path: Path) -> None:
+    with disk_of(tmp_path / "run", "size=64k,mode=700") as run:
+        other = run / "other"
+        with other.open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        with pytest.raises(MountError, match="No space left") as caught:
+            write_state(MountFiles(run, "name"), {"mountpoint": "/mnt"})
+        assert str(run) in caught.value.message and list(run.iterdir()) == [other]
 
 
 def test_a_daemon_that_fails_later_tells_it_to_nobody(tmp_path: Path) -> None:
