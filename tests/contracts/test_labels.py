@@ -11,6 +11,7 @@ import pytest
 import trio
 import zstandard
 
+from ckptfs.engine.cache import ChunkCache
 from ckptfs.errors import IntegrityError
 from ckptfs.image import OpenImage
 from ckptfs.settings import KiB
@@ -103,6 +104,32 @@ def test_what_has_been_vouched_for_is_so_when_it_is_fetched_again(kind: str, tmp
     with FakeRegistry() as registry, client(registry) as c:
         add(registry, kind)
         with_image(c, tmp_path, work, background=True)
+
+
+@pytest.mark.row("M11")
+@pytest.mark.parametrize("kind", ["gzip", "zstd"])
+def test_a_stream_of_which_only_the_names_are_known(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its index was larger than the cache's share for documents; nobody has hashed what comes now."""
+    put = ChunkCache.put_document
+
+    def left_out(self: ChunkCache, name: str, data: bytes) -> None:
+        if not name.startswith("index/"):
+            put(self, name, data)
+
+    async def whole(image: OpenImage) -> str:
+        assert await read_file(image, FILE) == DATA
+        await image.all_known()
+        image.cache._log.prune(0, live=True)
+        return image.verification
+
+    async def again(image: OpenImage) -> tuple[str, bool]:
+        return image.verification, image.known
+
+    monkeypatch.setattr(ChunkCache, "put_document", left_out)
+    with FakeRegistry() as registry, client(registry) as c:
+        add(registry, kind)
+        assert with_image(c, tmp_path, whole, background=True) == "chunk"
+        assert with_image(c, tmp_path, again) == ("transport", True)
 
 
 @pytest.mark.row("M11")
