@@ -108,13 +108,15 @@ def begin(request: Request) -> "Pending":
                 return Pending(reader, waiting.pid, claim.path)
         sys.stdout.flush()
         sys.stderr.flush()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDED_BY)  # until the child no longer has our handlers
-        child = os.fork()
+        try:
+            child = standby.start(*_ENDED_BY)  # blocked until the child no longer has our handlers
+        except MountError:
+            claim.remove()
+            raise
         if child == 0:
             os.close(reader)
             _become_daemon(claim.files.log, (claim.fd, writer, request.ready_fd))
             _serve(request, claim, writer)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.close(writer)
         return Pending(reader, child, claim.path)
 

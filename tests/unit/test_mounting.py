@@ -1,6 +1,8 @@
 """The lock and the files of a mount point, where mounts begin and end while others look."""
 
+import errno
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -8,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from ckptfs import mounting
+from ckptfs import mounting, standby
 from ckptfs.control import client
 from ckptfs.control.client import MountFiles, write_state
 from ckptfs.errors import MountError
+from ckptfs.model.oci import Reference
+from ckptfs.mounting import MountRequest
 from tests.support.disks import disk_of
 
 
@@ -88,6 +92,19 @@ def test_no_room_for_what_a_mount_says_of_itself(tmp_path: Path) -> None:
         with pytest.raises(MountError, match="No space left") as caught:
             write_state(MountFiles(run, "name"), {"mountpoint": "/mnt"})
         assert str(run) in caught.value.message and list(run.iterdir()) == [other]
+
+
+def test_a_limit_on_tasks_is_said_to_be_that(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fork() -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(os, "fork", fork)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    standby.fork(["mount"])
+    assert standby.take() is None
+    with pytest.raises(MountError, match="no daemon can be started") as caught:
+        mounting.begin(MountRequest(Reference.parse("localhost:5000/app:1"), target, 0.0))
+    assert "ulimit -u" in caught.value.hint and signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
 
 def test_a_daemon_that_fails_later_tells_it_to_nobody(tmp_path: Path) -> None:
