@@ -118,13 +118,15 @@ def begin(request: Request) -> "Pending":
                 return Pending(reader, waiting.pid, claim.path)
         sys.stdout.flush()
         sys.stderr.flush()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDED_BY)  # until the child no longer has our handlers
-        child = os.fork()
+        try:
+            child = standby.start(*_ENDED_BY)  # blocked until the child no longer has our handlers
+        except MountError:
+            claim.remove()
+            raise
         if child == 0:
             os.close(reader)
             _become_daemon(claim.files.log, (claim.fd, writer, request.ready_fd))
             _serve(request, claim, writer)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.close(writer)
         return Pending(reader, child, claim.path)
 
@@ -331,18 +333,20 @@ def _become_daemon(log_file: Path, keep: Collection[int | None]) -> None:
 def _serve(request: Request, claim: _Lock, writer: int) -> NoReturn:
     """The daemon's whole life; never returns. The parent waits at the pipe `writer` for it to be ready or to fail."""
     code = 0
+    waiting = os.fdopen(writer, "wb", buffering=0)
 
     def announce(status: dict[str, Any]) -> None:
-        os.write(writer, json.dumps(status).encode() + b"\n")
-        os.close(writer)
+        waiting.write(json.dumps(status).encode() + b"\n")
+        waiting.close()
 
     try:
         _run(request, claim, announce, logs=True)
     except BaseException as error:
         message = told(error)
         code = message["code"]
-        with contextlib.suppress(OSError):
-            os.write(writer, json.dumps(message).encode() + b"\n")
+        if not waiting.closed:  # else nobody waits, and the descriptor's number may be another file's
+            with contextlib.suppress(OSError):
+                waiting.write(json.dumps(message).encode() + b"\n")
     finally:
         logging.shutdown()
         os._exit(code)

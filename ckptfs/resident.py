@@ -19,6 +19,7 @@ from ckptfs.control.ready import tell
 from ckptfs.control.server import ControlServer
 from ckptfs.engine.cache import ChunkCache
 from ckptfs.engine.memory import MemoryCache
+from ckptfs.engine.threads import in_thread
 from ckptfs.errors import only_error
 from ckptfs.hardening import release_memory, settle
 from ckptfs.mounting import Announce, Request
@@ -101,7 +102,7 @@ async def keep_house(cache: ChunkCache, memory: MemoryCache, activity: Callable[
     seen, quiet, held = (0, 0), 0.0, 0.0
     while True:
         await trio.sleep(_REFRESH)
-        await trio.to_thread.run_sync(cache.refresh, abandon_on_cancel=True)
+        await in_thread(cache.refresh)
         now = activity()
         quiet = quiet + _REFRESH if now == seen else 0.0
         seen = now
@@ -111,4 +112,4 @@ async def keep_house(cache: ChunkCache, memory: MemoryCache, activity: Callable[
             release_memory()
         elif held >= _FRAGMENTED:
             held = 0.0
-            await trio.to_thread.run_sync(release_memory, abandon_on_cancel=True)
+            await in_thread(release_memory)

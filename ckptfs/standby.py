@@ -15,6 +15,8 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
+from ckptfs.errors import MountError
+
 _SWITCH = 0.0005  # seconds that imports keep the interpreter from the thread that asks the registry; 5 ms is usual
 _MESSAGE = 1 << 20  # bytes at most of a request: dozens of mirrors are a few thousand
 
@@ -44,7 +46,12 @@ def fork(arguments: Sequence[str]) -> None:
     import ckptfs.mounting  # noqa: F401  # both need it: once, before the fork
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    pid = os.fork()
+    try:
+        pid = start()
+    except MountError:  # a mount may be refused anyway, or need no daemon; else it will say so itself
+        ours.close()
+        theirs.close()
+        return
     if pid == 0:
         ours.close()
         _wait(theirs, asks=_asks_a_registry(arguments))
@@ -52,6 +59,21 @@ def fork(arguments: Sequence[str]) -> None:
     gc.freeze()  # else the interpreter walks through all of it when we exit: 4 ms
     gc.enable()  # but not in the daemon, before its start-up is over
     _waiting = Standby(pid, ours)
+
+
+def start(*blocked: int) -> int:
+    """fork(2), with these signals blocked in the child. MountError where a limit on tasks is reached."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    child = -1
+    try:
+        child = os.fork()
+    except OSError as error:
+        how = "see pids.max of the cgroup and `ulimit -u`"
+        raise MountError(f"no daemon can be started: {error.strerror}", hint=how) from None
+    finally:
+        if child:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return child
 
 
 def take() -> Standby | None:

@@ -113,11 +113,16 @@ def read_state(files: MountFiles) -> dict[str, Any] | None:
 
 
 def write_state(files: MountFiles, state: dict[str, Any]) -> None:
-    """Whole or not at all. The directory is ours alone, and so is the mount: nobody else writes this."""
+    """Whole or not at all. The directory is ours alone, and so is the mount: nobody else writes this. MountError."""
     new = files.directory / f".{files.name}.{os.getpid()}"
-    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as file:
-        json.dump(state, file)
-    os.rename(new, files.state)
+    try:
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as file:
+            json.dump(state, file)
+        os.rename(new, files.state)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        how = "make room for a file of a few hundred bytes"
+        raise MountError(f"{files.directory} cannot be written to: {error.strerror}", hint=how) from None
 
 
 def ask(files: MountFiles, command: str, **arguments: Any) -> Any:

@@ -211,9 +211,9 @@ class ChunkCache:
             items = [(name, self._seal.encrypt(name, data)) for name, (_, data) in zip(names, items, strict=True)]
         self._write(lambda: self._log.append(items))
 
-    def drop(self, key: bytes) -> None:
-        """Forget a chunk that turned out to be wrong, for all processes that open the cache from now on."""
-        self._index.drop(self._name(key))
+    def drop(self, *keys: bytes) -> None:
+        """Forget chunks that turned out to be wrong, for all processes that open the cache from now on."""
+        self._index.drop(set(map(self._name, keys)))
 
     def refresh(self) -> None:
         """Learn at once what other processes added and evicted. Misses do this too, at most every 20 ms.
@@ -325,6 +325,8 @@ class ChunkCache:
         if not self._gate.may_write():
             return
         try:
+            if self._directory is not None:
+                self._directory.require_same()
             action()
         except OSError as error:
             self._gate.failed(error)

@@ -8,7 +8,7 @@ appends and evicts.
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 
 from ckptfs.engine.disk import Buffer, DiskOps, Handle
@@ -180,13 +180,16 @@ class ChunkIndex:
                 del self._records[segment.record(i)[0]]
             self._erase(segment, i)
 
-    def drop(self, key: bytes) -> None:
-        """Forget the chunk, here and on disk, every copy of it."""
+    def drop(self, keys: Collection[bytes]) -> None:
+        """Forget these chunks, here and on disk, every copy of them."""
+        found: list[tuple[Segment, int]] = []
         with self._lock:
-            self._records.pop(key, None)
+            for key in keys:
+                self._records.pop(key, None)
             for segment in self._slots.values():
-                for i in list(segment.find(key)):
-                    self._erase(segment, i)
+                found += [(segment, i) for i, key in enumerate(segment.chunk_keys()) if key in keys]
+        for segment, i in found:
+            self._erase(segment, i)
 
     def _erase(self, segment: Segment, i: int) -> None:
         with suppress(OSError):
@@ -211,25 +214,25 @@ class ChunkIndex:
             if names is not None:
                 self._follow(names)
             for segment in self._growing:
-                self._take(segment, tail(self._ops, segment))
+                self._read_on(segment)
             self._growing = [s for s in self._growing if not s.sealed]
 
     def _follow(self, names: Sequence[str]) -> None:
         gone = {segment.name: segment for segment in self._slots.values()}
         for name in names:
-            if gone.pop(name, None) is not None:
-                continue
-            segment = self._add(name)
-            try:
-                segment.index = self._files.open_index(name)
-                self._take(segment, tail(self._ops, segment))
-            except OSError:
-                self._forget(segment)  # evicted again, or unreadable: there is nothing to read for us
-                continue
-            if not segment.sealed:
-                self._growing.append(segment)
+            if gone.pop(name, None) is None:
+                self._growing.append(self._add(name))
         for segment in gone.values():
             self._forget(segment)
+
+    def _read_on(self, segment: Segment) -> None:
+        """Take over what was appended. A segment that is evicted, or cannot be read now, is not there until it can."""
+        try:
+            segment.index = segment.index or self._files.open_index(segment.name)
+            self._take(segment, tail(self._ops, segment))
+        except OSError:
+            self._forget(segment)
+            self._files.look_again()
 
     # -- for the log ---------------------------------------------------------------------------------------------------
 
@@ -273,7 +276,6 @@ class ChunkIndex:
         if segment.sealed:
             return
         with self._lock:
-            segment.index = self._files.open_index(segment.name)
             self._growing.append(segment)
 
     def forget(self, segment: Segment) -> None:

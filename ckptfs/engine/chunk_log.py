@@ -127,8 +127,7 @@ class ChunkLog:
                 writer.seal()
         with suppress(OSError):
             self._files.let_go(writer.data)
-        with suppress(OSError):
-            self._index.release(writer.segment)
+        self._index.release(writer.segment)
 
     # -- the next segment ----------------------------------------------------------------------------------------------
 

@@ -68,6 +68,18 @@ class CacheDirectory:
         """Give up our locks."""
         self._users = self._room = None
 
+    def require_same(self) -> None:
+        """OSError where another directory may be in the place of ours, which was moved or removed.
+
+        It may have another key, and those who use it hold locks that we know nothing of.
+        """
+        users = self._users
+        if users is None:
+            return
+        ours, there = self._ops.fstat(users.fd), self._ops.stat(self.locks / "users")
+        if (ours.st_dev, ours.st_ino) != (there.st_dev, there.st_ino):
+            raise OSError(errno.ESTALE, "another directory is in its place")
+
     def _open_lock(self, name: str) -> Handle | None:
         """The lock file; None where the file system is read-only, then nobody writes and no lock is needed."""
         try:

@@ -21,6 +21,7 @@ from ckptfs.engine.link import LinkEstimate
 from ckptfs.engine.memory import MemoryCache
 from ckptfs.engine.owed import Owed
 from ckptfs.engine.schedule import Job, Priority, Scheduler
+from ckptfs.engine.threads import in_thread
 from ckptfs.engine.waiting import Demand, Waiting
 from ckptfs.errors import CkptfsError, FormatError, IntegrityError, UnavailableError
 from ckptfs.layers import Layer
@@ -301,9 +302,7 @@ class Fetcher:
     async def _perform(self, job: Job) -> None:
         failures: dict[bytes, CkptfsError] = {}
         try:
-            failures = await trio.to_thread.run_sync(
-                self._receiver.fetch, job, *self._layers[job.layer], abandon_on_cancel=True, limiter=self._threads
-            )
+            failures = await in_thread(self._receiver.fetch, job, *self._layers[job.layer], limiter=self._threads)
         except CkptfsError as error:
             failures = {chunk.key: error for chunk in job.chunks}
         except Exception as error:
@@ -370,16 +369,21 @@ class Fetcher:
     def publish_stream(self, chunks: list[tuple[bytes, Buffer]]) -> None:
         """Chunks that came along while a layer was scanned, from the scanning thread.
 
-        Into the cache first: who waited for the last one may look what this node has.
+        In place of what an earlier scan has left in the cache, which nobody has hashed if it was not run to its end:
+        this one's hash will vouch for these. Into the cache first: who waited for the last one may look what this node
+        has.
         """
+        for key, data in chunks:
+            if self.cache.get(key) not in (None, data):
+                self.cache.drop(key)
         self.cache.put_many(chunks)
         self._receiver.publish(chunks)
 
-    def discard(self, keys: Iterable[bytes]) -> None:
-        """These chunks turned out to be wrong: no cache keeps them."""
+    def discard(self, keys: Collection[bytes]) -> None:
+        """These chunks turned out to be wrong: no cache keeps them. Takes a second for 20 000 of them."""
         for key in keys:
             self.memory.drop(key)
-            self.cache.drop(key)
+        self.cache.drop(*keys)
 
     def condemn(self, layer: int, error: CkptfsError) -> None:
         """Nothing of this layer is handed out any more: as a whole it is not what its digest says."""

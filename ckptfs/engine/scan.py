@@ -13,6 +13,7 @@ from collections.abc import Callable
 import trio
 
 from ckptfs.engine.fetch import Fetcher
+from ckptfs.engine.threads import in_thread
 from ckptfs.errors import CkptfsError, FormatError, IntegrityError, UnavailableError
 from ckptfs.layers import Layer
 from ckptfs.model.toc import Chunk, Entry
@@ -122,23 +123,26 @@ class LayerScan:
             failure = await self._attempt(0)
             if isinstance(failure, IntegrityError):
                 log.error("%s; everything that was kept of it is dropped, trying again", failure)
-                self._fetcher.discard(self._keys)
+                await self._discard()
                 failure = await self._attempt(1)
+            if isinstance(failure, IntegrityError):
+                await self._discard()
         except _Stopped:
             return
         finally:
             self._running = False
         self._drain()
         self.error = failure
-        if isinstance(failure, IntegrityError):
-            self._fetcher.discard(self._keys)
-            if self.number is not None:
-                self._fetcher.condemn(self.number, failure)
+        if isinstance(failure, IntegrityError) and self.number is not None:
+            self._fetcher.condemn(self.number, failure)
         first = not self.complete
         self.complete = self.complete or failure is None
         self._settle(failure)
         if first or isinstance(failure, IntegrityError):
             self._on_end(failure)
+
+    async def _discard(self) -> None:
+        await in_thread(self._fetcher.discard, self._keys, limiter=self._thread, finish=True)
 
     def _settle(self, failure: CkptfsError | None) -> None:
         """The stream has ended: who still waits for a chunk that has passed gets another run, others the failure."""
@@ -156,8 +160,9 @@ class LayerScan:
 
     async def _attempt(self, attempt: int) -> CkptfsError | None:
         try:
-            finished = await trio.to_thread.run_sync(self._scan, attempt, abandon_on_cancel=True, limiter=self._thread)
+            finished = await in_thread(self._scan, attempt, limiter=self._thread)
         except CkptfsError as error:
+            error.__traceback__ = None  # it is kept: the frames would keep the stream open
             return error
         except Exception as error:
             log.exception("scan of %s layer failed", self.layer.format)

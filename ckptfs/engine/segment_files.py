@@ -56,6 +56,10 @@ class SegmentFiles:
         self._changed_ns = changed if time.time_ns() - changed > _SETTLED_NS else -1
         return names
 
+    def look_again(self) -> None:
+        """The next call of `names` is to tell all of them."""
+        self._changed_ns = -1
+
     def open(self, name: str) -> Handle:
         """The data, for reading."""
         return Handle(self._ops, self._data(name), os.O_RDONLY)

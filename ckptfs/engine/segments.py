@@ -79,14 +79,6 @@ class Segment:
         self.sealed = self.sealed or self.records.endswith(SEAL) or len(self) >= MAX_RECORDS
         return first
 
-    def find(self, key: bytes) -> Iterator[int]:
-        """The numbers of all records with this key; the log's dict knows only the newest one of the node."""
-        at = self.records.find(key)
-        while at >= 0:
-            if at % RECORD.size == 0:
-                yield at // RECORD.size
-            at = self.records.find(key, at + 1)
-
     def end(self) -> int:
         """Where the data ends according to the records."""
         return max((offset + length for _, offset, length, _ in RECORD.iter_unpack(bytes(self.records))), default=0)

@@ -71,6 +71,7 @@ class SharedCells:
     def release(self, keys: Iterable[bytes]) -> None:
         self._cache.release(keys)
 
-    def drop(self, key: bytes) -> None:
-        self._places.pop(key, None)
-        self._cache.drop(key)
+    def drop(self, *keys: bytes) -> None:
+        for key in keys:
+            self._places.pop(key, None)
+        self._cache.drop(*keys)

@@ -14,6 +14,7 @@ import trio
 
 from ckptfs.engine.owed import longer
 from ckptfs.engine.schedule import Priority
+from ckptfs.engine.threads import in_thread
 from ckptfs.errors import CkptfsError, UnavailableError
 from ckptfs.image.opened import OpenImage
 from ckptfs.model.profile import Profile
@@ -62,7 +63,7 @@ async def fetch_all(image: OpenImage, *, metadata_only: bool = False) -> int:
 
 async def _eager_pages(image: OpenImage) -> None:
     """The pages that a restore needs at once, with lazy pages too; known when the metadata is here."""
-    await trio.to_thread.run_sync(import_module, "ckptfs.prefetch.restore_order")  # while the metadata is on its way
+    await in_thread(import_module, "ckptfs.prefetch.restore_order", finish=True)  # while the metadata is on its way
     with suppress(CkptfsError):
         for chunk in Metadata().plan(image.tree):
             await image.fetcher.get(chunk, Priority.PREFETCH)
@@ -77,7 +78,7 @@ async def _eager_pages(image: OpenImage) -> None:
 async def _recorded(image: OpenImage) -> None:
     """What other restores of this image have read, if anybody has recorded one: before all that is only likely."""
     with suppress(CkptfsError):
-        profile = await trio.to_thread.run_sync(_find_profile, image, abandon_on_cancel=True)
+        profile = await in_thread(_find_profile, image)
         if profile is None:
             return
         from ckptfs.prefetch.profile import Recorded

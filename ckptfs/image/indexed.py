@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import trio
 
+from ckptfs.engine.threads import in_thread
 from ckptfs.errors import FormatError
 from ckptfs.image.earlier import EarlierImages
 from ckptfs.image.kept import kept_cells, load_kept_table
@@ -93,14 +94,14 @@ class ChunkTables:
         async with self._locks.setdefault(inode, trio.Lock()):
             if inode in self._pending:
                 file, blob, layer = self._pending[inode]
-                await trio.to_thread.run_sync(self._load, file, blob, layer, abandon_on_cancel=True)
+                await in_thread(self._load, file, blob, layer)
                 self._pending.pop(inode, None)
                 del self._locks[inode]
             elif inode in self._derived:
                 sources, extents = self._derived[inode]
                 for source in sources:
                     await self.load(source)
-                inode.extents = await trio.to_thread.run_sync(extents)
+                inode.extents = await in_thread(extents, finish=True)
                 del self._derived[inode], self._locks[inode]
 
     async def open(self, inode: Inode) -> None:
@@ -126,16 +127,14 @@ class ChunkTables:
         """The file's cells; nothing where it has none."""
         for file, blob, layer in self.with_cells:
             if file.entry.inode is inode:
-                return await trio.to_thread.run_sync(
-                    kept_cells, self._documents, file, blob, layer, self._limits, abandon_on_cancel=True
-                )
+                return await in_thread(kept_cells, self._documents, file, blob, layer, self._limits)
         return ()
 
     async def keep_cells(self) -> None:
         """Fetch what later images of the repository will need to know of this one."""
         if self.earlier is not None:
             for file, blob, _ in self.with_cells:
-                await trio.to_thread.run_sync(self.earlier.keep, file, blob, abandon_on_cancel=True)
+                await in_thread(self.earlier.keep, file, blob)
 
     def _load(self, file: IndexedFile, blob: Blob, layer: int) -> None:
         load_kept_table(self._documents, file, blob, layer, self._limits)

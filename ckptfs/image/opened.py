@@ -192,8 +192,6 @@ class OpenImage:
         self._scans[rank] = scan
         self._layers[index] = (descriptor, layer)
         if known is not None:
-            if layer.sequential and not descriptor.synthetic:
-                self._whole.add(descriptor.digest)  # only a complete scan is remembered
             self.add_entries(tree, prefixed(known, prefix), rank, whiteouts)
             self.finish(tree, rank, None)
         if known is None or layer.sequential:

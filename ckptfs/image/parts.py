@@ -10,6 +10,7 @@ from functools import partial
 
 import trio
 
+from ckptfs.engine.threads import in_thread
 from ckptfs.image.kept import kept_range, table_name
 from ckptfs.image.resolve import DocumentStore
 from ckptfs.model.blob import Blob
@@ -63,7 +64,7 @@ class TableParts:
             async with self._locks.setdefault(key, trio.Lock()):
                 if not extents.known(number):
                     fetch = partial(self._fetch, table, number, blob)
-                    data = await trio.to_thread.run_sync(fetch, abandon_on_cancel=True, limiter=self._threads)
+                    data = await in_thread(fetch, limiter=self._threads)
                     extents.learn(number, data, blob.size, self._limits)
                     if extents.whole:
                         self._whole(inode)

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import trio
 
+from ckptfs.engine.threads import in_thread
 from ckptfs.errors import FormatError
 from ckptfs.hardening import release_memory
 from ckptfs.image.resolve import DocumentStore
@@ -93,12 +94,12 @@ class LayerMemory:
                 await trio.sleep(_LATER)
         finally:
             if self._learning:
-                with trio.CancelScope(shield=True):
+                with trio.move_on_after(_LATER, shield=True):  # the next mount can do without
                     # 0.3 s for 100 000 files: not in the event loop
-                    await trio.to_thread.run_sync(self._keep, entries, layer, descriptor)
+                    await in_thread(self._keep, entries, layer, descriptor, finish=True)
         entries.clear()
         if many:
-            await trio.to_thread.run_sync(release_memory)
+            await in_thread(release_memory)
 
     def _keep(self, entries: Sequence[Entry], layer: Layer, descriptor: Descriptor) -> None:
         from ckptfs.layers.stream import StreamLayer

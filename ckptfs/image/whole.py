@@ -7,12 +7,13 @@ A plain tar has one digest, of everything: a wrong byte shows only when the last
 import hashlib
 import logging
 
-import trio
-
+from ckptfs.engine.disk import Buffer
 from ckptfs.engine.fetch import Fetcher
 from ckptfs.engine.schedule import Priority
+from ckptfs.engine.threads import in_thread
 from ckptfs.errors import IntegrityError
 from ckptfs.layers.tar import TarLayer
+from ckptfs.model.chunk_digest import ChunkDigest
 from ckptfs.model.oci import Descriptor
 
 log = logging.getLogger(__name__)
@@ -21,15 +22,20 @@ log = logging.getLogger(__name__)
 async def hash_layer(fetcher: Fetcher, descriptor: Descriptor, layer: TarLayer) -> None:
     """Read the layer through the node's cache, fetching what is missing; IntegrityError when it is another's."""
     digest = hashlib.new(descriptor.digest.algorithm)
-    keys = []
+    digests = bytearray()
+
+    def add(data: Buffer) -> None:
+        nonlocal digests
+        digest.update(data)
+        digests += ChunkDigest.BLAKE3.of(data)
+
     for chunk in layer.chunks():
-        data = await fetcher.get(chunk, Priority.BACKGROUND)
-        keys.append(chunk.key)
-        await trio.to_thread.run_sync(digest.update, data)
+        await in_thread(add, await fetcher.get(chunk, Priority.BACKGROUND))
     if digest.hexdigest() != descriptor.digest.hex:
-        fetcher.discard(keys)
+        await in_thread(fetcher.discard, [chunk.key for chunk in layer.chunks()], finish=True)
         raise IntegrityError(
             f"layer {descriptor.digest} arrived with digest {descriptor.digest.algorithm}:{digest.hexdigest()}",
             hint="what was read of it is not to be trusted; unmount, and ask the registry's operator",
         )
+    layer.digests = bytes(digests)  # what is evicted and fetched again has not been hashed with the rest
     log.info("layer %s is verified as a whole", descriptor.digest)

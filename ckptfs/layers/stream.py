@@ -10,7 +10,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import Literal, NamedTuple
 
-from ckptfs.errors import FormatError
+from ckptfs.errors import FormatError, IntegrityError
 from ckptfs.layers.compression import DECOMPRESS, MAGIC_BYTES, Bytes, sniff
 from ckptfs.layers.grid import Grid, segments_of, stream_unit
 from ckptfs.layers.gzip_index import PointFinder, can_find_points
@@ -68,9 +68,9 @@ class StreamLayer:
             decompress = finder.inflated if finding else DECOMPRESS[compression]
             # Behind the tar's end there may be padding and more: it is emitted as well, so that positions stay right.
             for index, data in enumerate(decompress(pieces, grid.unit, limits)):
-                yield from scanner.feed(data)
                 if self.learning:
-                    digests += hashlib.sha256(data).digest()
+                    digests += self._checked(index, hashlib.sha256(data).digest())
+                yield from scanner.feed(data)
                 length += len(data)
                 emit(grid.chunk(index), data)
             scanner.close()
@@ -80,6 +80,15 @@ class StreamLayer:
         source.check()
         if self.learning:
             self._learnt = _Learnt(compression, length, bytes(digests), finder.access)
+
+    def _checked(self, index: int, digest: bytes) -> bytes:
+        """The digest of a chunk, of which a complete scan has learnt what it is."""
+        learnt = self._learnt
+        if learnt is not None and not learnt.digests.startswith(digest, index * len(digest)):
+            raise IntegrityError(
+                f"chunk {index} of {self._blob.descriptor.digest} arrived with other bytes than before"
+            )
+        return digest
 
     def index(self, entries: Iterable[Entry]) -> LayerIndex | None:
         """What a complete scan has learnt, `entries` being what it gave.

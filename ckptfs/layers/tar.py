@@ -1,16 +1,19 @@
 """Plain tar layers: every byte can be fetched by itself, only the headers have to be found first.
 
-Owns the walk from header to header over the blob. Nothing vouches for a piece of such a layer but the transport.
+Owns the walk from header to header over the blob. Nothing vouches for a piece of such a layer but the transport, until
+all of it has been hashed (image/whole.py): from then on each piece has a digest.
 """
 
 from collections.abc import Iterator
 
+from ckptfs.errors import IntegrityError
 from ckptfs.layers.compression import sniff
 from ckptfs.layers.grid import Grid
 from ckptfs.layers.media_types import compression_of
 from ckptfs.layers.protocols import Emit, OtherFormat, Verification
 from ckptfs.layers.tar_scanner import TarScanner
 from ckptfs.model.blob import Blob
+from ckptfs.model.chunk_digest import DIGEST_BYTES, ChunkDigest
 from ckptfs.model.oci import Descriptor
 from ckptfs.model.toc import Chunk, Entry
 from ckptfs.settings import Settings
@@ -35,6 +38,7 @@ class TarLayer:
         self._blob = blob
         self._settings = settings
         self._grid = Grid(str(blob.descriptor.digest), layer, settings.sizes.grid, blob.size)
+        self.digests = b""  # BLAKE3 of each chunk, one after another, once all together had the layer's digest
 
     def scan(self, emit: Emit, *, attempt: int = 0) -> Iterator[Entry]:
         """Reads whole grid chunks only, so that whatever was read for a header is also kept for a reader.
@@ -65,6 +69,9 @@ class TarLayer:
         scanner.close()
 
     def decode(self, chunk: Chunk, data: memoryview) -> memoryview:
+        known, digest = self.digests, ChunkDigest.BLAKE3
+        if known and not known.startswith(digest.of(data), DIGEST_BYTES * self._grid.index(chunk.offset)):
+            raise IntegrityError(f"the chunk at byte {chunk.offset} of {self._blob.descriptor.digest} is damaged")
         return data
 
     def chunks(self) -> Iterator[Chunk]:

@@ -12,6 +12,8 @@ from blake3 import blake3
 
 from ckptfs.errors import FormatError
 
+DIGEST_BYTES = 32  # of each kind
+
 
 class ChunkDigest(Enum):
     """The value is the name in an index, where none stands for SHA256."""

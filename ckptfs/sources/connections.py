@@ -7,6 +7,7 @@ headers and bodies alike. Knows no HTTP semantics; used by transport.py only.
 
 import contextlib
 import functools
+import http.client
 import io
 import logging
 import os
@@ -141,10 +142,21 @@ def watch(sock: object, window: float, quota: int, waited: float = 0.0) -> None:
             sock.block()
 
 
+class _Response(http.client.HTTPResponse):
+    """A chunk of a negative size would be read to its end, whatever was asked for: into memory, without a bound."""
+
+    def _read_next_chunk_size(self) -> int:
+        size = super()._read_next_chunk_size()  # type: ignore[misc]  # http.client has no hook for it
+        if size < 0:
+            raise ValueError  # as for one that is no number
+        return int(size)
+
+
 class _Guarded(HTTPConnection):
     """Checks the address that it reached before a byte is sent, and the time until the headers are complete."""
 
     reach: Reach
+    response_class = _Response
 
     def _new_conn(self) -> socket.socket:
         # urllib3's own hook for other ways to connect (contrib.socks uses it); raises what urllib3's own does

@@ -2,6 +2,7 @@
 
 import gzip
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -10,6 +11,7 @@ import pytest
 import trio
 import zstandard
 
+from ckptfs.engine.cache import ChunkCache
 from ckptfs.errors import IntegrityError
 from ckptfs.image import OpenImage
 from ckptfs.settings import KiB
@@ -17,8 +19,8 @@ from tests.support.blobs import TAR, BytesBlob, blob_of
 from tests.support.chunked import chunked_layer, read_file, with_image
 from tests.support.command import ckptfs, mounted
 from tests.support.each import each
-from tests.support.fake_registry import FakeRegistry
-from tests.support.faulty import Record
+from tests.support.fake_registry import FakeRegistry, Flip
+from tests.support.faulty import BLOB, Record
 from tests.support.sources import client
 from tests.support.stargz import estargz_of
 from tests.support.tars import END, member
@@ -84,6 +86,51 @@ def test_the_label_of_an_image(kind: str, tmp_path: Path, record_property: Recor
         last = with_image(c, tmp_path / "whole", in_the_end, background=True)
         assert last == "chunk"
     record_property("figure", f"{kind}: {first}, then {last}")
+
+
+@pytest.mark.row("M11")
+@pytest.mark.parametrize("kind", LAYERS)
+def test_what_has_been_vouched_for_is_so_when_it_is_fetched_again(kind: str, tmp_path: Path) -> None:
+    async def work(image: OpenImage) -> None:
+        assert await read_file(image, FILE) == DATA
+        with trio.fail_after(20):
+            while image.verification != "chunk":  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        registry.script[BLOB, None] = Flip(8 * 300_000)
+        image.cache.clear(force=True)
+        image.fetcher.memory.clear()
+        with suppress(IntegrityError):  # of bytes that others than the file's chunks are in the way of
+            assert await read_file(image, FILE) == DATA
+
+    with FakeRegistry() as registry, client(registry) as c:
+        add(registry, kind)
+        with_image(c, tmp_path, work, background=True)
+
+
+@pytest.mark.row("M11")
+@pytest.mark.parametrize("kind", ["gzip", "zstd"])
+def test_a_stream_of_which_only_the_names_are_known(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its index was larger than the cache's share for documents; nobody has hashed what comes now."""
+    put = ChunkCache.put_document
+
+    def left_out(self: ChunkCache, name: str, data: bytes) -> None:
+        if not name.startswith("index/"):
+            put(self, name, data)
+
+    async def whole(image: OpenImage) -> str:
+        assert await read_file(image, FILE) == DATA
+        await image.all_known()
+        image.cache._log.prune(0, live=True)
+        return image.verification
+
+    async def again(image: OpenImage) -> tuple[str, bool]:
+        return image.verification, image.known
+
+    monkeypatch.setattr(ChunkCache, "put_document", left_out)
+    with FakeRegistry() as registry, client(registry) as c:
+        add(registry, kind)
+        assert with_image(c, tmp_path, whole, background=True) == "chunk"
+        assert with_image(c, tmp_path, again) == ("transport", True)
 
 
 @pytest.mark.row("M11")

@@ -20,7 +20,7 @@ from ckptfs.errors import CacheError
 from tests.support.cache_load import ROOT, chunk, item, key, right, start, used
 from tests.support.chunked import PAGES, add_chunked
 from tests.support.command import mounted
-from tests.support.disk_faults import FailAt, FakeClock, FaultyDisk, Refusing
+from tests.support.disk_faults import DiesAt, FailAt, FakeClock, FaultyDisk, Refusing
 from tests.support.disks import disk_of
 from tests.support.fake_registry import FakeRegistry
 from tests.support.tools import require
@@ -339,6 +339,45 @@ def test_every_system_call_fails_once(tmp_path: Path, code: int, record_property
             assert cache.verify()[1] == 0
         assert used(path) <= SMALL + SMALL // 4
     record_property("figure", f"{os.strerror(code)}: N = 1..{n - 1}")
+    assert n > 200
+
+
+@pytest.mark.row("C1")
+def test_killed_at_every_system_call(path: Path, record_property: Figure) -> None:
+    """Who has the cache open, and who opens it then, reads right bytes, claims and keeps more, can give all back."""
+    length = 10_000
+    with ChunkCache.open(path, size=SMALL, segment=SMALL // 4) as other:
+        for n in itertools.count(1):
+            child = os.fork()
+            if child == 0:
+                code = 1
+                try:
+                    with ChunkCache.open(path, size=SMALL, segment=SMALL // 4, ops=DiesAt(n)) as cache:
+                        scenario(cache)
+                    code = 0
+                finally:
+                    os._exit(code)
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            assert code in (0, -signal.SIGKILL)
+            with ChunkCache.open(path, size=SMALL, segment=SMALL // 4) as cache:
+                for each in (other, cache):
+                    each.refresh()
+                    right(each, range(1000), length)
+                    assert each.get_document("d") in (None, chunk(1, length))
+                    assert each.try_claim([key(n)]) == {key(n)}
+                    each.release([key(n)])
+                    each.put_many([item(500 + n % 500, length)])
+                    assert each.get(key(500 + n % 500)) == chunk(500 + n % 500, length)
+                assert used(path) <= SMALL + 2 * SMALL // 4
+                assert cache.verify()[1] == 0
+                assert not list(path.rglob("documents/*.tmp"))
+                if n % 10 == 0 or code == 0:
+                    cache.clear(force=True)
+                    other.refresh()
+                    assert used(path) < 8 * KiB
+            if code == 0:
+                break
+    record_property("figure", f"N = 1..{n - 1}")
     assert n > 200
 
 

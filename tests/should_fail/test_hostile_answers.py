@@ -182,6 +182,18 @@ def test_bodies_without_end(record_property: Record) -> None:
 
 
 @pytest.mark.row("M12")
+@pytest.mark.parametrize("asked", ["manifests/", BLOB])
+def test_a_chunk_of_a_negative_size(asked: str) -> None:
+    """Where it is taken for a number of bytes, everything is read that comes."""
+    with FakeRegistry() as registry, client(registry) as c:
+        image_with(registry, {})
+        registry.script[asked, None] = Endless(size=-1)
+        with measured() as peak, pytest.raises(UnavailableError):
+            fetch_config(c)
+    assert peak[0] <= MIB
+
+
+@pytest.mark.row("M12")
 @pytest.mark.parametrize("past", [0, 1])
 def test_the_config_at_its_limit(past: int) -> None:
     limits = Limits()._replace(config_bytes=1000)

@@ -1,6 +1,7 @@
 """Disks and clocks that misbehave on request."""
 
 import os
+import signal
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -46,6 +47,28 @@ class FailAt(FaultyDisk):
         with self._lock:
             self.count += 1
             return self.code if self.count == self.n else None
+
+
+class DiesAt(FaultyDisk):
+    """The n-th system call (from 1) ends this process, as SIGKILL does; a write is cut off in the middle."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.count = n, 0
+        super().__init__(self._judge)
+        whole = self.pwritev
+
+        def half(fd: int, buffers: list[memoryview], offset: int) -> int:
+            if self.count + 1 == self.n:
+                data = b"".join(buffers)
+                DiskOps.pwritev(fd, [data[: len(data) // 2]], offset)
+            return whole(fd, buffers, offset)
+
+        self.pwritev = half  # type: ignore[misc]
+
+    def _judge(self, name: str) -> None:
+        self.count += 1
+        if self.count == self.n:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Refusing(FaultyDisk):

@@ -110,9 +110,10 @@ class Claims(Fault):
 
 @dataclass(frozen=True)
 class Endless(Fault):
-    """That status and a body without end."""
+    """That status and a body without end, in chunks that say that they have `size` bytes."""
 
     code: int = 200
+    size: int = 0x10000
 
 
 @dataclass(frozen=True)

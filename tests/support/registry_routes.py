@@ -68,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         elif isinstance(self.fault, Endless):
             self._body()
-            self._endless(self.fault.code)
+            self._endless(self.fault.code, self.fault.size)
             return
         elif isinstance(self.fault, Status):
             self._body()
@@ -299,12 +299,12 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.wfile.write(body)
 
-    def _endless(self, status: int) -> None:
+    def _endless(self, status: int, size: int) -> None:
         self.send_response(status)
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         while not self.registry.closing.is_set():
-            self.wfile.write(b"10000\r\n" + b" " * 0x10000 + b"\r\n")
+            self.wfile.write(b"%x\r\n" % size + b" " * 0x10000 + b"\r\n")
 
     def _reset(self) -> None:
         """RST instead of FIN."""

@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -260,3 +261,16 @@ def test_verify_drops_what_is_damaged(path: Path) -> None:
         assert cache.verify() == (66, 34)
         assert cache.stats().chunks == 31 and cache.get_document("good") == b"x"
     assert segment_files(path) == [second] and not bad_document.exists()
+
+
+def test_many_chunks_are_dropped_with_one_look(path: Path) -> None:
+    keys = [key(number) for number in range(100_000)]
+    gone = keys[80_000:]
+    with ChunkCache.open(path, size=SIZE) as cache:
+        cache.put_many([(each, b"x") for each in keys])
+        began = time.monotonic()
+        cache.drop(*gone)
+        assert time.monotonic() - began < 4.0
+        assert cache.contains(keys[0]) and not any(map(cache.contains, gone))
+    with ChunkCache.open(path, size=SIZE) as cache:
+        assert cache.stats().chunks == len(keys) - len(gone)

@@ -303,6 +303,22 @@ def test_without_a_key_a_disk_that_refuses_is_read(path: Path) -> None:
         cache.require_key()
 
 
+def test_nothing_is_written_into_another_cache_that_is_in_the_place_of_ours(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be encrypted."""
+    with ChunkCache.open(path, size=SIZE).require_key() as plain:
+        plain.put_many([item(1, 1000)])
+        path.rename(path.with_name("elsewhere"))
+        keyed(path)
+        plain.put_many([item(2, 1000)])
+        plain.put_document("d", chunk(3, 1000))
+        plain.drop(key(1))
+        assert plain.get(key(2)) is None and plain.get_document("d") is None
+    assert [file.name for file in path.rglob("*") if file.suffix in (".seg", ".idx", ".doc")] == []
+    assert "another directory is in its place" in caplog.text
+
+
 class Meanwhile(DiskOps):
     """Something happens between the making of a document's file and its lock, once."""
 
@@ -325,3 +341,47 @@ def test_a_document_whose_file_is_swept_while_it_is_written(path: Path, caplog: 
         cache.put_many([item(1, 1000)])
         assert cache.get(key(1)) == chunk(1, 1000)
     assert caplog.text == ""
+
+
+class Unreadable(DiskOps):
+    """One file cannot be read."""
+
+    name = ""
+
+    def pread(self, fd: int, length: int, offset: int) -> bytes:  # type: ignore[override]
+        if self.name and os.readlink(f"/proc/self/fd/{fd}").endswith(self.name):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return os.pread(fd, length, offset)
+
+
+def test_an_index_that_cannot_be_read_keeps_nothing_else_away(
+    path: Path, other: ChunkCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk, clock = Unreadable(), FakeClock()
+    other.put_many([item(1, 1000)])
+    with ChunkCache.open(path, size=SIZE, ops=disk, clock=clock) as cache:
+        (first,) = segment_files(path, ".idx")
+        disk.name = first.name
+        with ChunkCache.open(path, size=SIZE) as third:
+            third.put_many([item(2, 1000)])
+            clock.advance(0.03)
+            assert cache.get(key(2)) == chunk(2, 1000)
+            cache.put_many([item(3, 1000)])
+            assert cache.get(key(3)) == chunk(3, 1000) and caplog.text == ""
+        disk.name = ""
+        other.put_many([item(4, 1000)])
+        clock.advance(0.03)
+        assert all(cache.get(key(number)) == chunk(number, 1000) for number in range(1, 5))
+
+
+def test_what_could_not_be_opened_for_a_moment_is_found_later(path: Path, other: ChunkCache) -> None:
+    disk, clock = Refusing("open"), FakeClock()
+    with ChunkCache.open(path, size=SIZE, ops=disk, clock=clock) as cache:
+        other.put_many([item(1, 1000)])
+        os.utime(path / "v1/segments", (1_000_000, 1_000_000))  # long ago: what is in it is known by now
+        disk.code = errno.EMFILE
+        clock.advance(0.03)
+        assert not cache.contains(key(1))
+        disk.code = None
+        clock.advance(0.03)
+        assert cache.get(key(1)) == chunk(1, 1000)

@@ -1,16 +1,23 @@
 """The lock and the files of a mount point, where mounts begin and end while others look."""
 
+import errno
+import os
+import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ckptfs import mounting
+from ckptfs import mounting, standby
 from ckptfs.control import client
 from ckptfs.control.client import MountFiles, write_state
 from ckptfs.errors import MountError
+from ckptfs.model.oci import Reference
+from ckptfs.mounting import MountRequest
+from tests.support.disks import disk_of
 
 
 @pytest.fixture
@@ -100,3 +107,51 @@ def test_who_only_removes_what_is_left_is_waited_for(target: str) -> None:
     with mounting._Lock(target) as lock:
         assert lock.current()
         lock.remove()
+
+
+def test_no_room_for_what_a_mount_says_of_itself(tmp_path: Path) -> None:
+    with disk_of(tmp_path / "run", "size=64k,mode=700") as run:
+        other = run / "other"
+        with other.open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        with pytest.raises(MountError, match="No space left") as caught:
+            write_state(MountFiles(run, "name"), {"mountpoint": "/mnt"})
+        assert str(run) in caught.value.message and list(run.iterdir()) == [other]
+
+
+def test_a_limit_on_tasks_is_said_to_be_that(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fork() -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(os, "fork", fork)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    standby.fork(["mount"])
+    assert standby.take() is None
+    with pytest.raises(MountError, match="no daemon can be started") as caught:
+        mounting.begin(MountRequest(Reference.parse("localhost:5000/app:1"), target, 0.0))
+    assert "ulimit -u" in caught.value.hint and signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+def test_a_daemon_that_fails_later_tells_it_to_nobody(tmp_path: Path) -> None:
+    """The pipe to who has waited is closed by then, and its number is another file's."""
+    reader, writer = os.pipe()
+    other = tmp_path / "other"
+
+    def run(request: object, claim: object, announce: Callable[[dict[str, Any]], None], *, logs: bool) -> None:
+        announce({"ready": True})
+        os.dup2(os.open(other, os.O_RDWR | os.O_CREAT, 0o600), writer)
+        raise MountError("the last status could not be written")
+
+    daemon = os.fork()
+    if daemon == 0:
+        try:
+            mounting._run = run  # type: ignore[assignment]
+            mounting._serve(None, None, writer)  # type: ignore[arg-type]
+        finally:
+            os._exit(99)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        assert pipe.read() == b'{"ready": true}\n'
+    assert os.waitstatus_to_exitcode(os.waitpid(daemon, 0)[1]) == MountError.exit_code
+    assert other.read_bytes() == b""

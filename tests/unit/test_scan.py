@@ -1,9 +1,11 @@
-"""Streams that are read again and again because no cache is large enough, and more of them than threads: nobody waits
-for ever.
+"""Streams that are read again and again because no cache is large enough, that break, and that are more than threads:
+nobody waits for ever, and what a stream has left that was never hashed to its end is not believed for ever.
 """
 
 import hashlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Collection, Iterator
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -13,7 +15,7 @@ from ckptfs.engine.cache import ChunkCache
 from ckptfs.engine.fetch import Fetcher
 from ckptfs.engine.memory import MemoryCache
 from ckptfs.engine.scan import LayerScan
-from ckptfs.errors import CkptfsError, UnavailableError
+from ckptfs.errors import CkptfsError, IntegrityError, UnavailableError
 from ckptfs.layers.protocols import Emit, Verification
 from ckptfs.model.toc import Chunk, Entry
 from ckptfs.settings import Settings
@@ -121,5 +123,87 @@ def test_streams_that_wait_keep_no_thread_from_others() -> None:
                 scan.stop()
             nursery.cancel_scope.cancel()
         cache.close()
+
+    trio.run(main)
+
+
+class Damaged(Stream):
+    """Its first run has wrong bytes on the way, and breaks before anybody can tell."""
+
+    def scan(self, emit: Emit, *, attempt: int = 0) -> Iterator[Entry]:
+        self.runs += 1
+        first = self.runs == 1
+        for number in range(COUNT // 2 if first else COUNT):
+            data = DATA[number * LENGTH : (number + 1) * LENGTH]
+            emit(chunk(number), bytes(LENGTH) if first and number == 3 else data)
+        if first:
+            raise UnavailableError("the registry is gone")
+        return iter(())
+        yield
+
+
+def test_a_stream_that_is_right_replaces_what_a_broken_one_has_left(tmp_path: Path) -> None:
+    async def main() -> None:
+        layer = Damaged()
+        with ChunkCache.open(tmp_path / "cache", size=1 << 24) as cache:
+            fetcher = Fetcher(cache, MemoryCache(0), Settings())
+            send, ends = trio.open_memory_channel[CkptfsError | None](2)
+            scan = LayerScan(layer, fetcher, lambda _: None, send.send_nowait, number=0)  # type: ignore[arg-type]
+            fetcher.add_layer(blob_of(DATA), layer, scan)  # type: ignore[arg-type]
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(fetcher.run)
+                nursery.start_soon(scan.run)
+                with trio.fail_after(10):
+                    assert isinstance(await ends.receive(), UnavailableError)
+                    assert cache.get(chunk(3).key) == bytes(LENGTH), "nobody can tell, so far"
+                    scan.run_on()
+                    assert await ends.receive() is None
+                for number in range(COUNT):
+                    expected = DATA[number * LENGTH : (number + 1) * LENGTH]
+                    assert bytes(await fetcher.get(chunk(number))) == expected
+                scan.stop()
+                nursery.cancel_scope.cancel()
+        with ChunkCache.open(tmp_path / "cache", size=1 << 24) as cache:
+            assert cache.get(chunk(3).key) == DATA[3 * LENGTH : 4 * LENGTH]
+
+    trio.run(main)
+
+
+class Wrong(Stream):
+    """It is not what its digest says."""
+
+    def scan(self, emit: Emit, *, attempt: int = 0) -> Iterator[Entry]:
+        yield from super().scan(emit, attempt=attempt)
+        raise IntegrityError("another layer")
+
+
+def test_a_stream_that_was_wrong_is_dropped_while_others_are_answered() -> None:
+    """A layer of 10 GB are 40 000 chunks."""
+
+    async def main() -> None:
+        layer = Wrong()
+        with ChunkCache.ephemeral(size=1 << 24) as cache:
+            fetcher = Fetcher(cache, MemoryCache(1 << 20), Settings())
+            discard, threads = fetcher.discard, []
+
+            def watched(keys: Collection[bytes]) -> None:
+                threads.append(threading.current_thread())
+                discard(keys)
+
+            fetcher.discard = watched  # type: ignore[method-assign]
+            send, ends = trio.open_memory_channel[CkptfsError | None](1)
+            scan = LayerScan(layer, fetcher, lambda _: None, send.send_nowait, number=0)  # type: ignore[arg-type]
+            fetcher.add_layer(blob_of(DATA), layer, scan)  # type: ignore[arg-type]
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(fetcher.run)
+                nursery.start_soon(scan.run)
+                with trio.fail_after(10):
+                    assert isinstance(await ends.receive(), IntegrityError)
+                assert threading.current_thread() not in threads and len(threads) == layer.runs == 2
+                assert not any(fetcher.has(chunk(number)) for number in range(COUNT))
+                with pytest.raises(IntegrityError):
+                    await fetcher.get(chunk(0))
+                scan.stop()
+                nursery.cancel_scope.cancel()
 
     trio.run(main)
