@@ -87,11 +87,12 @@ def test_every_source_of_the_table(shell: Shell) -> None:
     run("tar", "-cf", shell.folder / "checkpoint-web.tar", "-C", shell.folder / "kubelet", ".")
     rows = re.findall(r"^\| (.*) \| (.*) \|$", PAGE, re.MULTILINE)
     commands = [c for _, cell in rows for c in re.findall(r"`(ckptfs push [^`]*)`", cell)]
-    assert len(commands) == 8
+    assert len(commands) == 10
     commands.remove("ckptfs push ck.tar REF")  # needs containerd: tests/restore/test_containerd.py
     shell("ckptfs push counter.tar localhost:5000/app/old:1")
     shell("mkdir oci && skopeo copy -q --src-tls-verify=false docker://localhost:5000/app/old:1 oci:ck:1")
-    shell("cp -r ck DIR")
+    shell("cp -r ck DIR; mkdir dump both; tar -xf counter.tar -C both")
+    shell("cp -r images dump/checkpoint; cp counter/spec.dump dump")
     for number, command in enumerate(commands):
         places = {
             " REF": f" localhost:5000/table/{number}:1",

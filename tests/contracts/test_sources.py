@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 
-from ckptfs.errors import FormatError, IntegrityError, LimitExceeded, NotFoundError, UnavailableError, UsageError
+from ckptfs.errors import IntegrityError, LimitExceeded, NotFoundError, UnavailableError, UsageError
 from ckptfs.image import OpenImage
 from ckptfs.model.oci import (
     ANNOTATION_REF_NAME,
@@ -26,53 +26,19 @@ from ckptfs.sources import Source, open_source
 from ckptfs.sources.deferred import DeferredSource
 from ckptfs.sources.layout import LayoutSource
 from ckptfs.telemetry import NetworkCounters
+from tests.support.blobs import TAR
 from tests.support.chunked import with_image
 from tests.support.docker_registry import DockerRegistry
 from tests.support.fake_registry import FakeRegistry
+from tests.support.layouts import CONFIG, Layout
 from tests.support.sources import Client, client
 from tests.support.tars import tar_of
 from tests.support.tools import free_port
 
-TAR = "application/vnd.oci.image.layer.v1.tar"
-CONFIG = "application/vnd.oci.image.config.v1+json"
 SIZE = 9_000_000  # more than the 8 MiB that a source takes whole in place of a range
 DATA = Random(1).randbytes(SIZE)
 SMALL = b"small layer"
 EMPTY = b""
-
-
-class Layout:
-    """An OCI layout that a test fills."""
-
-    def __init__(self, top: Path) -> None:
-        self.top = top
-        self.entries: list[dict[str, object]] = []
-        (top / "blobs" / "sha256").mkdir(parents=True)
-        (top / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
-
-    def blob(self, data: bytes, media_type: str) -> dict[str, object]:
-        digest = Digest.of(data)
-        (self.top / "blobs" / "sha256" / digest.hex).write_bytes(data)
-        return {"mediaType": media_type, "digest": str(digest), "size": len(data)}
-
-    def manifest(self, *layers: bytes, architecture: str = "amd64") -> dict[str, object]:
-        config = json.dumps({"architecture": architecture, "os": "linux"}).encode()
-        document = {
-            "schemaVersion": 2,
-            "mediaType": OCI_MANIFEST,
-            "config": self.blob(config, CONFIG),
-            "layers": [self.blob(layer, TAR) for layer in layers],
-        }
-        return self.blob(json.dumps(document).encode(), OCI_MANIFEST)
-
-    def index(self, *manifests: dict[str, object]) -> dict[str, object]:
-        document = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": list(manifests)}
-        return self.blob(json.dumps(document).encode(), OCI_INDEX)
-
-    def tag(self, entry: dict[str, object], tag: str) -> None:
-        self.entries.append({**entry, "annotations": {ANNOTATION_REF_NAME: tag}})
-        document = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": self.entries}
-        (self.top / "index.json").write_text(json.dumps(document))
 
 
 @pytest.fixture(scope="module")
@@ -340,91 +306,6 @@ def test_a_manifest_is_called_as_its_registry_knows_it(tmp_path: Path) -> None:
         assert with_image(c, tmp_path, work, name=f"repo@{digest}", offline=True) == digest
         assert len(registry.requests("/manifests/")) == asked
         assert with_image(c, tmp_path / "by-tag", work) == digest
-
-
-def test_a_layout_may_name_its_images_by_other_digests(tmp_path: Path) -> None:
-    layout = Layout(tmp_path / "layout")
-    raw = (layout.top / "blobs" / "sha256" / str(layout.manifest(SMALL)["digest"])[7:]).read_bytes()
-    digest = Digest.of(raw, "sha512")
-    (layout.top / "blobs" / "sha512").mkdir()
-    (layout.top / "blobs" / "sha512" / digest.hex).write_bytes(raw)
-    layout.tag({"mediaType": OCI_MANIFEST, "digest": str(digest), "size": len(raw)}, "it")
-    for tail in (":it", f"@{digest}"):
-        assert LayoutSource(Reference.parse(f"oci:{layout.top}{tail}")).resolve().digest == digest
-
-
-# -- layouts -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_layout_with_one_image_needs_no_tag(tmp_path: Path) -> None:
-    layout = Layout(tmp_path / "one")
-    layout.tag(layout.manifest(SMALL), "only")
-    assert isinstance(LayoutSource(Reference("oci", path=str(layout.top))).resolve(), Manifest)
-
-
-def test_a_layout_with_several_images_names_them(layout: Layout) -> None:
-    with pytest.raises(NotFoundError, match="it has image, multi"):
-        LayoutSource(Reference("oci", path=str(layout.top))).resolve()
-
-
-@pytest.mark.parametrize("name", ["localhost/app:1", "app:1", "team/app", "1"])
-def test_a_layout_with_names_for_tags(name: str, tmp_path: Path) -> None:
-    """As `buildah push IMAGE oci:DIR:NAME:TAG` and `skopeo copy ... oci:DIR:NAME` write them."""
-    layout = Layout(tmp_path / "with:colon")
-    for number, tag in enumerate((name, "other")):
-        layout.tag(layout.manifest(SMALL + bytes([number])), tag)
-    chosen = LayoutSource(Reference.parse(f"oci:{layout.top}:{name}"))
-    assert str(chosen.resolve().digest) == layout.entries[0]["digest"]
-    with pytest.raises(NotFoundError, match=f"has no image {name}2; it has"):
-        LayoutSource(Reference.parse(f"oci:{layout.top}:{name}2")).resolve()
-
-
-def test_a_layout_that_is_none(tmp_path: Path) -> None:
-    source = LayoutSource(Reference("oci", path=str(tmp_path / "nothing")))
-    with pytest.raises(NotFoundError, match="there is no directory"):
-        source.resolve()
-    with pytest.raises(NotFoundError, match=r"index\.json"):
-        LayoutSource(Reference("oci", path=str(tmp_path))).resolve()
-    (tmp_path / "index.json").write_text("{}")
-    with pytest.raises(FormatError):
-        LayoutSource(Reference("oci", path=str(tmp_path))).resolve()
-
-
-@pytest.mark.parametrize("where", ["blob", "algorithm", "blobs"])
-def test_a_layout_that_leads_elsewhere(tmp_path: Path, where: str) -> None:
-    """Symlinks to the right bytes: they are refused because they are symlinks."""
-    layout = Layout(tmp_path / "layout")
-    layout.tag(layout.manifest(SMALL), "it")
-    digest = Digest.of(SMALL)
-    path = layout.top / "blobs"
-    path = {"blob": path / "sha256" / digest.hex, "algorithm": path / "sha256", "blobs": path}[where]
-    moved = path.rename(tmp_path / "moved")
-    path.symlink_to(moved)
-    blob = LayoutSource(Reference("oci", path=str(layout.top))).blob(Descriptor(TAR, digest, len(SMALL)))
-    with pytest.raises(FormatError, match="cannot be read"):
-        blob.read_at(0, 1)
-
-
-def test_a_blob_that_is_no_file(tmp_path: Path) -> None:
-    layout = Layout(tmp_path / "layout")
-    digest = Digest.of(SMALL)
-    (layout.top / "blobs" / "sha256" / digest.hex).mkdir()
-    blob = LayoutSource(Reference("oci", path=str(layout.top))).blob(Descriptor(TAR, digest, len(SMALL)))
-    with pytest.raises(FormatError, match="not a regular file"):
-        blob.read_at(0, 1)
-
-
-def test_a_damaged_layout_is_noticed(tmp_path: Path) -> None:
-    layout = Layout(tmp_path / "layout")
-    entry = layout.manifest(SMALL)
-    layout.tag(entry, "it")
-    path = layout.top / "blobs" / "sha256" / str(entry["digest"]).removeprefix("sha256:")
-    raw = bytearray(path.read_bytes())
-    raw[-3] ^= 1
-    path.write_bytes(raw)
-    for text in (f"oci:{layout.top}:it", f"oci:{layout.top}@{entry['digest']}"):
-        with pytest.raises(IntegrityError):
-            LayoutSource(Reference.parse(text)).resolve()
 
 
 # -- what keeps a source away ------------------------------------------------------------------------------------------
