@@ -80,7 +80,7 @@ async def _serve(
             image.reader.observer = recorder
             image.reader.transfer_rate = request.transfer_rate
             reference = str(image.resolved.reference)
-            resident.ready(reference, reference)
+            resident.ready(reference, reference, str(image.resolved.manifest.digest))
 
         resident = Resident(request, mountpoint, files, announce, status, session.stop)
         recorder = ReadRecorder(request.record, names, request.started) if request.record is not None else None

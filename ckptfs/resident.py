@@ -77,17 +77,18 @@ class Resident:
             nursery.start_soon(port.run)
         nursery.start_soon(ControlServer(self._files, {"status": self._status, "stop": self._stopped}).run)
 
-    def ready(self, what: str, reference: str) -> None:
+    def ready(self, what: str, reference: str, digest: str = "") -> None:
         """A read works: tell everybody. `what` is for the log, `reference` for `ckptfs status` when we are dead."""
         self.ready_at = time.monotonic()
         self.facts["ready_ms"] = round((self.ready_at - self._request.started) * 1000, 1)
-        write_state(self._files, {"mountpoint": self._mountpoint, "reference": reference, "pid": os.getpid()})
+        state = {"mountpoint": self._mountpoint, "reference": reference, "pid": os.getpid()}
+        write_state(self._files, state)
         log.info("%s is mounted on %s after %.0f ms", what, self._mountpoint, self.facts["ready_ms"])
         settle()
         if self._request.ready_fd is not None:
             tell(self._request.ready_fd)
-        found = {"mountpoint": self._mountpoint, "pid": os.getpid(), "ready_ms": self.facts["ready_ms"]}
-        self._announce(self._status({}) if self._request.figures else found)
+        brief = {**state, "digest": digest, "ready_ms": self.facts["ready_ms"]}
+        self._announce(self._status({}) if self._request.figures else brief)
 
     def _stopped(self, _: dict[str, Any]) -> dict[str, int]:
         self._stop()
