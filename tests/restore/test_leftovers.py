@@ -167,7 +167,7 @@ def test_of_two_restores_with_one_name_exactly_one_wins(reference: str, base: st
         said = "another restore has the name twice; give another --name"
         _, err = loser.communicate(timeout=60)
         assert loser.returncode == 8 and said in err
-        cgroup = next(path for path in Path("/sys/fs/cgroup").glob("*/ckptfs/twice"))
+        cgroup = next(path for path in Path("/sys/fs/cgroup").glob("*/ckptfs-twice"))
         (cgroup / "inner").mkdir()
         late = ckptfs("restore", *common, "--dir", tmp_path / "late", "--cache-dir", tmp_path / "late-cache")
         assert late.code == 8 and said in late.line
