@@ -127,6 +127,18 @@ def test_streams_that_wait_keep_no_thread_from_others() -> None:
     trio.run(main)
 
 
+Ends = trio.MemoryReceiveChannel[CkptfsError | None]
+
+
+def scan_of(layer: Stream, cache: ChunkCache, *, memory: int = 0) -> tuple[Fetcher, LayerScan, Ends]:
+    """A fetcher that has the layer, the scan of it, not begun, and how each of its runs has ended."""
+    fetcher = Fetcher(cache, MemoryCache(memory), Settings())
+    send, ends = trio.open_memory_channel[CkptfsError | None](2)
+    scan = LayerScan(layer, fetcher, lambda _: None, send.send_nowait, number=0)  # type: ignore[arg-type]
+    fetcher.add_layer(blob_of(DATA), layer, scan)  # type: ignore[arg-type]
+    return fetcher, scan, ends
+
+
 class Damaged(Stream):
     """Its first run has wrong bytes on the way, and breaks before anybody can tell."""
 
@@ -144,12 +156,8 @@ class Damaged(Stream):
 
 def test_a_stream_that_is_right_replaces_what_a_broken_one_has_left(tmp_path: Path) -> None:
     async def main() -> None:
-        layer = Damaged()
         with ChunkCache.open(tmp_path / "cache", size=1 << 24) as cache:
-            fetcher = Fetcher(cache, MemoryCache(0), Settings())
-            send, ends = trio.open_memory_channel[CkptfsError | None](2)
-            scan = LayerScan(layer, fetcher, lambda _: None, send.send_nowait, number=0)  # type: ignore[arg-type]
-            fetcher.add_layer(blob_of(DATA), layer, scan)  # type: ignore[arg-type]
+            fetcher, scan, ends = scan_of(Damaged(), cache)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(fetcher.run)
                 nursery.start_soon(scan.run)
@@ -183,7 +191,7 @@ def test_a_stream_that_was_wrong_is_dropped_while_others_are_answered() -> None:
     async def main() -> None:
         layer = Wrong()
         with ChunkCache.ephemeral(size=1 << 24) as cache:
-            fetcher = Fetcher(cache, MemoryCache(1 << 20), Settings())
+            fetcher, scan, ends = scan_of(layer, cache, memory=1 << 20)
             discard, threads = fetcher.discard, []
 
             def watched(keys: Collection[bytes]) -> None:
@@ -191,9 +199,6 @@ def test_a_stream_that_was_wrong_is_dropped_while_others_are_answered() -> None:
                 discard(keys)
 
             fetcher.discard = watched  # type: ignore[method-assign]
-            send, ends = trio.open_memory_channel[CkptfsError | None](1)
-            scan = LayerScan(layer, fetcher, lambda _: None, send.send_nowait, number=0)  # type: ignore[arg-type]
-            fetcher.add_layer(blob_of(DATA), layer, scan)  # type: ignore[arg-type]
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(fetcher.run)
                 nursery.start_soon(scan.run)
