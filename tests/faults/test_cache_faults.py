@@ -234,6 +234,7 @@ with ChunkCache.open(Path({str(path)!r}), size=16 << 20) as cache:
     assert "File too large" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.alone
 @pytest.mark.row("C3")
 def test_a_disk_that_refuses_at_random(path: Path, record_property: Figure) -> None:
     """One write in thirty: what is kept is right, and nothing is thrown at who reads."""

@@ -199,6 +199,7 @@ def test_a_tag_that_moves_changes_nothing_under_a_reader(tmp_path: Path, record_
 # -- L2: demand beats prefetch -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 @pytest.mark.row("L2")
 def test_a_demand_goes_out_before_anything_more_is_prefetched(tmp_path: Path, record_property: Record) -> None:
     """While the background fills a slow link: how many other requests follow a read before its own."""
@@ -267,6 +268,7 @@ def test_no_more_is_fetched_than_is_needed(tmp_path: Path, record_property: Reco
     record_property("figure", f"fetched / needed: {', '.join(figures)}")
 
 
+@pytest.mark.alone
 @pytest.mark.fuse
 @pytest.mark.row("F5")
 @pytest.mark.usefixtures("fuse")

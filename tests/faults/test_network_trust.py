@@ -26,6 +26,7 @@ from tests.support.sources import QUICK, Client, client, layers
 # -- N5, N6: tokens ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 @pytest.mark.row("N5")
 def test_one_refresh_for_all_readers(record_property: Record) -> None:
     life, seconds = 1.0, float(os.environ.get("CKPTFS_SOAK_TOKENS", "4"))  # scripts/soak: 30

@@ -125,6 +125,7 @@ def test_nothing_is_missed_when_all_is_here(registry: DockerRegistry, tmp_path: 
     record_property("figure", "after the background fetch: 0 errors in 384 reads")
 
 
+@pytest.mark.alone
 @pytest.mark.row("N13")
 def test_a_second_mount_needs_no_network(registry: DockerRegistry, tmp_path: Path, record_property: Record) -> None:
     """In a network namespace with nothing in it: whoever opened a socket would get an error."""

@@ -216,6 +216,7 @@ def test_an_image_whose_configuration_is_no_list_of_layers(tmp_path: Path) -> No
         assert "does not list its layers" in store.status()["errors"][0]
 
 
+@pytest.mark.alone
 def test_a_registry_that_is_away_and_comes_back(tmp_path: Path) -> None:
     with FakeRegistry() as registry, store_on(tmp_path) as store:
         (digest,) = add(registry, "1", chunked_layer({b"file": b"file\n"}, 65536))

@@ -24,7 +24,8 @@ from tests.support.restored import assert_nothing_left, processes, start
 from tests.support.tars import END, member
 from tests.support.tools import require, run, wait_for
 
-pytestmark = [pytest.mark.restore, pytest.mark.registry, pytest.mark.fuse]
+# alone: what is left of one that was killed would be told of any other that runs beside it
+pytestmark = [pytest.mark.restore, pytest.mark.registry, pytest.mark.fuse, pytest.mark.alone]
 
 STATE = "ckptfs-restore.json"
 

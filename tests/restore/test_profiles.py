@@ -45,6 +45,7 @@ def record(reference: str, checkpoint: Checkpoint, folder: Path) -> Path:
     return profile
 
 
+@pytest.mark.alone  # counts what criu reads before its first tick
 def test_a_recorded_working_set_is_there_when_it_is_needed(
     single_checkpoint: Checkpoint, registry: DockerRegistry, tmp_path: Path
 ) -> None:

@@ -13,6 +13,8 @@ import pytest
 from ckptfs.bench.link import ShapedLink, bits_per_second, main, seconds
 from ckptfs.errors import UsageError
 
+pytestmark = pytest.mark.alone
+
 RTT = 0.020
 RATE = 200e6
 
