@@ -74,7 +74,8 @@ class Fetcher:
         self._waiting = Waiting()
         times = settings.timeouts  # another process may be as long without a byte as we; our readers wait longer
         patience = min(times.first_byte + times.stall_window, times.read_deadline / 3)
-        self._receiver = Receiver(cache, memory, self._waiting, self.link, patience, self._arrived)
+        gap = settings.sizes.coalesce_gap
+        self._receiver = Receiver(cache, memory, self._waiting, self.link, patience, gap, self._arrived)
         self._threads = trio.CapacityLimiter(4 * settings.sizes.jobs)
 
     # -- what there is -------------------------------------------------------------------------------------------------
