@@ -126,6 +126,8 @@ class LayerScan:
                 await self._discard()
                 failure = await self._attempt(1)
             if isinstance(failure, IntegrityError):
+                if self.number is not None:
+                    self._fetcher.condemn(self.number, failure)
                 await self._discard()
         except _Stopped:
             return
@@ -133,8 +135,6 @@ class LayerScan:
             self._running = False
         self._drain()
         self.error = failure
-        if isinstance(failure, IntegrityError) and self.number is not None:
-            self._fetcher.condemn(self.number, failure)
         first = not self.complete
         self.complete = self.complete or failure is None
         self._settle(failure)

@@ -400,7 +400,7 @@ class OpenImage:
 
     async def verify_whole_layers(self) -> None:
         """Hash plain tars once everything else has been fetched."""
-        from ckptfs.image.whole import hash_layer
+        from ckptfs.image.whole import condemn_layer, hash_layer
         from ckptfs.layers.tar import TarLayer
 
         ranks = {id(scan.layer): rank for rank, scan in self._scans.items()}
@@ -409,7 +409,7 @@ class OpenImage:
                 try:
                     await hash_layer(self.fetcher, descriptor, layer)
                 except IntegrityError as error:
-                    self.fetcher.condemn(number, error)
+                    await condemn_layer(self.fetcher, number, layer, error)
                     self._fail(ranks[id(layer)], error)
                 else:
                     self._whole.add(descriptor.digest)
