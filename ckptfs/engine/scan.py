@@ -50,6 +50,7 @@ class LayerScan:
         self.layer = layer
         self.position = 0  # decoded bytes of a sequential layer that have passed
         self.complete = known
+        self.passed = False  # the layer has been scanned to its end here; a stream has had its digest then
         self.error: CkptfsError | None = None
         self.dormant = False  # nobody has looked into it yet, and nobody waits for it
         self._fetcher = fetcher
@@ -137,6 +138,7 @@ class LayerScan:
         self.error = failure
         first = not self.complete
         self.complete = self.complete or failure is None
+        self.passed = self.passed or failure is None
         self._settle(failure)
         if first or isinstance(failure, IntegrityError):
             self._on_end(failure)
