@@ -9,10 +9,12 @@ import pytest
 
 from ckptfs.errors import AuthError, LimitExceeded, UnavailableError, UsageError
 from ckptfs.model.oci import OCI_INDEX, OCI_MANIFEST, Digest
-from ckptfs.settings import Registries
+from ckptfs.push.image_files import LayerFiles
+from ckptfs.settings import KiB, Registries
 from ckptfs.sources import host_files
 from ckptfs.sources.connections import Pools
 from ckptfs.sources.credentials import Credentials
+from tests.support.chunked import PAGES, add_chunked
 from tests.support.fake_registry import FakeRegistry, Full200, Redirect, Silent, Status
 from tests.support.faulty import DATA, TAR, secure_source
 from tests.support.registry_faults import Fault
@@ -389,3 +391,18 @@ def test_a_registry_without_ranges_is_named_with_a_way_out() -> None:
         for _ in range(2):  # found out, and remembered
             with pytest.raises(UnavailableError, match=f"{registry.host} sends whole blobs.*skopeo copy .* oci:DIR"):
                 blob.read_at(1000, 100_000)
+
+
+def test_a_push_reads_from_the_front_what_it_cannot_have_in_parts(tmp_path: Path) -> None:
+    """A zstd:chunked layer is a zstd stream as well, and its digest vouches for all of it."""
+    with FakeRegistry({("GET /v2/repo/blobs/", None): Full200()}) as registry, client(registry) as c:
+        add_chunked(registry, {PAGES: DATA}, 64 * KiB)
+        source = c.source()
+        with LayerFiles([source.blob(layer) for layer in layers(source)], tmp_path, c.settings) as files:
+            (pages,) = (file for file in files.files() if file.path == PAGES)
+            assert pages.open is not None
+            payload, buffer, found = pages.open(), memoryview(bytearray(64 * KiB)), bytearray()
+            while count := payload.readinto(buffer):
+                found += buffer[:count]
+            assert found == DATA
+        assert c.counters.bytes < 2 * len(DATA)
