@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 _ENDED_BY = (signal.SIGINT, signal.SIGTERM)
 _ENDS = Timeouts().daemon_end
 _ALL = "`ckptfs status` without a directory shows all mounts"
+_DEAD = "dead; run: ckptfs umount {}"
 
 
 class MountRequest(NamedTuple):
@@ -204,43 +205,45 @@ _UNKNOWN: dict[str, Any] = {
 
 
 def statuses(directory: str | None, *, detail: bool = False) -> list[dict[str, Any]]:
-    """The status of one mount, or of all; a mount whose daemon is gone is told as such.
-
-    `detail`: with layers, roles and what is being read now.
-    """
+    """The status of one mount, or of all, dead ones too. `detail`: with layers, roles and what is being read now."""
     if directory is not None:
-        path = canonical(directory)
-        files = MountFiles.of(path)
-        mounted = mount_at(path)
-        if mounted is None and not files.state.exists():
-            raise MountError(f"nothing is mounted on {path}", hint=_ALL)
-        if mounted is not None and not mounted.ours:
-            raise MountError(f"{path} is a {mounted.fstype} mount, not one of ckptfs", hint=_ALL)
-        wanted = [(files, {"mountpoint": path})]
-    else:
-        _sweep()
-        wanted = list(known_mounts())
+        return [_status_at(canonical(directory), detail=detail)]
+    _sweep()
     found = []
-    for files, state in wanted:
+    for files, state in known_mounts():
         try:
             found.append({**_UNKNOWN, **ask(files, "status", detail=detail)})
         except UnavailableError:
-            hint = f"dead; run: ckptfs umount {shlex.quote(state['mountpoint'])}"
-            left = mount_at(state["mountpoint"])
-            if left is None:
-                # unless somebody is about to mount there
-                with contextlib.suppress(MountError, FileNotFoundError), _Lock(state["mountpoint"]) as lock:
-                    lock.remove()
-                hint = "gone"
-            elif directory is not None and left.user not in (None, os.geteuid()):  # its daemon answers nobody else
-                raise MountError(
-                    f"{left.path} is mounted by another user (uid {left.user})", hint="only that user can ask it"
-                ) from None
-            if directory is not None:
-                raise MountError(f"the daemon of {state['mountpoint']} is {hint}") from None
-            if hint != "gone":
-                found.append({**state, "state": hint})
+            if mount_at(state["mountpoint"]) is None:
+                _remove_left(state["mountpoint"])
+            else:
+                found.append({**state, "state": _DEAD.format(shlex.quote(state["mountpoint"]))})
     return found
+
+
+def _status_at(path: str, *, detail: bool) -> dict[str, Any]:
+    """MountError unless a daemon serves a mount of ours there."""
+    files, mounted = MountFiles.of(path), mount_at(path)
+    if mounted is None and not files.state.exists():
+        raise MountError(f"nothing is mounted on {path}", hint=_ALL)
+    if mounted is not None and not mounted.ours:
+        raise MountError(f"{path} is a {mounted.fstype} mount, not one of ckptfs", hint=_ALL)
+    try:
+        return {**_UNKNOWN, **ask(files, "status", detail=detail)}
+    except UnavailableError:
+        left = mount_at(path)
+    if left is None:
+        _remove_left(path)
+        raise MountError(f"the daemon of {path} is gone")
+    if left.user not in (None, os.geteuid()):  # its daemon answers nobody else
+        raise MountError(f"{path} is mounted by another user (uid {left.user})", hint="only that user can ask it")
+    raise MountError(f"the daemon of {path} is " + _DEAD.format(shlex.quote(path)))
+
+
+def _remove_left(path: str) -> None:
+    """What a daemon that is gone has left, unless somebody is about to mount there."""
+    with contextlib.suppress(MountError, FileNotFoundError), _Lock(path) as lock:
+        lock.remove()
 
 
 def command_start() -> float:

@@ -93,10 +93,19 @@ def inspect(reference: Reference, pid: int | None, form: str, as_json: bool, **o
 
 
 def _overviews(files: "ImageFiles", parts: "Part", pid: int | None) -> "list[Overview]":
+    """Of all containers; of those that have the process, if one is named."""
     from ckptfs.inspection.overview import containers, inspect
+    from ckptfs.inspection.processes import NoProcess
 
-    limits = files.image.options.settings.limits
-    return [inspect(files, prefix, limits, parts=parts, pid=pid) for prefix in containers(files)]
+    limits, found, error = files.image.options.settings.limits, [], None
+    for prefix in containers(files):
+        try:
+            found.append(inspect(files, prefix, limits, parts=parts, pid=pid))
+        except NoProcess as missing:
+            error = missing
+    if error is not None and not found:
+        raise error
+    return found
 
 
 @click.command()

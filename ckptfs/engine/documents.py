@@ -3,7 +3,7 @@
 One file each: a header with lengths and a hash, the name, the payload. Written beside its place and renamed, without
 fsync: a file that power loss tore fails the hash, is unlinked and was never there. The hash is xxh3-128: it tells torn
 files, not forgers, who would own the directory and the hash; callers check digests where documents have one.
-Called by cache.py.
+Called by cache.py; key_mark.py writes its file in the same way.
 """
 
 import fcntl
@@ -36,23 +36,8 @@ class Documents:
         header = _HEADER.pack(_MAGIC, len(name), len(data), _hash(name, data))
         if len(header) + len(name) + len(data) > self._share:
             return
-        try:
-            self._write(key, [header, name, data])
-        except FileNotFoundError:  # swept before it was locked, or cleared by force: not what a disk refuses
-            self._write(key, [header, name, data])
+        replace(self._ops, self._path, self._file(key), [header, name, data])
         self.prune(self._share)
-
-    def _write(self, key: str, content: Sequence[Buffer]) -> None:
-        temporary = f"{self._path}/{secrets.token_hex(8)}.tmp"
-        try:
-            file = Handle(self._ops, temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-            self._ops.flock(file.fd, fcntl.LOCK_EX)  # what sweep() finds unlocked belongs to the dead
-            write_all(self._ops, file.fd, content, 0)
-            self._ops.rename(temporary, self._file(key))
-        except OSError:
-            with suppress(OSError):
-                self._ops.unlink(temporary)
-            raise
 
     def get(self, key: str) -> bytes | None:
         """The document, None when there is none or it is damaged."""
@@ -124,6 +109,30 @@ class Documents:
 
     def _file(self, key: str) -> str:
         return f"{self._path}/{hashlib.sha256(key.encode()).hexdigest()}.doc"
+
+
+def replace(ops: DiskOps, directory: str, path: str, content: Sequence[Buffer]) -> None:
+    """Write a file whole or not at all, in place of what there was. It is made in the documents' `directory`.
+
+    Whoever opens the cache next sweeps that, for what processes have left that died.
+    """
+    try:
+        _replace(ops, directory, path, content)
+    except FileNotFoundError:  # swept before it was locked, or cleared by force: not what a disk refuses
+        _replace(ops, directory, path, content)
+
+
+def _replace(ops: DiskOps, directory: str, path: str, content: Sequence[Buffer]) -> None:
+    temporary = f"{directory}/{secrets.token_hex(8)}.tmp"
+    try:
+        file = Handle(ops, temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        ops.flock(file.fd, fcntl.LOCK_EX)  # what sweep() finds unlocked belongs to the dead
+        write_all(ops, file.fd, content, 0)
+        ops.rename(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            ops.unlink(temporary)
+        raise
 
 
 class MemoryDocuments(Documents):

@@ -7,7 +7,7 @@ what is fetched. Called by fetch.py.
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from ckptfs.engine.cutting import Cutter
@@ -15,7 +15,7 @@ from ckptfs.engine.disk import Buffer
 from ckptfs.engine.link import LinkEstimate
 from ckptfs.engine.memory import MemoryCache
 from ckptfs.engine.regions import RegionClaims
-from ckptfs.engine.schedule import Job, ranges_of
+from ckptfs.engine.schedule import Job, parted, ranges_of
 from ckptfs.engine.waiting import Waiting
 from ckptfs.errors import CkptfsError, FormatError, IntegrityError
 from ckptfs.layers import Layer
@@ -48,6 +48,7 @@ class Receiver:
     """Performs jobs. `arrived` is called in the event loop each time that a share of the window has come in.
 
     patience    seconds without a chunk from another process of the node that has claimed it: it is stopped, or hangs.
+    gap         bytes that others bring, which are cheaper to fetch than another request.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Receiver:
         waiting: Waiting,
         link: LinkEstimate,
         patience: float,
+        gap: int,
         arrived: Callable[[], None],
     ) -> None:
         self._cache = cache
@@ -64,6 +66,7 @@ class Receiver:
         self._waiting = waiting
         self._link = link
         self._patience = patience
+        self._gap = gap
         self._wary_until = 0.0
         self._arrived = arrived
         self._regions = RegionClaims(cache)
@@ -79,8 +82,8 @@ class Receiver:
             try:
                 self._cache.refresh()
                 missing = [chunk for chunk in mine if not self._found(chunk)]
-                if missing:
-                    failures.update(self._receive(job, missing, blob, layer))
+                for part in parted(missing, math.inf if job.scattered else self._gap):
+                    failures.update(self._receive(job, part, blob, layer))
             finally:
                 self._regions.release(regions)
             if not waiting:
@@ -115,47 +118,21 @@ class Receiver:
 
         Returns what could not be had; wrong bytes are asked for once more.
         """
-        ranges = ranges_of(chunks, apart=job.scattered)
         cutter = Cutter(chunks)
-        filled, told = 0, 0
         bad: list[Chunk] = []
         failures: dict[bytes, CkptfsError] = {}
         batch: list[tuple[bytes, Buffer]] = []
         pending = 0
-        began = idle = time.monotonic()
-        first, waiting = 0.0, 0.0
         try:
-            for at, piece in blob.stream_ranges(ranges, attempt=job.attempt, patient=self._link.patient):
-                now = time.monotonic()
-                if filled:
-                    waiting += now - idle
-                else:
-                    self._link.first_byte(now - began)
-                    first = now
-                filled += len(piece)
-                job.received = filled
-                self._link.received(len(piece), now)
-                ready: list[tuple[bytes, Buffer]] = []
-                for chunk, encoded in cutter.feed(at, piece):
-                    try:
-                        data = layer.decode(chunk, encoded)
-                    except (IntegrityError, FormatError) as error:
-                        log.warning("%s: %s", where(chunk, blob, layer), error)
-                        bad.append(chunk)
-                        continue
-                    ready.append((chunk.key, data))
-                    pending += len(data)
+            for at, piece in self._pieces(job, ranges_of(chunks, apart=job.scattered), blob):
+                ready = _decoded(cutter.feed(at, piece), bad, blob, layer)
                 if ready:
                     self.publish(ready)
                     batch += ready
-                if filled - told >= self._link.window // _SHARES:
-                    told = filled
-                    self._waiting.soon(self._arrived, once=True)
+                    pending += sum(len(data) for _, data in ready)
                 if pending >= _BATCH:
                     self._cache.put_many(batch)
                     batch, pending = [], 0
-                idle = time.monotonic()
-            self._link.spent(filled, waiting, idle - first)
         except CkptfsError as error:
             failures.update((chunk.key, error) for chunk in cutter.missing)
         if batch:
@@ -167,6 +144,44 @@ class Receiver:
                 again = Job(job.layer, chunk.offset, chunk.offset + chunk.size, [chunk], job.priority, attempt=1)
                 failures.update(self._receive(again, [chunk], blob, layer))
         return failures
+
+    def _pieces(
+        self, job: Job, ranges: Sequence[tuple[int, int]], blob: Blob
+    ) -> Iterator[tuple[int, bytes | memoryview]]:
+        """What comes of the ranges; the estimate of the link, and who waits for room on it, are told."""
+        filled, told = 0, 0
+        began = idle = time.monotonic()
+        first, waiting = 0.0, 0.0
+        for at, piece in blob.stream_ranges(ranges, attempt=job.attempt, patient=self._link.patient):
+            now = time.monotonic()
+            if filled:
+                waiting += now - idle
+            else:
+                self._link.first_byte(now - began)
+                first = now
+            filled += len(piece)
+            job.received += len(piece)
+            self._link.received(len(piece), now)
+            yield at, piece
+            if filled - told >= self._link.window // _SHARES:
+                told = filled
+                self._waiting.soon(self._arrived, once=True)
+            idle = time.monotonic()
+        self._link.spent(filled, waiting, idle - first)
+
+
+def _decoded(
+    whole: Iterable[tuple[Chunk, memoryview]], bad: list[Chunk], blob: Blob, layer: Layer
+) -> list[tuple[bytes, Buffer]]:
+    """The chunks by key; those with wrong bytes are added to `bad`."""
+    ready: list[tuple[bytes, Buffer]] = []
+    for chunk, encoded in whole:
+        try:
+            ready.append((chunk.key, layer.decode(chunk, encoded)))
+        except (IntegrityError, FormatError) as error:
+            log.warning("%s: %s", where(chunk, blob, layer), error)
+            bad.append(chunk)
+    return ready
 
 
 def where(chunk: Chunk, blob: Blob, layer: Layer) -> str:

@@ -24,7 +24,7 @@ from ckptfs.engine.schedule import Job, Priority, Scheduler
 from ckptfs.engine.threads import in_thread
 from ckptfs.engine.waiting import Demand, Waiting
 from ckptfs.errors import CkptfsError, FormatError, IntegrityError, UnavailableError
-from ckptfs.layers import Layer
+from ckptfs.layers import Layer, right_as_a_whole
 from ckptfs.model.blob import Blob
 from ckptfs.model.toc import UNKNOWN, Chunk, Extent, Inode, piece_of
 from ckptfs.settings import Settings
@@ -66,6 +66,7 @@ class Fetcher:
         self._failed: dict[bytes, tuple[float, CkptfsError]] = {}
         self._kept: dict[bytes, bytes] = {}
         self._condemned: dict[int, CkptfsError] = {}
+        self._wrong: set[int] = set()  # of these, layers whose chunks have no digests: what is here may be wrong, too
         self._plan: Iterator[Chunk] | None = None
         self._background = False  # whether there has been a plan
         self._owed = Owed(settings.timeouts.retry_cap)
@@ -74,7 +75,8 @@ class Fetcher:
         self._waiting = Waiting()
         times = settings.timeouts  # another process may be as long without a byte as we; our readers wait longer
         patience = min(times.first_byte + times.stall_window, times.read_deadline / 3)
-        self._receiver = Receiver(cache, memory, self._waiting, self.link, patience, self._arrived)
+        gap = settings.sizes.coalesce_gap
+        self._receiver = Receiver(cache, memory, self._waiting, self.link, patience, gap, self._arrived)
         self._threads = trio.CapacityLimiter(4 * settings.sizes.jobs)
 
     # -- what there is -------------------------------------------------------------------------------------------------
@@ -113,7 +115,7 @@ class Fetcher:
     def lookup(self, chunk: Chunk) -> Buffer | None:
         """The chunk if this node has it: memory, then disk. Never waits for the network."""
         data = self.held(chunk)
-        if data is None:
+        if data is None and chunk.layer not in self._wrong:
             data = self.cache.get(chunk.key)
             if data is not None:
                 self._used(chunk)
@@ -122,7 +124,9 @@ class Fetcher:
         return data
 
     def held(self, chunk: Chunk) -> Buffer | None:
-        """The chunk if it is in memory."""
+        """The chunk if it is in memory, and nothing is wrong with its layer."""
+        if chunk.layer in self._wrong:
+            return None
         data = self.memory.get(chunk.key) or self._kept.get(chunk.key)
         if data is not None:
             self._used(chunk)
@@ -136,7 +140,7 @@ class Fetcher:
         """Fill `buffer` with the chunk's bytes from `skip` on if this node has it; memory is left as it is."""
         data = self.held(chunk)
         if data is None:
-            if not self.cache.read_into(chunk.key, skip, buffer):
+            if chunk.layer in self._wrong or not self.cache.read_into(chunk.key, skip, buffer):
                 return False
             self._used(chunk)
             self.disk_hits += 1
@@ -386,6 +390,10 @@ class Fetcher:
         self.cache.drop(*keys)
 
     def condemn(self, layer: int, error: CkptfsError) -> None:
-        """Nothing of this layer is handed out any more: as a whole it is not what its digest says."""
+        """Nothing of this layer is handed out any more, nor waited for: as a whole it is not what its digest says."""
         error.__traceback__ = None
         self._condemned[layer] = error
+        blob, opened = self._layers[layer]
+        if right_as_a_whole(opened, blob):
+            self._wrong.add(layer)
+        self._waiting.condemn(layer, error)

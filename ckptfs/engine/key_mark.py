@@ -14,7 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from ckptfs.engine.directory import CacheDirectory
-from ckptfs.engine.disk import DiskOps, Handle, read_all, write_all
+from ckptfs.engine.disk import DiskOps, Handle, read_all
+from ckptfs.engine.documents import replace
 from ckptfs.errors import CacheError
 
 _BYTES = 32
@@ -32,7 +33,7 @@ def require(directory: CacheDirectory, mine: bytes, *, empty: Callable[[], bool]
     if mine == PLAIN:
         if found is None:
             with suppress(OSError):  # what is there can be read also from a disk that is full or read-only
-                _write(path, PLAIN, ops)
+                _write(directory, PLAIN, ops)
         found = found or PLAIN
     elif found in (None, PLAIN):
         found = _taken(directory, mine, empty, ops)
@@ -71,7 +72,7 @@ def _taken(directory: CacheDirectory, mine: bytes, empty: Callable[[], bool], op
         found = _read(path, ops)
         if alone and found in (None, PLAIN):
             found = mine if empty() else PLAIN
-            _write(path, found, ops)
+            _write(directory, found, ops)
         return found
 
 
@@ -84,8 +85,5 @@ def _read(path: Path, ops: DiskOps) -> bytes | None:
     return mark if len(mark) == _BYTES else None  # torn by a crash
 
 
-def _write(path: Path, mark: bytes, ops: DiskOps) -> None:
-    part = path.with_name(f"key-{os.getpid()}.tmp")
-    handle = Handle(ops, str(part), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    write_all(ops, handle.fd, [mark], 0)
-    ops.rename(part, path)
+def _write(directory: CacheDirectory, mark: bytes, ops: DiskOps) -> None:
+    replace(ops, str(directory.documents), str(directory.key_mark), [mark])

@@ -50,6 +50,7 @@ class LayerScan:
         self.layer = layer
         self.position = 0  # decoded bytes of a sequential layer that have passed
         self.complete = known
+        self.passed = False  # the layer has been scanned to its end here; a stream has had its digest then
         self.error: CkptfsError | None = None
         self.dormant = False  # nobody has looked into it yet, and nobody waits for it
         self._fetcher = fetcher
@@ -126,6 +127,8 @@ class LayerScan:
                 await self._discard()
                 failure = await self._attempt(1)
             if isinstance(failure, IntegrityError):
+                if self.number is not None:
+                    self._fetcher.condemn(self.number, failure)
                 await self._discard()
         except _Stopped:
             return
@@ -133,10 +136,9 @@ class LayerScan:
             self._running = False
         self._drain()
         self.error = failure
-        if isinstance(failure, IntegrityError) and self.number is not None:
-            self._fetcher.condemn(self.number, failure)
         first = not self.complete
         self.complete = self.complete or failure is None
+        self.passed = self.passed or failure is None
         self._settle(failure)
         if first or isinstance(failure, IntegrityError):
             self._on_end(failure)

@@ -6,7 +6,7 @@ the end). Chunks that lie next to one another in a blob are fetched as one exten
 
 import bisect
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
 from itertools import islice
 
@@ -81,6 +81,20 @@ def ranges_of(chunks: Sequence[Chunk], *, apart: bool) -> list[tuple[int, int]]:
             start, end = found[-1][0], max(found.pop()[1], end)
         found.append((start, end))
     return found
+
+
+def parted(chunks: Sequence[Chunk], gap: float) -> Iterator[list[Chunk]]:
+    """`chunks`, sorted by offset, as runs between which more than `gap` bytes are not wanted."""
+    part: list[Chunk] = []
+    end = 0
+    for chunk in chunks:
+        if part and chunk.offset > end + gap:
+            yield part
+            part = []
+        end = max(end, chunk.offset + chunk.size)
+        part.append(chunk)
+    if part:
+        yield part
 
 
 class _Wanted:

@@ -5,7 +5,7 @@ when a read can go on, for every wake-up of it costs as much as decoding a chunk
 """
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 
@@ -13,15 +13,17 @@ import trio
 
 from ckptfs.engine.disk import Buffer
 from ckptfs.errors import CkptfsError
+from ckptfs.model.toc import Chunk
 
 
 class Demand:
     """What one reader waits for: `done` is set when `found` has every key, or with the `error` that kept one away."""
 
-    __slots__ = ("done", "error", "found", "missing")
+    __slots__ = ("done", "error", "found", "layers", "missing")
 
-    def __init__(self, keys: Iterable[bytes]) -> None:
-        self.missing = set(keys)
+    def __init__(self, chunks: Mapping[bytes, Chunk]) -> None:
+        self.missing = set(chunks)
+        self.layers = {chunk.layer for chunk in chunks.values()}
         self.found: dict[bytes, Buffer] = {}
         self.error: CkptfsError | None = None
         self.done = trio.Event()
@@ -79,6 +81,14 @@ class Waiting:
             for demand in demands:
                 demand.missing.discard(key)
         for demand in demands:
+            demand.error = demand.error or error
+            demand.done.set()
+
+    def condemn(self, layer: int, error: CkptfsError) -> None:
+        """Who waits for anything of this layer gets the error. In the event loop."""
+        with self._lock:
+            found = {demand for demands in self._demands.values() for demand in demands if layer in demand.layers}
+        for demand in found:
             demand.error = demand.error or error
             demand.done.set()
 

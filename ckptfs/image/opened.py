@@ -103,7 +103,7 @@ class OpenImage:
         self._scans: dict[int, LayerScan] = {}  # rank -> scan
         self._broken = Broken(options.settings.timeouts.retry_cap)
         self._layers: dict[int, tuple[Descriptor, Layer]] = {}  # by the fetcher's number
-        self._whole: set[Digest] = set()  # layers without digests for chunks that have been hashed from end to end
+        self._whole: set[Digest] = set()  # plain tars that have been hashed from end to end
 
     def show_new_tree(self) -> Tree:
         """Start the view's tree anew; what was built so far stays readable, see `find_in_checkpoint`."""
@@ -180,8 +180,6 @@ class OpenImage:
                 return
             if error is None:
                 self.nursery.start_soon(self.memory.keep, entries, layer, descriptor)
-                if layer.sequential and not descriptor.synthetic:
-                    self._whole.add(descriptor.digest)  # its scan has hashed all of it
             self.finish(tree, rank, error, scan.run_on)
 
         # With the background switched off, a stream runs only as far as somebody waits for it.
@@ -395,12 +393,15 @@ class OpenImage:
     @property
     def verification(self) -> str:
         """What vouches for the bytes: a digest for every chunk, or for some layers only the transport."""
-        checked = (layer.verification == "chunk" or d.digest in self._whole for d, layer in self._layers.values())
+        streams = {id(scan.layer) for scan in self._scans.values() if scan.passed and scan.layer.sequential}
+        whole = {d.digest for d, layer in self._layers.values() if id(layer) in streams and not d.synthetic}
+        whole |= self._whole
+        checked = (layer.verification == "chunk" or d.digest in whole for d, layer in self._layers.values())
         return "chunk" if all(checked) else "transport"
 
     async def verify_whole_layers(self) -> None:
         """Hash plain tars once everything else has been fetched."""
-        from ckptfs.image.whole import hash_layer
+        from ckptfs.image.whole import condemn_layer, hash_layer
         from ckptfs.layers.tar import TarLayer
 
         ranks = {id(scan.layer): rank for rank, scan in self._scans.items()}
@@ -409,7 +410,7 @@ class OpenImage:
                 try:
                     await hash_layer(self.fetcher, descriptor, layer)
                 except IntegrityError as error:
-                    self.fetcher.condemn(number, error)
+                    await condemn_layer(self.fetcher, number, layer, error)
                     self._fail(ranks[id(layer)], error)
                 else:
                     self._whole.add(descriptor.digest)

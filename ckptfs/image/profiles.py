@@ -9,8 +9,8 @@ and nothing else. Blocks.
 import base64
 import binascii
 import logging
-import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import zstandard
 
@@ -74,7 +74,8 @@ def publish(sink: Sink, image: Manifest, profile: Profile, limits: Limits, earli
     if earlier is not None:
         profile = merged((earlier, profile), limits)
     document = encode_profile(profile)
-    annotations = {CREATED: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    now = datetime.now(UTC)  # to the microsecond: of two within a second the later one is the newest
+    annotations = {CREATED: now.strftime("%Y-%m-%dT%H:%M:%S.%fZ")}
     inline = base64.b64encode(zstandard.ZstdCompressor(level=_LEVEL).compress(document)).decode()
     if len(inline) <= _INLINE_BYTES:
         annotations[_INLINE] = inline

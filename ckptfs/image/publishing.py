@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import trio
 
-from ckptfs.errors import CkptfsError, IntegrityError
+from ckptfs.errors import CkptfsError, FormatError, IntegrityError
 from ckptfs.image.attaching import Sink, attach
 from ckptfs.image.opened import OpenImage
 from ckptfs.layers import select_format
@@ -21,7 +21,7 @@ from ckptfs.model.annotations import INDEX_ARTIFACT, INDEX_BLOB, INDEX_LAYER
 from ckptfs.model.blob import Blob, DescribedBlob
 from ckptfs.model.layer_index import LayerIndex, encode_layer_index
 from ckptfs.model.oci import Descriptor, Digest, Manifest
-from ckptfs.model.toc import Chunk
+from ckptfs.model.toc import Chunk, Entry
 from ckptfs.settings import Settings
 from ckptfs.sources import Source
 
@@ -48,7 +48,8 @@ def index_layers(
 ) -> Documents:
     """An index of every layer that needs one and can have one; each is streamed, so that the index can be small.
 
-    `report` is told of bytes of layers as they have passed, from several threads.
+    `report` is told of bytes of layers as they have passed, from several threads. FormatError where no layer that
+    needs one can have one.
     """
     wanted = {d.digest: d for d in manifest.layers if select_format(d).name in _STREAMED}
 
@@ -61,20 +62,38 @@ def index_layers(
     pool = ThreadPoolExecutor(_THREADS, "index")
     try:
         made = zip(wanted, pool.map(one, wanted.values()), strict=True)
-        return {digest: document for digest, document in made if document is not None}
+        documents = {digest: document for digest, document in made if document is not None}
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # what still streams when one has failed is wanted by nobody
+    if wanted and not documents:
+        raise FormatError(
+            "no layer of the image can be read at random",
+            hint="ckptfs push makes a copy that can be: ckptfs push REF REF",
+        )
+    return documents
 
 
 def _indexed(blob: Blob, settings: Settings, report: Callable[[int], None]) -> LayerIndex | None:
+    layer, entries = _streamed(select_format(blob.descriptor).name, blob, settings, report)
+    if layer.found is not None and layer.found != layer.format:  # streams are cut according to what they are
+        said = f"is called {blob.descriptor.media_type} and is {layer.found}"
+        log.warning("layer %s %s: it is read once more", blob.descriptor.digest, said)
+        report(-blob.size)
+        layer, entries = _streamed(layer.found, blob, settings, report)
+    return layer.index(entries)
+
+
+def _streamed(
+    format_: str, blob: Blob, settings: Settings, report: Callable[[int], None]
+) -> tuple[StreamLayer, list[Entry]]:
     counted = _Counted(blob, report)
-    layer = StreamLayer(select_format(blob.descriptor).name, counted, 0, settings, sparse=True)
+    layer = StreamLayer(format_, counted, 0, settings, sparse=True)
     try:
-        return layer.index(list(layer.scan(_ignore)))
+        return layer, list(layer.scan(_ignore))
     except IntegrityError as error:
         log.warning("%s; trying again", error)
         report(-counted.passed)
-        return layer.index(list(layer.scan(_ignore, attempt=1)))
+        return layer, list(layer.scan(_ignore, attempt=1))
 
 
 def publish_index(sink: Sink, manifest: Manifest, documents: Documents) -> PublishedIndex:

@@ -32,10 +32,15 @@ async def hash_layer(fetcher: Fetcher, descriptor: Descriptor, layer: TarLayer) 
     for chunk in layer.chunks():
         await in_thread(add, await fetcher.get(chunk, Priority.BACKGROUND))
     if digest.hexdigest() != descriptor.digest.hex:
-        await in_thread(fetcher.discard, [chunk.key for chunk in layer.chunks()], finish=True)
         raise IntegrityError(
             f"layer {descriptor.digest} arrived with digest {descriptor.digest.algorithm}:{digest.hexdigest()}",
             hint="what was read of it is not to be trusted; unmount, and ask the registry's operator",
         )
     layer.digests = bytes(digests)  # what is evicted and fetched again has not been hashed with the rest
     log.info("layer %s is verified as a whole", descriptor.digest)
+
+
+async def condemn_layer(fetcher: Fetcher, number: int, layer: TarLayer, error: IntegrityError) -> None:
+    """It is another's. Who reads it hears of that first: nobody is to wait for a chunk that is being dropped."""
+    fetcher.condemn(number, error)
+    await in_thread(fetcher.discard, [chunk.key for chunk in layer.chunks()], finish=True)

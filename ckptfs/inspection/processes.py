@@ -85,8 +85,12 @@ def _family(tasks: Sequence[Task], pid: int) -> tuple[Task, ...]:
             pids.add(task.pid)
     found = tuple(task for task in tasks if task.pid in pids)
     if not any(task.pid == pid for task in found):
-        raise NotFoundError(f"the checkpoint has no process {pid}", hint="`ckptfs inspect REF --ps-tree` lists them")
+        raise NoProcess(f"the checkpoint has no process {pid}", hint="`ckptfs inspect REF --ps-tree` lists them")
     return found
+
+
+class NoProcess(NotFoundError):
+    """The checkpoint is another container's than the one that the process is of."""
 
 
 class _Reader:

@@ -23,7 +23,7 @@ from ckptfs.model.oci import Descriptor
 from ckptfs.model.toc import Chunk, Entry
 from ckptfs.settings import Settings
 
-_NATURE: dict[str, Compression] = {"tar": "none", "gzip": "gzip", "zstd": "zstd"}  # by the layer's format
+_FORMATS: dict[Compression, str] = {"none": "tar", "gzip": "gzip", "zstd": "zstd"}
 
 
 class StreamFormat:
@@ -90,13 +90,18 @@ class StreamLayer:
             )
         return digest
 
+    @property
+    def found(self) -> str | None:
+        """The format that the bytes were of when all of them had passed; media types are often wrong about it."""
+        return _FORMATS[self._learnt.compression] if self._learnt is not None else None
+
     def index(self, entries: Iterable[Entry]) -> LayerIndex | None:
         """What a complete scan has learnt, `entries` being what it gave.
 
         None where no index can be made: the media type is wrong about the compression, or gzip without access points.
         """
         learnt, blob, digest = self._learnt, self._blob, str(self._blob.descriptor.digest)
-        if learnt is None or _NATURE[self.format] != learnt.compression:
+        if learnt is None or self.found != self.format:
             return None
         if learnt.compression == "gzip" and learnt.access is None and learnt.length:
             return None

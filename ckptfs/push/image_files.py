@@ -1,9 +1,9 @@
 """A checkpoint that lies in layers: an image of a registry or an OCI layout, or an archive, which is one layer.
 
 Opens the layers with the formats of layers/, merges them, and reads files front to back: a range of the blob at a time
-where chunks can be fetched one by one and have digests; otherwise (gzip, one zstd frame, plain tar) the layer is
-unpacked once, and hashed, into a nameless file of the work directory, without its holes. Nothing wrong is to get new
-digests here that say it is right. Blocks; no event loop, no cache.
+where chunks can be fetched one by one and have digests; otherwise (gzip, one zstd frame, plain tar, a registry without
+ranges) the layer is unpacked once, and hashed, into a nameless file of the work directory, without its holes. Nothing
+wrong is to get new digests here that say it is right. Blocks; no event loop, no cache.
 """
 
 import os
@@ -19,6 +19,7 @@ from ckptfs.image.resolve import find_image
 from ckptfs.layers import Layer, right_as_a_whole, select_format
 from ckptfs.layers.protocols import OtherFormat
 from ckptfs.layers.stream import StreamLayer
+from ckptfs.layers.toc_layer import TocLayer
 from ckptfs.layers.zstd_chunked_writer import Payload
 from ckptfs.model.annotations import OURS
 from ckptfs.model.blob import Blob
@@ -30,6 +31,7 @@ from ckptfs.push.spool import PiecesPayload, Spool, nameless
 from ckptfs.settings import MiB, Settings
 from ckptfs.sources import Source
 from ckptfs.sources.documents import CONFIG_TYPES
+from ckptfs.sources.pull_through import NoRanges
 
 _ZEROS = bytes(MiB)
 # Files that eStargz adds to a layer: they are of the format, not of the checkpoint.
@@ -59,10 +61,15 @@ class LayerFiles:
             for number, blob in enumerate(blobs):
                 rank = number + 1
                 self.tree.begin(rank)
+                layer = _opened(blob, number, settings)
                 try:
-                    self._scan(blob, _opened(blob, number, settings), rank)
+                    self._scan(blob, layer, rank)
                 except OtherFormat as found:
                     self._scan(blob, _stream(found.format.name, blob, number, settings), rank)
+                except NoRanges:
+                    if not isinstance(layer, TocLayer):
+                        raise
+                    self._scan(blob, _stream(layer.stream, blob, number, settings), rank)
                 self.tree.finish(rank)
         except BaseException:
             self.close()

@@ -6,6 +6,7 @@ rest is needed. Called by keeper.py.
 """
 
 import contextlib
+import re
 import secrets
 import signal
 import time
@@ -26,6 +27,10 @@ from ckptfs.settings import Settings, state_dir
 
 if TYPE_CHECKING:
     from ckptfs.restore.lazy_pages import LazyPages
+
+
+# What a mount tells of requests that it could not answer (fuse/answers.py); other errors have kept nobody from reading.
+_REFUSED = r"(internal error in )?(lookup|getattr|readlink|opendir|readdir|open|read|getxattr|listxattr)\b"
 
 
 class Report(Protocol):
@@ -155,7 +160,8 @@ class Flow:
         """Why somebody else could not restore: what our mounts could not read for it, if that was it."""
         for name in ("image", "base"):
             with contextlib.suppress(CkptfsError):
-                if errors := statuses(str(self.place / name))[0]["errors"]:
+                told = statuses(str(self.place / name))[0]["errors"]
+                if errors := [error for error in told if re.match(_REFUSED, error)]:
                     hint = "--read-deadline hard waits for as long as it takes"
                     return UnavailableError(f"{error.message}: {errors[-1]}", hint=hint)
         return error

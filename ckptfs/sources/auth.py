@@ -71,6 +71,7 @@ class Authorizer:
     credentials   asked for at the first challenge, and again when the registry refuses what it was given (helpers hand
                   out passwords that expire).
     actions       what a token is for, at least: of the repository that a challenge names first, or else of ours.
+    beside        sends what this one sends until a request here is challenged. What becomes of that does not touch it.
     """
 
     def __init__(
@@ -80,12 +81,14 @@ class Authorizer:
         name: str,
         credentials: Callable[[], Credentials | None],
         actions: frozenset[str] = PULL,
+        beside: "Authorizer | None" = None,
     ) -> None:
         self._transport = transport
         self._territory = territory
         self._name = name  # host/repository, for messages
         self._find = credentials
         self._actions = actions
+        self._beside = beside
         self._lock = threading.Lock()
         self._who = ""  # whose credentials were used, for messages
         self._challenge: Challenge | None = None
@@ -101,10 +104,16 @@ class Authorizer:
         """
         with self._lock:
             token = self._token
+            if token is None and self._beside is not None:
+                return self._beside.header(attempts)
             if token is not None and self._transport.clock.now() < token.renew_at:
                 return token.header  # what it was refused for may have been one thing of many
             self._raise_shared_failure()
             return self._acquire(attempts).header if token is not None else None
+
+    def aside(self) -> "Authorizer":
+        """For what may be refused where all else is given: this one's token, and then one of its own."""
+        return Authorizer(self._transport, self._territory, self._name, self._find, self._actions, beside=self)
 
     def challenged(self, reply: Reply, used: str | None, attempts: Attempts) -> bool:
         """A 401 or 403 came for a request with the header `used`: have a better one, or raise AuthError.

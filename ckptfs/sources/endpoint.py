@@ -5,7 +5,9 @@ it. One try; the loops around it are mirrors.py, blobs.py and upload.py. The Aut
 own origin and nowhere else; cookies are never kept.
 """
 
+import copy
 from collections.abc import Collection, Mapping
+from functools import cached_property
 from urllib.parse import quote
 
 from ckptfs.errors import AuthError, CkptfsError, NotFoundError, UnavailableError
@@ -55,6 +57,13 @@ class Endpoint:
     @property
     def origin(self) -> Origin:
         return self._territory.home
+
+    @cached_property
+    def aside(self) -> "Endpoint":
+        """The same place for what may be refused there while all else is given: see `Authorizer.aside`."""
+        other = copy.copy(self)
+        other._authorizer = self._authorizer.aside()
+        return other
 
     def url(self, path: str) -> str:
         """The URL of `path`, relative to ROOT/REPOSITORY/."""

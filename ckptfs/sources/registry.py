@@ -104,7 +104,7 @@ class RegistrySource:
             found: list[Descriptor] = []
             url, left = endpoint.url(path), self._limits.manifest_bytes
             for _ in range(self._limits.referrer_pages):
-                reply, _ = endpoint.request(
+                reply, _ = endpoint.aside.request(
                     "GET",
                     url,
                     attempts,

@@ -13,6 +13,7 @@ from typing import TypeVar
 from urllib.parse import urlencode
 
 from ckptfs.errors import AuthError, CkptfsError, FormatError, IntegrityError, NotFoundError
+from ckptfs.model.annotations import PROFILE_ARTIFACT
 from ckptfs.model.blob import Blob
 from ckptfs.model.oci import OCI_INDEX, Descriptor, Digest, Index, Manifest, Reference, parse_document
 from ckptfs.settings import MiB, Settings
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Sent = Callable[[int], None]  # told of bytes as they leave; negative when some have to be sent again
 
+_EARLIER_PROFILES = 2  # that stay listed beside the newest one, should that be unreadable
 _AT_ONCE = 4 * MiB  # blobs up to this size are read into memory and sent with the request that commits them
 _RANGE = re.compile(r"(?:bytes=)?0-([0-9]{1,18})\Z")
 _BINARY = {"Content-Type": "application/octet-stream"}
@@ -138,6 +140,9 @@ class RegistryTarget:
         kind = manifest.artifact_type or manifest.config.media_type
         entry = Descriptor(media_type, manifest.digest, len(manifest.raw), manifest.annotations, kind)
         known = [m for m in self._listed(tag, subject) if m.digest != entry.digest]
+        if kind == PROFILE_ARTIFACT:  # each has what those before it had, and every mount fetches the list
+            superseded = [m for m in known if m.artifact_type == kind][:-_EARLIER_PROFILES]
+            known = [m for m in known if m not in superseded]
         manifests = [m.to_json() for m in (*known, entry)]
         index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests}
         self.put_manifest(json.dumps(index, separators=(",", ":")).encode(), OCI_INDEX, tag)

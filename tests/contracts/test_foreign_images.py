@@ -12,9 +12,10 @@ import trio
 import zstandard
 
 from ckptfs.engine.cache import ChunkCache
-from ckptfs.errors import IntegrityError
+from ckptfs.errors import FormatError, IntegrityError
 from ckptfs.image import ImageOptions, OpenImage, open_image
-from ckptfs.image.publishing import publish_index
+from ckptfs.image.publishing import index_layers, publish_index
+from ckptfs.layers import gzip_index
 from ckptfs.model.annotations import ESTARGZ_LAYER, INDEX_ARTIFACT, INDEX_BLOB, INDEX_LAYER
 from ckptfs.model.layer_index import encode_layer_index
 from ckptfs.model.oci import OCI_MANIFEST, Descriptor, Digest, Manifest, Reference
@@ -138,6 +139,17 @@ def test_images_that_need_no_index_say_so(registry: DockerRegistry, tmp_path: Pa
     done = ckptfs("index", reference, "--cache-dir", tmp_path)
     assert (done.code, done.out) == (0, "") and "needs no index" in done.err
     assert ckptfs("index", "oci:/nowhere", "--cache-dir", tmp_path).code == 2
+
+
+def test_that_no_layer_can_have_an_index_is_an_error(registry: DockerRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gzip, where the system has no libz."""
+    reference, _ = pushed(registry, "foreign/unindexed", LAYERS["gzip"]())
+    source = open_source(Reference.parse(reference), settings=SETTINGS, counters=NetworkCounters())
+    manifest = source.resolve()
+    assert isinstance(manifest, Manifest)
+    monkeypatch.setattr(gzip_index, "_zlib", lambda: None)
+    with pytest.raises(FormatError, match="ckptfs push"):
+        index_layers(source, manifest, SETTINGS)
 
 
 def test_what_was_streamed_once_is_read_at_random_later(registry: DockerRegistry, tmp_path: Path) -> None:

@@ -126,11 +126,20 @@ def test_a_stream_of_which_only_the_names_are_known(kind: str, tmp_path: Path, m
     async def again(image: OpenImage) -> tuple[str, bool]:
         return image.verification, image.known
 
+    async def read_again(image: OpenImage) -> str:
+        assert await read_file(image, FILE) == DATA
+        assert await read_file(image, b"small") == b"x"
+        with trio.fail_after(20):
+            while image.verification != "chunk":  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        return image.verification
+
     monkeypatch.setattr(ChunkCache, "put_document", left_out)
     with FakeRegistry() as registry, client(registry) as c:
         add(registry, kind)
         assert with_image(c, tmp_path, whole, background=True) == "chunk"
         assert with_image(c, tmp_path, again) == ("transport", True)
+        assert with_image(c, tmp_path, read_again) == "chunk"
 
 
 @pytest.mark.row("M11")

@@ -71,6 +71,17 @@ def test_strict_refuses_it_as_it_refuses_other_streams(reference: str, tmp_path:
     assert done.code == 6 and "cannot be verified chunk by chunk" in done.line
 
 
+def test_an_index_makes_it_as_good_as_others(reference: str, tmp_path: Path) -> None:
+    """`ckptfs index` goes by the bytes as well."""
+    done = ckptfs("index", reference, "--cache-dir", tmp_path / "indexer", "--json")
+    assert (done.code, len(done.json["layers"])) == (0, 2), done.err
+    strict = ("--verify", "strict", "--cache-dir", tmp_path / "cache")
+    assert "pages-1.img" in ckptfs("ls", reference, "checkpoint", *strict).out
+    show(reference, tmp_path / "shown", "raw")
+    assert ckptfs("cp", reference, "checkpoint/pages-1.img", tmp_path / "pages", *strict).code == 0
+    assert (tmp_path / "pages").read_bytes() == BIG
+
+
 def test_a_base_image_gives_its_directories(reference: str) -> None:
     """What lies above a delta: `mount --base`."""
     source = open_source(Reference.parse(reference), settings=Settings(), counters=NetworkCounters())

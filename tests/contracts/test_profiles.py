@@ -1,7 +1,6 @@
 """Profiles in a registry: attached to an image, merged, found by a mount for one request, and harmless when bad."""
 
 import base64
-import itertools
 import json
 import random
 import subprocess
@@ -9,14 +8,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import zstandard
 
 from ckptfs.image.profiles import attached, publish
-from ckptfs.model.annotations import CREATED, PROFILE_ARTIFACT
+from ckptfs.image.publishing import publish_index
+from ckptfs.model.annotations import CREATED, INDEX_ARTIFACT, PROFILE_ARTIFACT
 from ckptfs.model.oci import OCI_MANIFEST, Descriptor, Digest, Manifest, Reference
 from ckptfs.model.profile import Profile, Run, encode_profile
 from ckptfs.settings import KiB, Limits, MiB, Settings
@@ -58,6 +57,17 @@ class Case:
     @property
     def found(self) -> Profile | None:
         return attached(self.source, self.image.digest, LIMITS)
+
+    def turn(self) -> None:
+        """What is attached is listed the other way round from now on."""
+        manifests, name = self.registry.manifests, ("repo", f"sha256-{self.image.digest.hex}")
+        if name in manifests:
+            raw, kind = manifests[name]
+            listed = json.loads(raw)
+            listed["manifests"].reverse()
+            manifests[name] = (json.dumps(listed).encode(), kind)
+        else:
+            self.registry.manifests = dict(reversed(manifests.items()))
 
     def attach(self, created: str, blob: bytes = b"{}", subject: Digest | None = None, **annotations: str) -> None:
         """An artifact as somebody else would write it."""
@@ -103,15 +113,34 @@ def test_a_large_profile_is_fetched(case: Case) -> None:
     assert case.found == large
 
 
-def test_the_newest_counts_and_has_what_was_there(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = itertools.count()  # artifacts say to the second when they were made
-    clock = SimpleNamespace(strftime=time.strftime, gmtime=lambda: time.gmtime(next(seconds)))
-    monkeypatch.setattr("ckptfs.image.profiles.time", clock)
+def test_the_newest_counts_and_has_what_was_there(case: Case) -> None:
     case.publish(profile(0))
     case.publish(profile(MiB), case.found)
     assert case.found == profile(0, MiB, recordings=2)
     case.publish(profile(2 * MiB))
     assert case.found == profile(2 * MiB)
+
+
+def test_the_newest_counts_in_whatever_order_they_are_listed(case: Case) -> None:
+    """Some registries list the newest first, some by digest; both of these were pushed within one second."""
+    for number in range(2):
+        case.publish(profile(number * MiB))
+    for _ in range(2):
+        case.turn()
+        assert case.found == profile(MiB)
+
+
+def test_a_list_of_profiles_does_not_grow_for_ever() -> None:
+    """Where the registry keeps none itself; every mount fetches it."""
+    with FakeRegistry(referrers=False) as registry:
+        case = Case(registry)
+        publish_index(case.target, case.image, {case.image.layers[0].digest: b"index"})
+        for number in range(9):
+            case.publish(profile(number * MiB), case.found)
+        raw, _ = registry.manifests["repo", f"sha256-{case.image.digest.hex}"]
+        kinds = [entry["artifactType"] for entry in json.loads(raw)["manifests"]]
+        assert kinds == [INDEX_ARTIFACT] + 3 * [PROFILE_ARTIFACT]
+        assert case.found == profile(*(number * MiB for number in range(9)), recordings=9)
 
 
 def bomb() -> str:

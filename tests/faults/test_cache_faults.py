@@ -404,3 +404,27 @@ def nameless(directory: Path) -> list[str]:
     opened = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
     targets = [os.readlink(file) for file in opened if os.path.lexists(file)]
     return [file for file in targets if file.startswith(str(directory)) and file.endswith("(deleted)")]
+
+
+@pytest.mark.row("C1")
+@pytest.mark.parametrize("secret", [None, b"0123456789abcdef"], ids=["plain", "encrypted"])
+def test_killed_at_every_system_call_of_the_first_opening(secret: bytes | None, tmp_path: Path) -> None:
+    """Whoever opens it next has a cache of the same key, and nothing is left of who died."""
+    for n in itertools.count(1):
+        path = tmp_path / str(n)
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                ChunkCache.open(path, size=SMALL, ops=DiesAt(n), secret=secret).require_key()
+                code = 0
+            finally:
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code in (0, -signal.SIGKILL)
+        with ChunkCache.open(path, size=SMALL, secret=secret).require_key():
+            assert sorted(file.name for file in (path / "v1").iterdir()) == ["documents", "key", "locks", "segments"]
+            assert not list(path.rglob("*.tmp"))
+        if code == 0:
+            break
+    assert n > 20

@@ -2,20 +2,24 @@
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from ckptfs.errors import AuthError, LimitExceeded, UnavailableError, UsageError
 from ckptfs.model.oci import OCI_INDEX, OCI_MANIFEST, Digest
-from ckptfs.settings import Registries
+from ckptfs.push.image_files import LayerFiles
+from ckptfs.settings import KiB, Registries
 from ckptfs.sources import host_files
 from ckptfs.sources.connections import Pools
 from ckptfs.sources.credentials import Credentials
-from tests.support.fake_registry import FakeRegistry, Full200, Redirect, Status
+from tests.support.chunked import PAGES, add_chunked
+from tests.support.fake_registry import FakeRegistry, Full200, Redirect, Silent, Status
 from tests.support.faulty import DATA, TAR, secure_source
 from tests.support.registry_faults import Fault
 from tests.support.sources import USER, Client, client, layers
+from tests.support.tools import wait_for
 
 EMPTY = {"mediaType": "application/vnd.oci.empty.v1+json", "digest": str(Digest.of(b"{}")), "size": 2}
 KIND = "application/x.note"
@@ -95,6 +99,47 @@ def test_a_list_that_wants_another_right_forbids_nothing_else() -> None:
         (layer,) = layers(source)
         assert source.referrers(source.resolve().digest) == ()
         assert source.blob(layer).read_at(5, 100) == DATA[5:105]
+
+
+WANTED = 'Bearer realm="{}",service="fake",scope="repository:repo:metadata_read"'
+
+
+@pytest.mark.parametrize("challenge", ['Basic realm="{}"', WANTED])
+def test_a_list_that_wants_a_login_is_all_that_wants_one(challenge: str) -> None:
+    """Nobody has to log in for anything else, and the token server gives strangers none."""
+    with FakeRegistry() as registry, client(registry) as c:
+        refusal = Status(401, headers={"WWW-Authenticate": challenge.format(registry.realm)})
+        registry.script["/referrers/", None] = refusal
+        registry.add_image("repo", "latest", [(TAR, DATA)])
+        source = c.source()
+        (layer,) = layers(source)
+        assert source.referrers(source.resolve().digest) == ()
+        assert source.blob(layer).read_at(5, 100) == DATA[5:105]
+
+
+def test_a_token_is_as_good_as_before_when_a_list_wants_another() -> None:
+    with FakeRegistry({("/token", 2): Status(403)}, auth="bearer") as registry, client(registry) as c:
+        refusal = Status(401, headers={"WWW-Authenticate": WANTED.format(registry.realm)})
+        registry.script["/referrers/", None] = refusal
+        registry.add_image("repo", "latest", [(TAR, DATA)])
+        source = c.source(credentials=USER)
+        (layer,) = layers(source)
+        assert source.referrers(source.resolve().digest) == ()
+        assert source.blob(layer).read_at(5, 100) == DATA[5:105]
+        assert len(registry.requests("/token")) == 2
+
+
+def test_nobody_else_waits_for_the_token_that_a_list_wants() -> None:
+    with FakeRegistry({("/token", None): Silent()}) as registry, client(registry) as c, ThreadPoolExecutor(1) as pool:
+        refusal = Status(401, headers={"WWW-Authenticate": WANTED.format(registry.realm)})
+        registry.script["/referrers/", None] = refusal
+        registry.add_image("repo", "latest", [(TAR, DATA)])
+        source = c.source()
+        (layer,) = layers(source)
+        asked = pool.submit(source.referrers, source.resolve().digest)
+        wait_for("the request for a token", lambda: registry.requests("/token"))
+        assert source.blob(layer).read_at(5, 100) == DATA[5:105]
+        assert not asked.done()
 
 
 def test_a_registry_that_takes_the_tag_for_the_digest_has_no_list() -> None:
@@ -346,3 +391,18 @@ def test_a_registry_without_ranges_is_named_with_a_way_out() -> None:
         for _ in range(2):  # found out, and remembered
             with pytest.raises(UnavailableError, match=f"{registry.host} sends whole blobs.*skopeo copy .* oci:DIR"):
                 blob.read_at(1000, 100_000)
+
+
+def test_a_push_reads_from_the_front_what_it_cannot_have_in_parts(tmp_path: Path) -> None:
+    """A zstd:chunked layer is a zstd stream as well, and its digest vouches for all of it."""
+    with FakeRegistry({("GET /v2/repo/blobs/", None): Full200()}) as registry, client(registry) as c:
+        add_chunked(registry, {PAGES: DATA}, 64 * KiB)
+        source = c.source()
+        with LayerFiles([source.blob(layer) for layer in layers(source)], tmp_path, c.settings) as files:
+            (pages,) = (file for file in files.files() if file.path == PAGES)
+            assert pages.open is not None
+            payload, buffer, found = pages.open(), memoryview(bytearray(64 * KiB)), bytearray()
+            while count := payload.readinto(buffer):
+                found += buffer[:count]
+            assert found == DATA
+        assert c.counters.bytes < 2 * len(DATA)

@@ -4,8 +4,9 @@ import pytest
 
 from ckptfs.layers.grid import Grid, windows
 from ckptfs.layers.tar_scanner import TarScanner
-from ckptfs.model.toc import Extent, derived_key, slice_extents
-from ckptfs.settings import Limits
+from ckptfs.model.toc import Extent, derived_key, slice_extents, stored
+from ckptfs.settings import GiB, KiB, Limits, MiB
+from tests.support.memory import peak_memory
 from tests.support.tars import header
 
 
@@ -27,10 +28,25 @@ def test_extents_cover_a_file_chunk_by_chunk() -> None:
     )
 
 
+def test_what_is_stored_is_told_chunk_by_chunk() -> None:
+    for segments in ([(0, 250, 90)], [(10, 20, 90), (500, 5, 110), (700, 100, 115)]):
+        extents = Grid("d", 2, 100).extents(segments)
+        assert list(stored(extents)) == [(e.chunk.key, e.chunk.layer, e.chunk.size) for e in extents]
+
+
 def test_files_share_their_chunks() -> None:
     grid = Grid("d", 0, 100)
     first, second = grid.extents([(0, 10, 0)]), grid.extents([(0, 10, 50)])
     assert first[0].chunk is second[0].chunk is grid.chunk(0)
+
+
+def test_a_large_layer_does_not_keep_its_chunks() -> None:
+    """64 GiB in chunks of 256 KiB."""
+    grid = Grid("d", 0, 256 * KiB, end=64 * GiB)
+    with peak_memory() as peak:
+        keys = sum(1 for _ in grid.extents([(0, 64 * GiB, 0)]))
+    assert (keys, grid.chunk(5)) == (64 * GiB // (256 * KiB), grid.extents([(0, 1, 5 * 256 * KiB)])[0].chunk)
+    assert peak.grown < 8 * MiB
 
 
 def test_the_last_chunk_ends_with_the_blob() -> None:

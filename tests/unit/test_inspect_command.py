@@ -138,6 +138,24 @@ def test_unknown_images_and_pods(tmp_path: Path) -> None:
     assert "novelty-7.img" in ckptfs("inspect", f"oci:{tmp_path}/image", "--cache-dir", tmp_path / "cache").out
 
 
+def test_a_process_of_a_pod_is_shown_with_the_container_that_has_it(tmp_path: Path) -> None:
+    for name, pid in (("db", 7), ("web", 5)):
+        directory = tmp_path / "pod" / name / "checkpoint"
+        directory.mkdir(parents=True)
+        (directory / "inventory.img").write_bytes(image("inventory", {1: 1, 3: 1}))
+        (directory / "pstree.img").write_bytes(image("pstree", task(pid)))
+        core = image("core", {1: 1, 3: {1: 2, 2: 0, 3: 0, 4: 0, 5: 0, 6: name}})  # a zombie has no memory
+        (directory / f"core-{pid}.img").write_bytes(core)
+        (directory.parent / "config.dump").write_text(json.dumps({"name": name}))
+    push_to_layout(tmp_path / "pod", tmp_path / "image")
+    words = ("inspect", f"oci:{tmp_path}/image", "--ps-tree", "--cache-dir", tmp_path / "cache", "--pid")
+    for name, pid in (("db", 7), ("web", 5)):
+        (found,) = ckptfs(*words, pid, "--json").json["containers"]
+        assert (found["container_name"], found["process_tree"]["pid"]) == (name, pid)
+    missing = ckptfs(*words, 6)
+    assert missing.code == 3 and "has no process 6" in missing.line
+
+
 def test_a_table_of_images(pushed: dict[str, Path], tmp_path: Path) -> None:
     layouts = [f"oci:{path}" for path in (pushed["counter"], pushed["tree"])]
     result = ckptfs("show", *layouts, "--cache-dir", tmp_path)

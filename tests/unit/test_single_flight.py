@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from ckptfs.layers.grid import Grid
 from ckptfs.layers.tar import TarFormat
 from ckptfs.settings import KiB, MiB, Settings, Sizes
 from tests.support.blobs import BytesBlob, blob_of
+from tests.support.tools import wait_for
 
 DATA = bytes(64 * KiB)
 CHUNK = Grid("layer", 0, 64 * KiB, len(DATA)).chunk(0)
@@ -46,7 +48,9 @@ class Fetch(threading.Thread):
         self.asked = self.blob.ranges
         self.memory = MemoryCache(1 * MiB)
         self.failures: dict[bytes, CkptfsError] = {}
-        self._receiver = Receiver(cache, self.memory, Waiting(), LinkEstimate(Sizes()), patience, lambda: None)
+        self._receiver = Receiver(
+            cache, self.memory, Waiting(), LinkEstimate(Sizes()), patience, 64 * KiB, lambda: None
+        )
 
     def run(self) -> None:
         job = Job(0, CHUNK.offset, CHUNK.offset + CHUNK.size, [CHUNK], Priority.DEMAND)
@@ -97,7 +101,7 @@ def test_what_has_come_while_we_fetched_is_not_fetched_again(caches: tuple[Chunk
     grid = Grid("layer", 0, 256 * KiB, 512 * KiB)
     ours, theirs = grid.chunk(0), grid.chunk(1)
     data = bytes(512 * KiB)
-    receiver = Receiver(caches[0], MemoryCache(MiB), Waiting(), LinkEstimate(Sizes()), 0.2, lambda: None)
+    receiver = Receiver(caches[0], MemoryCache(MiB), Waiting(), LinkEstimate(Sizes()), 0.2, 64 * KiB, lambda: None)
     claims = RegionClaims(caches[1])
 
     class Slow(BytesBlob):
@@ -115,3 +119,23 @@ def test_what_has_come_while_we_fetched_is_not_fetched_again(caches: tuple[Chunk
     assert receiver.fetch(job, blob, TarFormat().open(blob, 0, Settings())) == {}
     assert blob.ranges == [(0, 256 * KiB)]
     claims.release(delivering)
+
+
+def test_what_another_fetches_in_the_middle_of_ours_is_not_fetched_with_it(
+    caches: tuple[ChunkCache, ChunkCache],
+) -> None:
+    grid = Grid("layer", 0, 256 * KiB, 1 * MiB)
+    chunks, data = [grid.chunk(number) for number in range(4)], bytes(1 * MiB)
+    blob = blob_of(data)
+    receiver = Receiver(caches[0], MemoryCache(MiB), Waiting(), LinkEstimate(Sizes()), 10, 64 * KiB, lambda: None)
+    claims = RegionClaims(caches[1])
+    _, _, theirs = claims.take(blob.descriptor.digest.raw, [chunks[1]])
+    job = Job(0, 0, len(data), chunks, Priority.PREFETCH)
+    with ThreadPoolExecutor(1) as pool:
+        fetched = pool.submit(receiver.fetch, job, blob, TarFormat().open(blob, 0, Settings()))
+        wait_for("ours", lambda: caches[0].contains(chunks[3].key))
+        caches[1].put_many([(chunks[1].key, data[: 256 * KiB])])
+        claims.release(theirs)
+        assert fetched.result(5) == {}
+    assert blob.ranges == [(0, 256 * KiB), (512 * KiB, 512 * KiB)]
+    assert job.received == 768 * KiB
