@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import trio
 
+from ckptfs.engine.threads import in_thread
 from ckptfs.errors import CkptfsError, FormatError, NotFoundError
 from ckptfs.image.remembered import LayerMemory
 from ckptfs.image.resolve import DocumentStore
@@ -62,7 +63,7 @@ async def find_side_documents(
     found = search.known()
     if search.wanted and not offline:
         with trio.move_on_after(settings.timeouts.side_documents) as scope:
-            found |= await trio.to_thread.run_sync(search.ask, strict, abandon_on_cancel=True)
+            found |= await in_thread(search.ask, strict)
         if scope.cancelled_caught:
             log.warning("no answer about an index of %s; going on without", source.reference)
     return found
