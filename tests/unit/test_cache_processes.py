@@ -385,3 +385,21 @@ def test_what_could_not_be_opened_for_a_moment_is_found_later(path: Path, other:
         disk.code = None
         clock.advance(0.03)
         assert cache.get(key(1)) == chunk(1, 1000)
+
+
+def test_a_segment_whose_new_writer_cannot_evict_is_left_to_others(path: Path) -> None:
+    disk, clock, smaller = Refusing("unlink"), FakeClock(), SIZE * 3 // 4
+    with ChunkCache.open(path, size=SIZE) as dead:
+        dead.put_many([item(number, 64 * KiB) for number in range(240)])
+    with ChunkCache.open(path, size=smaller, ops=disk, clock=clock) as cache:
+        disk.code = errno.EIO
+        cache.put_many([item(300, 64 * KiB)])
+        assert not cache.contains(key(300))
+        disk.code = None
+        with ChunkCache.open(path, size=smaller) as next_one:
+            next_one.put_many([item(301, 64 * KiB)])
+        clock.advance(31)
+        assert cache.get(key(301)) == chunk(301, 64 * KiB)
+        cache.put_many([item(302, 64 * KiB)])
+    with ChunkCache.open(path, size=smaller) as later:
+        assert [later.get(key(number)) for number in (301, 302)] == [chunk(301, 64 * KiB), chunk(302, 64 * KiB)]
