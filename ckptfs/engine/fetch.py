@@ -225,6 +225,7 @@ class Fetcher:
             chunks = list(islice(self._plan, 2 * _LOW_WATER))
             if not chunks:
                 self._plan = None
+                self._kick()  # who waits for the end
         if chunks:
             self._owe(chunk for chunk in chunks if chunk.key in self._failed)
             self.want(chunks, Priority.BACKGROUND)
@@ -273,8 +274,8 @@ class Fetcher:
         return inode
 
     async def settled(self) -> None:
-        """Until no extent is on its way, nor waits to be asked for again: what can be had is in the cache by then."""
-        while self._flying or self._owed:
+        """Until nothing is on its way, nor is to be asked for any more: what can be had is in the cache by then."""
+        while self._flying or self._owed or self.scheduler or self._plan is not None:
             await self._wake.wait()
 
     # -- performing ----------------------------------------------------------------------------------------------------
