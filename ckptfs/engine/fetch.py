@@ -113,7 +113,7 @@ class Fetcher:
     def lookup(self, chunk: Chunk) -> Buffer | None:
         """The chunk if this node has it: memory, then disk. Never waits for the network."""
         data = self.held(chunk)
-        if data is None:
+        if data is None and chunk.layer not in self._condemned:
             data = self.cache.get(chunk.key)
             if data is not None:
                 self._used(chunk)
@@ -123,6 +123,8 @@ class Fetcher:
 
     def held(self, chunk: Chunk) -> Buffer | None:
         """The chunk if it is in memory."""
+        if chunk.layer in self._condemned:
+            return None
         data = self.memory.get(chunk.key) or self._kept.get(chunk.key)
         if data is not None:
             self._used(chunk)
@@ -136,7 +138,7 @@ class Fetcher:
         """Fill `buffer` with the chunk's bytes from `skip` on if this node has it; memory is left as it is."""
         data = self.held(chunk)
         if data is None:
-            if not self.cache.read_into(chunk.key, skip, buffer):
+            if chunk.layer in self._condemned or not self.cache.read_into(chunk.key, skip, buffer):
                 return False
             self._used(chunk)
             self.disk_hits += 1
@@ -351,6 +353,12 @@ class Fetcher:
             self._waiting.deliver([(chunk.key, data)])
         return data is not None
 
+    async def discard(self, keys: Collection[bytes]) -> None:
+        """These chunks turned out to be wrong: no cache keeps them. Takes a second for 20 000 of them."""
+        await in_thread(self.cache.drop, *keys, finish=True)
+        for key in keys:  # last, and here: what has been read meanwhile is in memory again
+            self.memory.drop(key)
+
     def _ranges_at_once(self, layer: int) -> int:
         return self._layers[layer][0].ranges_at_once
 
@@ -379,12 +387,6 @@ class Fetcher:
                 self.cache.drop(key)
         self.cache.put_many(chunks)
         self._receiver.publish(chunks)
-
-    def discard(self, keys: Collection[bytes]) -> None:
-        """These chunks turned out to be wrong: no cache keeps them. Takes a second for 20 000 of them."""
-        for key in keys:
-            self.memory.drop(key)
-        self.cache.drop(*keys)
 
     def condemn(self, layer: int, error: CkptfsError) -> None:
         """Nothing of this layer is handed out any more: as a whole it is not what its digest says."""

@@ -32,7 +32,7 @@ async def hash_layer(fetcher: Fetcher, descriptor: Descriptor, layer: TarLayer) 
     for chunk in layer.chunks():
         await in_thread(add, await fetcher.get(chunk, Priority.BACKGROUND))
     if digest.hexdigest() != descriptor.digest.hex:
-        await in_thread(fetcher.discard, [chunk.key for chunk in layer.chunks()], finish=True)
+        await fetcher.discard([chunk.key for chunk in layer.chunks()])
         raise IntegrityError(
             f"layer {descriptor.digest} arrived with digest {descriptor.digest.algorithm}:{digest.hexdigest()}",
             hint="what was read of it is not to be trusted; unmount, and ask the registry's operator",
