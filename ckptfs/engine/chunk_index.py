@@ -187,7 +187,7 @@ class ChunkIndex:
             for key in keys:
                 self._records.pop(key, None)
             for segment in self._slots.values():
-                found += [(segment, i) for i, key in enumerate(segment.chunk_keys()) if key in keys]
+                found += [(segment, i) for i in segment.find(keys)]
         for segment, i in found:
             self._erase(segment, i)
 

@@ -285,3 +285,19 @@ def test_many_chunks_are_dropped_with_one_look(path: Path) -> None:
         assert cache.contains(keys[0]) and not any(map(cache.contains, gone))
     with ChunkCache.open(path, size=SIZE) as cache:
         assert cache.stats().chunks == len(keys) - len(gone)
+
+
+def test_chunks_that_are_dropped_one_by_one_hold_nobody_up(path: Path) -> None:
+    """A stream does so, of which an earlier one has left other bytes; readers wait meanwhile."""
+    keys = [key(number) for number in range(100_000)]
+    with ChunkCache.open(path, size=SIZE) as cache, ChunkCache.open(path, size=SIZE) as other:
+        cache.put_many([(each, b"x") for each in keys])
+        other.put_many([(keys[0], b"y")])
+        cache.refresh()
+        began = time.monotonic()
+        for each in keys[:200]:
+            cache.drop(each)
+        assert time.monotonic() - began < 4.0
+        assert not any(map(cache.contains, keys[:200])) and cache.contains(keys[200])
+    with ChunkCache.open(path, size=SIZE) as cache:
+        assert cache.stats().chunks == len(keys) - 200
