@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import zstandard
 
 from tests.support.tars import tar_of
 from tests.support.tools import ROOT, require
@@ -96,6 +97,33 @@ trio.run(main)
 """
 
 
+OPEN = """
+async def names(cache):
+    async with open_image(reach(archive), cache, options, counters) as image:
+        return [node.name for node in await image.listing(image.tree.root)]
+
+async def main():
+    with ChunkCache.ephemeral() as cache:
+        await names(cache)  # what is needed for it is imported
+    await trio.sleep(0.1)
+    busy = threading.Event()
+    async with trio.open_nursery() as nursery:
+        for _ in range(16):
+            nursery.start_soon(trio.to_thread.run_sync, busy.wait)
+        await trio.sleep(0.1)
+        await trio.to_thread.run_sync(len, "")  # one that waits for work
+        limit()
+        try:
+            with ChunkCache.ephemeral() as cache:
+                print(await names(cache))
+        finally:
+            busy.set()
+
+options = ImageOptions(view="raw", prefetch=False, background=False)
+trio.run(main)
+"""
+
+
 @pytest.mark.row("L1")
 def test_reads_wait_for_threads(tmp_path: Path) -> None:
     require(root=True)
@@ -108,14 +136,21 @@ def test_reads_wait_for_threads(tmp_path: Path) -> None:
 
 
 @pytest.mark.row("L1")
-def test_the_base_of_a_delta_is_opened_when_there_are_threads() -> None:
-    """Which is when somebody looks into the delta."""
+@pytest.mark.parametrize(
+    ("script", "name", "told", "said"),
+    [
+        (BASE, "archive.tar", "1000 []", "waiting for one"),  # which is when somebody looks into the delta
+        (OPEN, "archive.tar.zst", "[b'file']", "is not used: can't start new thread"),
+    ],
+    ids=["the base of a delta", "an index of a layer"],
+)
+def test_images_are_opened_with_few_threads(script: str, name: str, told: str, said: str) -> None:
     require(root=True)
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
-        archive = Path(folder) / "archive.tar"
-        archive.write_bytes(tar_of({"file": bytes(1000)}))
-        command = [sys.executable, "-c", HEAD + BASE, str(archive)]
+        archive, data = Path(folder) / name, tar_of({"file": bytes(1000)})
+        archive.write_bytes(zstandard.compress(data) if name.endswith(".zst") else data)
+        command = [sys.executable, "-c", HEAD + script, str(archive)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout) == (0, "1000 []\n"), done.stderr
-    assert len(done.stderr.splitlines()) == 1 and "waiting for one" in done.stderr
+    assert (done.returncode, done.stdout) == (0, told + "\n"), done.stderr
+    assert len(done.stderr.splitlines()) == 1 and said in done.stderr
