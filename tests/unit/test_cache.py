@@ -301,3 +301,12 @@ def test_chunks_that_are_dropped_one_by_one_hold_nobody_up(path: Path) -> None:
         assert not any(map(cache.contains, keys[:200])) and cache.contains(keys[200])
     with ChunkCache.open(path, size=SIZE) as cache:
         assert cache.stats().chunks == len(keys) - 200
+
+
+def test_a_document_too_large_for_one_process_is_left_to_others(path: Path, one: ChunkCache) -> None:
+    document = chunk(1, 2 * MiB)
+    one.put_document("table", document)
+    with ChunkCache.open(path, size=4 * MiB) as smaller:
+        assert smaller.get_document("table") is None
+        assert smaller.verify() == (0, 0)
+    assert one.get_document("table") == document and one.verify() == (1, 0)
