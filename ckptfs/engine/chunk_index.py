@@ -187,7 +187,7 @@ class ChunkIndex:
             for key in keys:
                 self._records.pop(key, None)
             for segment in self._slots.values():
-                found += [(segment, i) for i, key in enumerate(segment.chunk_keys()) if key in keys]
+                found += [(segment, i) for i in segment.find(keys)]
         for segment, i in found:
             self._erase(segment, i)
 
@@ -260,9 +260,10 @@ class ChunkIndex:
         return segment, data, index
 
     def take(self, segment: Segment, records: Buffer) -> None:
-        """These records were appended to the segment."""
+        """These records were appended to the segment, unless it is forgotten meanwhile: somebody has removed it."""
         with self._lock:
-            self._take(segment, records)
+            if segment.slot in self._slots:
+                self._take(segment, records)
 
     def adopt(self, segment: Segment) -> None:
         """Nobody else appends to it from now on; read its last words."""

@@ -150,16 +150,18 @@ class ChunkLog:
                 idle, reserved = self._idle(usage)
                 if full and not idle:
                     raise _refusal(full)
-                writer = None if full else self._resume(idle, length)
+                self._writer = writer = None if full else self._resume(idle, length)
                 growth = self._cap - writer.size if writer else self._cap
                 keep = 0 if full else min(self._cap // 2, growth - length)
                 evicted = self._evict(idle, total - (limit - reserved - growth), keep)
                 if writer is None:
                     segment, data, index = self._index.begin()
-                    writer = SegmentWriter(self._ops, segment, data, index, 0)
-            self._writer = writer
+                    self._writer = writer = SegmentWriter(self._ops, segment, data, index, 0)
             for gone in evicted:
                 self._move(gone, writer)
+        except OSError:
+            self._close_writer(seal=False)  # whoever comes next may go on in it
+            raise
         finally:
             for gone in evicted:  # whatever was refused meanwhile: the disk gets their bytes back only so
                 self._index.forget(gone.segment)
@@ -205,8 +207,10 @@ class ChunkLog:
             if segment.end() <= size <= self._cap * 3 // 4 and size + length <= self._cap:
                 idle.remove(u)
                 return writer
-            writer.seal()
+            with suppress(OSError):  # a full disk is why there is to be room
+                writer.seal()
             self._files.let_go(data)
+            self._index.release(segment)
         return None
 
     # -- making room ---------------------------------------------------------------------------------------------------

@@ -40,12 +40,14 @@ class Documents:
         self.prune(self._share)
 
     def get(self, key: str) -> bytes | None:
-        """The document, None when there is none or it is damaged."""
+        """The document, None when there is none or it is damaged, or larger than the share."""
         path = self._file(key)
         try:
             file = Handle(self._ops, path, os.O_RDONLY)
             content = read_all(self._ops, file.fd, 0, self._share + 1)
         except OSError:
+            return None
+        if len(content) > self._share:  # of a process with a larger cache: none of ours, and none that is damaged
             return None
         payload = _payload(key.encode(), content)
         with suppress(OSError):
@@ -95,14 +97,17 @@ class Documents:
                     self._ops.unlink(path)
 
     def verify(self) -> tuple[int, int]:
-        """Read all, remove the damaged ones; (read, damaged)."""
+        """Read all that are ours, see `get`, and remove the damaged ones; (read, damaged)."""
         checked = damaged = 0
         for _, _, path in self.sizes():
             with suppress(OSError):
                 if path.endswith(".doc"):
-                    checked += 1
                     file = Handle(self._ops, path, os.O_RDONLY)
-                    if _payload(None, read_all(self._ops, file.fd, 0, self._share + 1)) is None:
+                    content = read_all(self._ops, file.fd, 0, self._share + 1)
+                    if len(content) > self._share:
+                        continue
+                    checked += 1
+                    if _payload(None, content) is None:
                         self._ops.unlink(path)
                         damaged += 1
         return checked, damaged

@@ -24,7 +24,7 @@ from ckptfs.engine.schedule import Job, Priority, Scheduler
 from ckptfs.engine.threads import in_thread
 from ckptfs.engine.waiting import Demand, Waiting
 from ckptfs.errors import CkptfsError, FormatError, IntegrityError, UnavailableError
-from ckptfs.layers import Layer, right_as_a_whole
+from ckptfs.layers import Layer
 from ckptfs.model.blob import Blob
 from ckptfs.model.toc import UNKNOWN, Chunk, Extent, Inode, piece_of
 from ckptfs.settings import Settings
@@ -66,7 +66,6 @@ class Fetcher:
         self._failed: dict[bytes, tuple[float, CkptfsError]] = {}
         self._kept: dict[bytes, bytes] = {}
         self._condemned: dict[int, CkptfsError] = {}
-        self._wrong: set[int] = set()  # of these, layers whose chunks have no digests: what is here may be wrong, too
         self._plan: Iterator[Chunk] | None = None
         self._background = False  # whether there has been a plan
         self._owed = Owed(settings.timeouts.retry_cap)
@@ -115,7 +114,7 @@ class Fetcher:
     def lookup(self, chunk: Chunk) -> Buffer | None:
         """The chunk if this node has it: memory, then disk. Never waits for the network."""
         data = self.held(chunk)
-        if data is None and chunk.layer not in self._wrong:
+        if data is None and chunk.layer not in self._condemned:
             data = self.cache.get(chunk.key)
             if data is not None:
                 self._used(chunk)
@@ -125,7 +124,7 @@ class Fetcher:
 
     def held(self, chunk: Chunk) -> Buffer | None:
         """The chunk if it is in memory, and nothing is wrong with its layer."""
-        if chunk.layer in self._wrong:
+        if chunk.layer in self._condemned:
             return None
         data = self.memory.get(chunk.key) or self._kept.get(chunk.key)
         if data is not None:
@@ -140,7 +139,7 @@ class Fetcher:
         """Fill `buffer` with the chunk's bytes from `skip` on if this node has it; memory is left as it is."""
         data = self.held(chunk)
         if data is None:
-            if chunk.layer in self._wrong or not self.cache.read_into(chunk.key, skip, buffer):
+            if chunk.layer in self._condemned or not self.cache.read_into(chunk.key, skip, buffer):
                 return False
             self._used(chunk)
             self.disk_hits += 1
@@ -229,6 +228,7 @@ class Fetcher:
             chunks = list(islice(self._plan, 2 * _LOW_WATER))
             if not chunks:
                 self._plan = None
+                self._kick()  # who waits for the end
         if chunks:
             self._owe(chunk for chunk in chunks if chunk.key in self._failed)
             self.want(chunks, Priority.BACKGROUND)
@@ -277,8 +277,8 @@ class Fetcher:
         return inode
 
     async def settled(self) -> None:
-        """Until no extent is on its way, nor waits to be asked for again: what can be had is in the cache by then."""
-        while self._flying or self._owed:
+        """Until nothing is on its way, nor is to be asked for any more: what can be had is in the cache by then."""
+        while self._flying or self._owed or self.scheduler or self._plan is not None:
             await self._wake.wait()
 
     # -- performing ----------------------------------------------------------------------------------------------------
@@ -354,6 +354,12 @@ class Fetcher:
             self._waiting.deliver([(chunk.key, data)])
         return data is not None
 
+    async def discard(self, keys: Collection[bytes]) -> None:
+        """These chunks turned out to be wrong: no cache keeps them. Takes a second for 20 000 of them."""
+        await in_thread(self.cache.drop, *keys, finish=True)
+        for key in keys:  # last, and here: what has been read meanwhile is in memory again
+            self.memory.drop(key)
+
     def _ranges_at_once(self, layer: int) -> int:
         return self._layers[layer][0].ranges_at_once
 
@@ -383,17 +389,8 @@ class Fetcher:
         self.cache.put_many(chunks)
         self._receiver.publish(chunks)
 
-    def discard(self, keys: Collection[bytes]) -> None:
-        """These chunks turned out to be wrong: no cache keeps them. Takes a second for 20 000 of them."""
-        for key in keys:
-            self.memory.drop(key)
-        self.cache.drop(*keys)
-
     def condemn(self, layer: int, error: CkptfsError) -> None:
         """Nothing of this layer is handed out any more, nor waited for: as a whole it is not what its digest says."""
         error.__traceback__ = None
         self._condemned[layer] = error
-        blob, opened = self._layers[layer]
-        if right_as_a_whole(opened, blob):
-            self._wrong.add(layer)
         self._waiting.condemn(layer, error)

@@ -124,12 +124,12 @@ class LayerScan:
             failure = await self._attempt(0)
             if isinstance(failure, IntegrityError):
                 log.error("%s; everything that was kept of it is dropped, trying again", failure)
-                await self._discard()
+                await self._fetcher.discard(self._keys)
                 failure = await self._attempt(1)
             if isinstance(failure, IntegrityError):
                 if self.number is not None:
                     self._fetcher.condemn(self.number, failure)
-                await self._discard()
+                await self._fetcher.discard(self._keys)
         except _Stopped:
             return
         finally:
@@ -142,9 +142,6 @@ class LayerScan:
         self._settle(failure)
         if first or isinstance(failure, IntegrityError):
             self._on_end(failure)
-
-    async def _discard(self) -> None:
-        await in_thread(self._fetcher.discard, self._keys, limiter=self._thread, finish=True)
 
     def _settle(self, failure: CkptfsError | None) -> None:
         """The stream has ended: who still waits for a chunk that has passed gets another run, others the failure."""
@@ -186,7 +183,8 @@ class LayerScan:
     def _scan(self, attempt: int) -> bool:
         """False when it was stopped: as an exception it would keep the stream open until it is collected."""
         while True:
-            self.position, self._keys = 0, []
+            with self._gate:
+                self.position, self._keys, self._rewind = 0, [], False  # all that was asked for is still to come
             try:
                 for count, entry in enumerate(self.layer.scan(self._emit, attempt=attempt)):
                     if self._known or count < self._announced:
@@ -222,5 +220,4 @@ class LayerScan:
                 raise _Stopped
             # First to whoever waits further on: or two readers of a small cache could send the stream back for ever.
             if self._rewind and all(ahead.offset < self.position for ahead in self._asked.values()):
-                self._rewind = False
                 raise _Rewind

@@ -131,6 +131,10 @@ class Scheduler:
         self._refused = (b"", 0)  # first chunk and bytes of the job that the window had no room for
         self.full = False  # whether something was refused because the window is full: the link has all it can carry
 
+    def __bool__(self) -> bool:
+        """Whether anything is queued."""
+        return bool(self._wanted)
+
     def want(self, chunk: Chunk, priority: Priority) -> None:
         known = self._wanted.get(chunk.key)
         if known is None:

@@ -9,8 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TypedDict
 
-import trio
-
+from ckptfs.engine.threads import in_thread
 from ckptfs.errors import FormatError, LimitExceeded, UsageError
 from ckptfs.image.delta import DerivedTars, Unpacked
 from ckptfs.image.earlier import EarlierImages
@@ -135,7 +134,7 @@ async def _find_earlier(image: OpenImage, index: ImageIndex) -> None:
     def index_of(manifest: Manifest) -> ImageIndex | None:
         return inline_index(manifest, 0, limits)
 
-    await trio.to_thread.run_sync(earlier.find, resolved.reference, resolved.manifest, index, index_of)
+    await in_thread(earlier.find, resolved.reference, resolved.manifest, index, index_of, finish=True)
     image.tables.earlier = earlier
 
 

@@ -18,6 +18,7 @@ import trio
 from ckptfs.criu.images import parse_name
 from ckptfs.criu.increments import Joined
 from ckptfs.criu.pagemap import Pagemap, parse_pagemap
+from ckptfs.engine.threads import in_thread
 from ckptfs.errors import FormatError, LimitExceeded
 from ckptfs.image.opened import OpenImage
 from ckptfs.image.views import containers
@@ -49,7 +50,7 @@ async def join(image: OpenImage) -> None:
 async def _join(image: OpenImage, directory: Node) -> None:
     levels = _levels(directory, image.options.settings.limits.increments)
     originals, *raw = await _pagemaps(image, [directory.children[b"whole"], *levels])
-    limits, in_thread = image.options.settings.limits, trio.to_thread.run_sync
+    limits = image.options.settings.limits
     entries: list[Entry] = []
     for name, data in originals.items():
         chain = await in_thread(partial(_parsed, raw, name, limits))

@@ -16,9 +16,9 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-import trio
 import zstandard
 
+from ckptfs.engine.threads import in_thread
 from ckptfs.errors import CkptfsError, FormatError
 from ckptfs.image.arrange import known_layers
 from ckptfs.image.opened import OpenImage
@@ -59,7 +59,7 @@ class LayerDirectories:
         """Fill the image's tree. FormatError when the image's configuration does not describe its layers."""
         image, tree = self._image, self._image.tree
         layers = await known_layers(image)
-        diff_ids = await trio.to_thread.run_sync(self._diff_ids, abandon_on_cancel=True)
+        diff_ids = await in_thread(self._diff_ids)
         for rank, ((blob, known), diff_id) in enumerate(zip(layers, diff_ids, strict=True), start=1):
             digest = toc_digest(blob.descriptor) if self._by_toc else blob.descriptor.digest
             directory = str(digest).encode()
@@ -138,7 +138,7 @@ class LayerDirectories:
         if self._image.tree.complete(root.path):
             return _tar_size(self._image.tree, root.path)
         read = partial(_size_in_stream, blob, claimed)
-        return await trio.to_thread.run_sync(read, abandon_on_cancel=True)
+        return await in_thread(read)
 
     def _record(self, descriptor: Descriptor, name: str, diff_id: Digest, size: int) -> dict[str, Any]:
         record: dict[str, Any] = {

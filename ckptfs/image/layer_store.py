@@ -19,6 +19,7 @@ import trio
 
 from ckptfs.engine.cache import ChunkCache
 from ckptfs.engine.reader import ReadCounters
+from ckptfs.engine.threads import in_thread
 from ckptfs.errors import CkptfsError, FormatError, UsageError, only_error
 from ckptfs.image.ahead import fetch_rest
 from ckptfs.image.layer_directories import LayerDirectories, toc_digest
@@ -239,7 +240,7 @@ class LayerStore:
 
     async def _uses_of(self, reference: Reference) -> dict[str, _Use]:
         if reference not in self._uses:
-            raw = await trio.to_thread.run_sync(self._cache.get_document, self._key(reference))
+            raw = await in_thread(self._cache.get_document, self._key(reference), finish=True)
             self._uses[reference] = _parsed(raw) if raw is not None else {}
         return self._uses[reference]
 
@@ -247,9 +248,9 @@ class LayerStore:
         uses, key = self._uses[reference], self._key(reference)
         if uses:
             raw = json.dumps({layer: [str(use.manifest), use.count] for layer, use in uses.items()}).encode()
-            await trio.to_thread.run_sync(self._cache.put_document, key, raw)
+            await in_thread(self._cache.put_document, key, raw, finish=True)
         else:
-            await trio.to_thread.run_sync(self._cache.delete_document, key)
+            await in_thread(self._cache.delete_document, key, finish=True)
 
     def _key(self, reference: Reference) -> str:
         return f"layer-store/{self._name}/{reference}"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import trio
 
+from ckptfs.engine.threads import in_thread
 from ckptfs.errors import CkptfsError, FormatError, IntegrityError
 from ckptfs.image.attaching import Sink, attach
 from ckptfs.image.opened import OpenImage
@@ -123,7 +124,7 @@ async def publish_when_streamed(image: OpenImage, sink: Sink) -> None:
                     if digest not in documents and (document := image.memory.document(descriptor)) is not None:
                         documents[digest] = document
         if documents:
-            published = await trio.to_thread.run_sync(publish_index, sink, manifest, documents, abandon_on_cancel=True)
+            published = await in_thread(publish_index, sink, manifest, documents)
             log.info("the index of %s is published as %s", image.resolved.reference, published.manifest.digest)
     except CkptfsError as error:
         log.error("the index is not published: %s", error)

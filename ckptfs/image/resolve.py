@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
-import trio
-
+from ckptfs.engine.threads import in_thread
 from ckptfs.errors import FormatError, LimitExceeded, NotFoundError, UnavailableError
 from ckptfs.image.views import is_checkpoint_index
 from ckptfs.model.oci import Descriptor, Digest, Index, Manifest, Reference, parse_document
@@ -103,7 +102,7 @@ async def resolve_in_thread(
     if offline:
         source = offline_source(source)
     look = partial(resolve, source, documents, limits, offline=offline)
-    return source, await trio.to_thread.run_sync(look, abandon_on_cancel=True)
+    return source, await in_thread(look)
 
 
 def _top(source: Source, documents: DocumentStore, offline: bool) -> tuple[Manifest | Index, bool]:

@@ -8,8 +8,7 @@ name, in whatever registry that is.
 import logging
 from collections.abc import Sequence
 
-import trio
-
+from ckptfs.engine.threads import in_thread
 from ckptfs.errors import CkptfsError, NotFoundError, UsageError
 from ckptfs.image.delta import Unpacked
 from ckptfs.image.opened import OpenImage
@@ -66,7 +65,7 @@ async def base_directories(image: OpenImage, open_source: OpenSource | None, bas
         elif base is not None:
             source, resolved = await _open(image, open_source, base)
             layers = list(resolved.manifest.layers)
-        return await trio.to_thread.run_sync(_names, source, layers, image.options.settings, abandon_on_cancel=True)
+        return await in_thread(_names, source, layers, image.options.settings)
     except CkptfsError as error:
         told = f"directories above the delta are shown as root's, 0755: {error}"
         log.warning("%s", told)

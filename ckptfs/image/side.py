@@ -15,7 +15,8 @@ from typing import TypeVar
 
 import trio
 
-from ckptfs.errors import CkptfsError, FormatError, NotFoundError
+from ckptfs.engine.threads import in_thread
+from ckptfs.errors import CkptfsError, FormatError, NotFoundError, UnavailableError
 from ckptfs.image.remembered import LayerMemory
 from ckptfs.image.resolve import DocumentStore
 from ckptfs.layers import select_format
@@ -62,7 +63,7 @@ async def find_side_documents(
     found = search.known()
     if search.wanted and not offline:
         with trio.move_on_after(settings.timeouts.side_documents) as scope:
-            found |= await trio.to_thread.run_sync(search.ask, strict, abandon_on_cancel=True)
+            found |= await in_thread(search.ask, strict)
         if scope.cancelled_caught:
             log.warning("no answer about an index of %s; going on without", source.reference)
     return found
@@ -111,7 +112,7 @@ class _Search:
         wanted = self.wanted
         with ThreadPoolExecutor(_THREADS, "side") as pool:
             tables = {
-                layer.digest: pool.submit(read_seek_table, self._source.blob(layer), self._settings)
+                layer.digest: _begun(pool, read_seek_table, self._source.blob(layer), self._settings)
                 for layer in wanted
                 if self._formats[layer.digest] == "zstd" and not strict
             }
@@ -173,7 +174,7 @@ class _Search:
             name = blob.annotations.get(annotation)
             digest = Digest.parse(name) if name is not None else None
             if digest is not None and digest in self._layers and digest not in futures:
-                futures[digest] = pool.submit(self._source.fetch, blob)
+                futures[digest] = _begun(pool, self._source.fetch, blob)
         found = {digest: self._quietly(_result(future)) for digest, future in futures.items()}
         return {digest: (kind, document) for digest, document in found.items() if document is not None}
 
@@ -240,6 +241,15 @@ class _Search:
     def _key(self) -> str:
         reference = self._source.reference
         return f"side/{reference.kind}/{reference.host}/{reference.repository}{reference.path}@{self._manifest.digest}"
+
+
+def _begun(pool: ThreadPoolExecutor, work: Callable[..., T], *arguments: object) -> Future[T]:
+    try:
+        return pool.submit(work, *arguments)
+    except RuntimeError as error:  # of threading: a limit on tasks
+        failed: Future[T] = Future()
+        failed.set_exception(UnavailableError(str(error)))
+        return failed
 
 
 def _result(future: Future[T]) -> Callable[[], T]:

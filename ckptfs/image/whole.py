@@ -43,4 +43,4 @@ async def hash_layer(fetcher: Fetcher, descriptor: Descriptor, layer: TarLayer) 
 async def condemn_layer(fetcher: Fetcher, number: int, layer: TarLayer, error: IntegrityError) -> None:
     """It is another's. Who reads it hears of that first: nobody is to wait for a chunk that is being dropped."""
     fetcher.condemn(number, error)
-    await in_thread(fetcher.discard, [chunk.key for chunk in layer.chunks()], finish=True)
+    await fetcher.discard([chunk.key for chunk in layer.chunks()])

@@ -1,12 +1,23 @@
-"""What is fetched ahead as metadata: CRIU's images and the dumps beside them, and not every small file there is."""
+"""What is fetched ahead: as metadata CRIU's images and the dumps beside them, and not every small file there is; in the
+background everything, and the end of it is noticed.
+"""
 
 import stat
 from collections.abc import Iterable
 
+import trio
+
+from ckptfs.engine.cache import ChunkCache
+from ckptfs.engine.fetch import Fetcher
+from ckptfs.engine.memory import MemoryCache
+from ckptfs.layers.grid import Grid
+from ckptfs.layers.tar import TarFormat
 from ckptfs.model.toc import Chunk, Entry, Extent, Inode
 from ckptfs.model.tree import Tree
 from ckptfs.prefetch.background import Background, Metadata
-from ckptfs.settings import Sizes
+from ckptfs.settings import KiB, MiB, Settings, Sizes
+from tests.support.blobs import blob_of
+from tests.support.readers import content
 
 
 def tree_of(sizes: dict[str, int]) -> Tree:
@@ -51,3 +62,25 @@ def test_every_container_of_a_pod_and_every_parent_has_metadata() -> None:
 
 def test_an_image_of_many_small_files_has_none() -> None:
     assert not keys(Metadata().plan(tree_of({f"usr/share/{n}": 10 for n in range(100)})))
+
+
+def test_a_plan_is_settled_when_all_of_it_is_here() -> None:
+    """More chunks than are queued at once; the second time all of them are here already."""
+    data = content(2000 * KiB)
+    chunks = [Grid("layer", 0, KiB, len(data)).chunk(number) for number in range(2000)]
+
+    async def main() -> None:
+        blob = blob_of(data)
+        with ChunkCache.ephemeral(size=64 * MiB) as cache:
+            fetcher = Fetcher(cache, MemoryCache(0), Settings())
+            fetcher.add_layer(blob, TarFormat().open(blob, 0, Settings()))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(fetcher.run)
+                with trio.fail_after(20):
+                    for _ in range(2):
+                        fetcher.fill(iter(chunks))
+                        await fetcher.settled()
+                        assert all(fetcher.has(chunk) for chunk in chunks)
+                nursery.cancel_scope.cancel()
+
+    trio.run(main)

@@ -14,7 +14,7 @@ from ckptfs.engine.disk import DiskOps
 from ckptfs.engine.segments import RECORD, SEAL, checksum
 from ckptfs.settings import Limits
 from tests.support.cache_load import chunk, item, key, segment_files
-from tests.support.disk_faults import FakeClock, Refusing
+from tests.support.disk_faults import FakeClock, FaultyDisk, Refusing
 
 KiB, MiB = 1024, 1024 * 1024
 SIZE = 16 * MiB  # segments of 2 MiB
@@ -77,6 +77,17 @@ def test_an_unfinished_segment_with_little_room_is_sealed(path: Path) -> None:
             cache.put_many([item(n, 64 * KiB) for n in range(start, start + 1 + 29 * (start == 0))])
     assert [file.stat().st_size // (64 * KiB) for file in segment_files(path)] == [30, 2]
     assert segment_files(path, ".idx")[0].read_bytes().endswith(SEAL)
+
+
+def test_an_unfinished_segment_that_a_full_disk_does_not_let_seal(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with ChunkCache.open(path, size=SIZE) as cache:
+        cache.put_many([item(n, 64 * KiB) for n in range(30)])
+    writes = iter([errno.ENOSPC])
+    disk = FaultyDisk(lambda name: next(writes, None) if name == "pwritev" else None)
+    with ChunkCache.open(path, size=SIZE, ops=disk) as cache:
+        cache.put_many([item(30, 64 * KiB)])
+        assert next(writes, None) is None and caplog.text == ""
+        assert cache.get(key(0)) == chunk(0, 64 * KiB) and cache.get(key(30)) == chunk(30, 64 * KiB)
 
 
 def test_a_segment_that_lost_its_tail_is_not_continued(path: Path) -> None:
@@ -274,3 +285,28 @@ def test_many_chunks_are_dropped_with_one_look(path: Path) -> None:
         assert cache.contains(keys[0]) and not any(map(cache.contains, gone))
     with ChunkCache.open(path, size=SIZE) as cache:
         assert cache.stats().chunks == len(keys) - len(gone)
+
+
+def test_chunks_that_are_dropped_one_by_one_hold_nobody_up(path: Path) -> None:
+    """A stream does so, of which an earlier one has left other bytes; readers wait meanwhile."""
+    keys = [key(number) for number in range(100_000)]
+    with ChunkCache.open(path, size=SIZE) as cache, ChunkCache.open(path, size=SIZE) as other:
+        cache.put_many([(each, b"x") for each in keys])
+        other.put_many([(keys[0], b"y")])
+        cache.refresh()
+        began = time.monotonic()
+        for each in keys[:200]:
+            cache.drop(each)
+        assert time.monotonic() - began < 4.0
+        assert not any(map(cache.contains, keys[:200])) and cache.contains(keys[200])
+    with ChunkCache.open(path, size=SIZE) as cache:
+        assert cache.stats().chunks == len(keys) - 200
+
+
+def test_a_document_too_large_for_one_process_is_left_to_others(path: Path, one: ChunkCache) -> None:
+    document = chunk(1, 2 * MiB)
+    one.put_document("table", document)
+    with ChunkCache.open(path, size=4 * MiB) as smaller:
+        assert smaller.get_document("table") is None
+        assert smaller.verify() == (0, 0)
+    assert one.get_document("table") == document and one.verify() == (1, 0)

@@ -5,7 +5,7 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import pytest
 
 from ckptfs.engine import directory, key_mark
 from ckptfs.engine.cache import ChunkCache
-from ckptfs.engine.disk import DiskOps
+from ckptfs.engine.disk import Buffer, DiskOps
 from ckptfs.errors import CacheError
 from tests.support.cache_load import chunk, item, key, segment_files
 from tests.support.disk_faults import FakeClock, Refusing
@@ -385,3 +385,49 @@ def test_what_could_not_be_opened_for_a_moment_is_found_later(path: Path, other:
         disk.code = None
         clock.advance(0.03)
         assert cache.get(key(1)) == chunk(1, 1000)
+
+
+def test_a_segment_whose_new_writer_cannot_evict_is_left_to_others(path: Path) -> None:
+    disk, clock, smaller = Refusing("unlink"), FakeClock(), SIZE * 3 // 4
+    with ChunkCache.open(path, size=SIZE) as dead:
+        dead.put_many([item(number, 64 * KiB) for number in range(240)])
+    with ChunkCache.open(path, size=smaller, ops=disk, clock=clock) as cache:
+        disk.code = errno.EIO
+        cache.put_many([item(300, 64 * KiB)])
+        assert not cache.contains(key(300))
+        disk.code = None
+        with ChunkCache.open(path, size=smaller) as next_one:
+            next_one.put_many([item(301, 64 * KiB)])
+        clock.advance(31)
+        assert cache.get(key(301)) == chunk(301, 64 * KiB)
+        cache.put_many([item(302, 64 * KiB)])
+    with ChunkCache.open(path, size=smaller) as later:
+        assert [later.get(key(number)) for number in (301, 302)] == [chunk(301, 64 * KiB), chunk(302, 64 * KiB)]
+
+
+class Between(DiskOps):
+    """Something happens when a record has been written and nobody knows of it yet, once."""
+
+    def __init__(self) -> None:
+        self.action: Callable[[], object] | None = None
+
+    def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:  # type: ignore[override]
+        count = os.pwritev(fd, buffers, offset)
+        if os.readlink(f"/proc/self/fd/{fd}").endswith(".idx") and self.action is not None:
+            action, self.action = self.action, None
+            action()
+        return count
+
+
+def test_a_segment_that_is_removed_while_it_is_written_holds_nothing(path: Path, other: ChunkCache) -> None:
+    disk = Between()
+    with ChunkCache.open(path, size=SIZE, ops=disk) as cache:
+
+        def removed() -> None:
+            other.clear(force=True)
+            cache.refresh()  # another thread does so
+
+        disk.action = removed
+        for kept in (False, True):
+            cache.put_many([item(1, 1000)])
+            assert cache.contains(key(1)) == kept and cache.get(key(1)) == (chunk(1, 1000) if kept else None)

@@ -4,7 +4,7 @@ nobody waits for ever, and what a stream has left that was never hashed to its e
 
 import hashlib
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -192,13 +192,14 @@ def test_a_stream_that_was_wrong_is_dropped_while_others_are_answered() -> None:
         layer = Wrong()
         with ChunkCache.ephemeral(size=1 << 24) as cache:
             fetcher, scan, ends = scan_of(layer, cache, memory=1 << 20)
-            discard, threads = fetcher.discard, []
+            drop, threads = cache.drop, []
 
-            def watched(keys: Collection[bytes]) -> None:
+            def watched(*keys: bytes) -> None:
                 threads.append(threading.current_thread())
-                discard(keys)
+                trio.from_thread.run_sync(fetcher.lookup, chunk(0))  # somebody reads just then
+                drop(*keys)
 
-            fetcher.discard = watched  # type: ignore[method-assign]
+            cache.drop = watched  # type: ignore[method-assign]
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(fetcher.run)
                 nursery.start_soon(scan.run)
@@ -206,8 +207,34 @@ def test_a_stream_that_was_wrong_is_dropped_while_others_are_answered() -> None:
                     assert isinstance(await ends.receive(), IntegrityError)
                 assert threading.current_thread() not in threads and len(threads) == layer.runs == 2
                 assert not any(fetcher.has(chunk(number)) for number in range(COUNT))
-                with pytest.raises(IntegrityError):
-                    await fetcher.get(chunk(0))
+                fetcher.memory.put(chunk(1).key, DATA[LENGTH : 2 * LENGTH])  # a request that was under way
+                for number in range(2):
+                    with pytest.raises(IntegrityError):
+                        await fetcher.get(chunk(number))
+                scan.stop()
+                nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_what_is_asked_for_between_two_tries_is_no_reason_for_a_third() -> None:
+    async def main() -> None:
+        layer = Wrong()
+        with ChunkCache.ephemeral(size=0) as cache:
+            fetcher, scan, ends = scan_of(layer, cache)
+            drop = cache.drop
+
+            def watched(*keys: bytes) -> None:
+                trio.from_thread.run_sync(scan.need, chunk(5))
+                drop(*keys)
+
+            cache.drop = watched  # type: ignore[method-assign]
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(fetcher.run)
+                nursery.start_soon(scan.run)
+                with trio.fail_after(10):
+                    assert isinstance(await ends.receive(), IntegrityError)
+                assert layer.runs == 2
                 scan.stop()
                 nursery.cancel_scope.cancel()
 

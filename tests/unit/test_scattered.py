@@ -64,7 +64,6 @@ async def fetched(far: Far) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(fetcher.run)
             fetcher.want(wanted, Priority.PREFETCH)
-            await trio.sleep(0.05)
             await fetcher.settled()
             try:
                 for chunk in wanted:
