@@ -259,6 +259,8 @@ class TarScanner:
     # Bookkeeping.
 
     def _skip(self, payload: int) -> None:
+        if payload < 0:  # of a volume label: the scan would go back, for ever
+            raise FormatError(f"a tar entry at byte {self.wanted} has the size {payload}")
         self._check_end(payload)
         self.wanted += payload + -payload % BLOCK
 
