@@ -227,7 +227,8 @@ def test_what_no_reader_knows_is_passed_over() -> None:
         {"type": "symlink", "linkName": "a" * 4096},
         {"type": "hardlink"},
         {"type": "char", "devMajor": -1},
-        {"type": "block", "devMinor": 1 << 32},
+        {"type": "char", "devMajor": 1 << 12},
+        {"type": "block", "devMinor": 1 << 20},
     ],
     ids=str,
 )
