@@ -179,7 +179,7 @@ class _Parser:
         rows = self._rows
         if not self._last:
             self._open.append((inode, rows))
-        else:
+        elif rows:  # none of a file of zeros that does not say where they are
             self._place(inode, rows, [*[row[0] for row in rows[1:]], self._last])
 
     def _finish_open(self) -> None:

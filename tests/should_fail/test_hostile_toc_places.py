@@ -229,6 +229,20 @@ def test_zeros_before_the_only_chunk_stay_before_it(end: bool) -> None:
     assert scanned.read(inode) == bytes(1000) + last
 
 
+def test_a_file_of_zeros_need_not_say_where_they_are() -> None:
+    row = {
+        "type": "reg",
+        "name": "f",
+        "size": 1000,
+        "chunkType": "zeros",
+        "chunkDigest": sha256(bytes(1000)),
+        "endOffset": 9,
+    }
+    scanned = ScannedLayer.of(zstd_chunked(table([row])))
+    inode = scanned.entries[0].inode
+    assert inode is not None and not inode.extents and scanned.read(inode) == bytes(1000)
+
+
 def test_json_is_read_as_written_by_go() -> None:
     """`encoding/json` with indent, absent and null fields, and times with fractions and zones."""
     rows = [
