@@ -314,7 +314,7 @@ def _top_level(text: str) -> Iterator[object]:
             raise FormatError(f"the table of contents has {key!r:.40} twice, or as a key")
         seen.add(key)
         at = _expect(text, at, ":")
-        if key == "entries":
+        if key == "entries" and not text.startswith("null", at):  # what Go makes of a layer without any
             at = _expect(text, at, "[")
             items = text[at] != "]"
             at += not items
