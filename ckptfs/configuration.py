@@ -42,7 +42,7 @@ def parse_deadline(value: Any) -> float:
         return float("inf")
     try:
         seconds = float(value) if not isinstance(value, bool) else 0.0
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         seconds = 0.0
     if not 0 < seconds < 1e9:
         raise ValueError(f"{value!r} is not a number of seconds; write for example 60, or hard")
@@ -62,9 +62,12 @@ def _deadline(value: Any, _: Path) -> str:
 
 
 def _path(value: Any, base: Path) -> Path:
-    if not _is_text(value) or not value:
+    if not _is_text(value) or not value or "\0" in value:
         raise ValueError(f"{value!r} is not a path")
-    return base / Path(value).expanduser()
+    try:
+        return base / Path(value).expanduser()
+    except RuntimeError:  # of ~NAME
+        raise ValueError(f"{value!r} names a home directory that there is none of") from None
 
 
 def _flag(value: Any, _: Path) -> bool:
@@ -103,7 +106,16 @@ def _mirrors(value: Any, base: Path) -> dict[str, tuple[str, ...]]:
 
 def _is_mirror(place: str) -> bool:
     host = re.sub(r"\Ahttps?://", "", place).partition("/")[0]
-    return _HOST.match(host) is not None
+    if _HOST.match(host) is None:
+        return False
+    if host.startswith("["):
+        import ipaddress
+
+        try:
+            ipaddress.IPv6Address(host[1 : host.index("]")])
+        except ValueError:
+            return False
+    return True
 
 
 def parse_address(value: Any) -> tuple[str, int]:
@@ -226,7 +238,7 @@ def _from_file(path: Path, *, required: bool) -> dict[str, Value]:
     try:
         text = raw.decode()
         document = tomllib.loads(text)
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits is not a TOMLDecodeError
         raise UsageError(f"{path} is not TOML: {error}") from None
     values = {}
     for name, value in document.items():

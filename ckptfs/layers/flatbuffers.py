@@ -44,7 +44,7 @@ class Buffer:
         (size,) = _U16.unpack_from(data, vtable)
         if size < 4 or vtable + size > len(data):
             raise _damaged()
-        return Table(self, at, struct.unpack_from(f"<{size // 2}H", data, vtable)[2:])
+        return Table(self, at, vtable, size)
 
     def bytes_at(self, at: int, *, counted: bool = True) -> memoryview:
         """A string, or a vector of bytes."""
@@ -68,12 +68,14 @@ class Buffer:
 class Table:
     """One table; a field that it does not have reads as 0, b"" or nothing."""
 
-    __slots__ = ("_at", "_buffer", "_fields")
+    __slots__ = ("_at", "_buffer", "_size", "_vtable")
 
-    def __init__(self, buffer: Buffer, at: int, fields: tuple[int, ...]) -> None:
+    def __init__(self, buffer: Buffer, at: int, vtable: int, size: int) -> None:
+        """`vtable`, of `size` bytes, says where the fields are: looked up one by one, for it may have 32 766."""
         self._buffer = buffer
         self._at = at
-        self._fields = fields
+        self._vtable = vtable
+        self._size = size
 
     def number(self, field: int, kind: struct.Struct, default: int = 0) -> int:
         at = self._place(field)
@@ -127,8 +129,11 @@ class Table:
 
     def _place(self, field: int) -> int:
         """Where the field stands; 0 for none."""
-        offset = self._fields[field] if field < len(self._fields) else 0
-        return self._at + offset if offset else 0
+        place = 4 + 2 * field
+        if place + 2 > self._size:
+            return 0
+        (offset,) = _U16.unpack_from(self._buffer.data, self._vtable + place)
+        return self._at + int(offset) if offset else 0
 
 
 def _damaged() -> FormatError:

@@ -6,7 +6,6 @@ is image/'s matter.
 """
 
 import hashlib
-import os
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from ckptfs.layers.protocols import Emit, Verification
 from ckptfs.model.blob import Blob
 from ckptfs.model.layer_index import LayerIndex, decode_layer_index, segments, unpack_window
 from ckptfs.model.oci import Descriptor
-from ckptfs.model.paths import check_xattr, plain, show, symlink_target
+from ckptfs.model.paths import MOST_DEVICE, check_xattr, plain, show, symlink_target
 from ckptfs.model.times import MOST
 from ckptfs.model.toc import Chunk, Entry, Inode
 from ckptfs.settings import Limits, Settings
@@ -183,7 +182,7 @@ def _judge_inode(inode: Inode, path: bytes, limits: Limits) -> None:
         raise FormatError(f"the index has bytes for {show(path)}, which is no file")
     if abs(inode.mtime_ns) > MOST:
         raise FormatError(f"the index has a time for {show(path)} that no clock shows")
-    if os.major(inode.rdev) >> 32 or os.minor(inode.rdev) >> 32:
+    if inode.rdev > MOST_DEVICE:
         raise FormatError(f"the index has no device numbers for {show(path)}")
     for name, value in inode.xattrs.items():
         check_xattr(name, value, limits)

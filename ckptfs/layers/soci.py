@@ -6,7 +6,6 @@ image/'s matter; here it is judged and read.
 """
 
 import hashlib
-import os
 import stat
 import struct
 from bisect import bisect_right
@@ -24,7 +23,7 @@ from ckptfs.layers.tar_header import pax_xattrs
 from ckptfs.layers.toc_json import rfc3339
 from ckptfs.model.blob import Blob
 from ckptfs.model.oci import Descriptor, Digest
-from ckptfs.model.paths import normalise, show, symlink_target
+from ckptfs.model.paths import device_number, normalise, show, symlink_target
 from ckptfs.model.toc import Chunk, Entry, Inode, derived_key
 from ckptfs.settings import Limits, Settings
 
@@ -235,10 +234,7 @@ class _Parser:
             inode.target = symlink_target(file.string(4), path, limits)
             inode.size = len(inode.target)
         elif file_type in (stat.S_IFCHR, stat.S_IFBLK):
-            major, minor = file.int64(11), file.int64(12)
-            if not (0 <= major < 1 << 32 and 0 <= minor < 1 << 32):
-                raise FormatError(f"the zTOC has the device numbers {major}, {minor} for {show(name)}")
-            inode.rdev = os.makedev(major, minor)
+            inode.rdev = device_number(file.int64(11), file.int64(12), path)
         return Entry(path, inode), position
 
     def _xattrs(self, file: Table, limits: Limits, name: bytes) -> dict[bytes, bytes]:

@@ -110,9 +110,10 @@ def owner(value: int) -> int:
 
 def nanoseconds(seconds: int, fraction: int) -> int:
     """Whole seconds since the epoch and a positive fraction, as nanoseconds."""
-    if not -MOST < seconds * BILLION < MOST:
+    value = seconds * BILLION + fraction
+    if not -MOST <= value <= MOST:
         raise FormatError(f"a tar header has the time {seconds}")
-    return seconds * 1_000_000_000 + fraction
+    return value
 
 
 def decimal(text: bytes, what: str) -> int:

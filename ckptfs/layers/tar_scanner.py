@@ -5,7 +5,6 @@ payload, never seeks and knows no blob: whoever has the bytes (tar.py, stream.py
 what was skipped. One thread at a time.
 """
 
-import os
 import stat
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Protocol
@@ -27,7 +26,7 @@ from ckptfs.layers.tar_header import (
     pax_xattrs,
     sparse_pairs,
 )
-from ckptfs.model.paths import normalise, show, symlink_target
+from ckptfs.model.paths import device_number, normalise, show, symlink_target
 from ckptfs.model.toc import Entry, Extent, Inode
 from ckptfs.settings import Limits
 
@@ -189,9 +188,7 @@ class TarScanner:
                 inode.target = symlink_target(header.linkname, path, self._limits)
                 inode.size = len(inode.target)
             elif kind in (stat.S_IFCHR, stat.S_IFBLK):
-                if not (0 <= header.major < 1 << 32 and 0 <= header.minor < 1 << 32):
-                    raise FormatError(f"the device {show(name)} has the numbers {header.major}, {header.minor}")
-                inode.rdev = os.makedev(header.major, header.minor)
+                inode.rdev = device_number(header.major, header.minor, path)
             self._skip(payload)
         self._ready.append(Entry(path, inode))
 
@@ -259,6 +256,8 @@ class TarScanner:
     # Bookkeeping.
 
     def _skip(self, payload: int) -> None:
+        if payload < 0:  # of a volume label: the scan would go back, for ever
+            raise FormatError(f"a tar entry at byte {self.wanted} has the size {payload}")
         self._check_end(payload)
         self.wanted += payload + -payload % BLOCK
 

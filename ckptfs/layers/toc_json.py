@@ -9,7 +9,6 @@ containers/storage pkg/chunked/internal/minimal/compression.go, stargz-snapshott
 import base64
 import binascii
 import json
-import os
 import re
 import stat
 from array import array
@@ -20,7 +19,7 @@ from typing import Any, NoReturn
 
 from ckptfs.errors import FormatError, LimitExceeded
 from ckptfs.model.packed import OnlyExtent, PackedExtents, packed
-from ckptfs.model.paths import check_xattr, normalise, symlink_target
+from ckptfs.model.paths import check_xattr, device_number, normalise, symlink_target
 from ckptfs.model.toc import Chunk, Entry, Extent, Inode
 from ckptfs.settings import KiB, Limits
 
@@ -116,10 +115,7 @@ class _Parser:
             inode.target = symlink_target(_encoded(item.get("linkName")), path, self._limits)
             inode.size = len(inode.target)
         elif file_type in (stat.S_IFCHR, stat.S_IFBLK):
-            inode.rdev = os.makedev(
-                _integer(item, "devMajor", 0xFFFFFFFF),
-                _integer(item, "devMinor", 0xFFFFFFFF),
-            )
+            inode.rdev = device_number(_integer(item, "devMajor"), _integer(item, "devMinor"), path)
         return Entry(path, inode)
 
     # Content: one `reg`, then a `chunk` for each chunk but the first.
@@ -183,7 +179,7 @@ class _Parser:
         rows = self._rows
         if not self._last:
             self._open.append((inode, rows))
-        else:
+        elif rows:  # none of a file of zeros that does not say where they are
             self._place(inode, rows, [*[row[0] for row in rows[1:]], self._last])
 
     def _finish_open(self) -> None:
@@ -318,7 +314,7 @@ def _top_level(text: str) -> Iterator[object]:
             raise FormatError(f"the table of contents has {key!r:.40} twice, or as a key")
         seen.add(key)
         at = _expect(text, at, ":")
-        if key == "entries":
+        if key == "entries" and not text.startswith("null", at):  # what Go makes of a layer without any
             at = _expect(text, at, "[")
             items = text[at] != "]"
             at += not items

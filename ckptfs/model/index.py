@@ -27,7 +27,7 @@ from ckptfs.model.index_table import Table as Table
 from ckptfs.model.index_table import decompress
 from ckptfs.model.index_table import encode_table as encode_table
 from ckptfs.model.oci import Digest, Manifest, parse_json
-from ckptfs.model.paths import check_xattr, plain, symlink_target
+from ckptfs.model.paths import MOST_DEVICE, check_xattr, plain, symlink_target
 from ckptfs.model.times import MOST
 from ckptfs.model.toc import Entry, Extent, Inode
 from ckptfs.settings import Limits, MiB
@@ -255,7 +255,7 @@ class _Reader:
             gid=_integer(value, "gid", 0, (1 << 32) - 1),
             size=_integer(value, "size", 0, limits.file_bytes),
             mtime_ns=_integer(value, "mtime", -MOST, MOST),
-            rdev=_integer(value, "rdev", 0, (1 << 64) - 1),
+            rdev=_integer(value, "rdev", 0, MOST_DEVICE),
             target=_target(value.get("target", ""), path, limits),
             xattrs=_xattrs(value.get("xattrs"), limits),
         )

@@ -1,14 +1,18 @@
 """Names out of archives, TOCs, indexes and profiles made into paths of entries: the one place where a path is judged.
 
 Every format passes every path through `normalise` or, where it was written by us, `plain`; once: nobody behind them
-looks for `..` again. So it is with what else has limits of the kernel: links and extended attributes.
+looks for `..` again. So it is with what else has limits of the kernel: links, extended attributes and device numbers.
 """
 
+import os
 from collections.abc import Iterator
 
 from ckptfs.errors import FormatError, LimitExceeded
 from ckptfs.model.oci import parse_json
 from ckptfs.settings import Limits
+
+_MOST_MAJOR, _MOST_MINOR = (1 << 12) - 1, (1 << 20) - 1
+MOST_DEVICE = os.makedev(_MOST_MAJOR, _MOST_MINOR)  # as st_rdev: all of 32 bits
 
 
 def normalise(name: bytes, limits: Limits) -> bytes:
@@ -94,6 +98,16 @@ def check_xattr(name: bytes, value: bytes, limits: Limits) -> None:
         raise FormatError(f"an extended attribute is called {show(name)}")
     if len(name) > limits.name_bytes or len(value) > limits.xattr_bytes:
         raise LimitExceeded(f"the extended attribute {show(name)} has {len(value)} bytes")
+
+
+def device_number(major: int, minor: int, path: bytes) -> int:
+    """st_rdev of a device; FormatError for numbers that mknod(2) refuses: Linux has 12 bits for one, 20 for the other.
+
+    FUSE would hand out their low bits, which are those of another device: 4096:0 would be an overlay's whiteout.
+    """
+    if not (0 <= major <= _MOST_MAJOR and 0 <= minor <= _MOST_MINOR):
+        raise FormatError(f"the device {show(path)} has the numbers {major}, {minor}")
+    return os.makedev(major, minor)
 
 
 def show(name: bytes) -> str:

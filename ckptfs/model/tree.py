@@ -40,6 +40,8 @@ class Tree:
         self._symlinks: dict[int, Symlinks] = {}  # rank -> the layer's own, while it is arriving
         self._opaque: dict[int, list[bytes]] = {}  # rank -> opaque directories of a layer shown as overlayfs has it
         self._awaited: dict[int, dict[bytes, list[bytes]]] = {}  # rank -> target path -> link paths
+        # (directory, rank): what the layer has put there since it last had a file in its place
+        self._below_file: dict[tuple[Node, int], set[bytes]] = {}
         self._parent_path: bytes | None = None  # the last parent looked up: tars list a directory's files together
         self._parent_rank = -1
         self._parent = self.root = Node(b"", None)
@@ -106,6 +108,7 @@ class Tree:
                 )
         if not self._open:
             self._hidden.clear()
+            self._below_file.clear()
 
     # -- asking --------------------------------------------------------------------------------------------------------
 
@@ -221,6 +224,8 @@ class Tree:
         for name in path.split(b"/") if path else ():
             if rank < node.hide:
                 return None
+            if self._below_file:
+                self._note(node, name, rank)
             child = node.children.get(name)
             if child is None:
                 child = node.children[name] = Node(name, node)
@@ -258,6 +263,8 @@ class Tree:
         if parent is None:
             self._hidden.add(path, rank, inode)
             return
+        if self._below_file:
+            self._note(parent, name, rank)
         node = parent.children.get(name)
         if node is None:
             node = parent.children[name] = Node(name, parent)
@@ -275,8 +282,14 @@ class Tree:
             self._show(node, inode, rank)
         else:  # a higher rank has a directory here; it keeps only what is not below this file
             self._hidden.add(path, rank, inode)
-            self._hide_below(node, rank, own=True)
+            self._hide_below(node, rank, own=True, only=self._below_file.get((node, rank)))
+            self._below_file[node, rank] = set()
         node.claim = max(node.claim, rank)
+
+    def _note(self, directory: Node, name: bytes, rank: int) -> None:
+        names = self._below_file.get((directory, rank))
+        if names is not None:
+            names.add(name)
 
     def _whiteout(self, parent_path: bytes, name: bytes, rank: int) -> None:
         if name.startswith(_AUFS) and name != OPAQUE:
@@ -320,8 +333,11 @@ class Tree:
         inode = node.inode if node is not None and node.rank == rank else None
         return inode is not None and stat.S_ISCHR(inode.mode) and not inode.rdev
 
-    def _hide_below(self, node: Node, rank: int, *, own: bool = False) -> None:
-        """Forget under `node` all that is of ranks below `rank` (and of `rank` too with `own`)."""
+    def _hide_below(self, node: Node, rank: int, *, own: bool = False, only: Iterable[bytes] | None = None) -> None:
+        """Forget under `node` all that is of ranks below `rank` (and of `rank` too with `own`).
+
+        only  names in `node` below which there can be anything of it, where that is known.
+        """
         if not own and node.hide >= rank:
             return
         node.hide = max(node.hide, rank)
@@ -329,7 +345,11 @@ class Tree:
         stack = [node]
         while stack:
             directory = stack.pop()
-            for name, child in list(directory.children.items()):
+            names = list(directory.children) if only is None or directory is not node else only
+            for name in names:
+                child = directory.children.get(name)
+                if child is None:
+                    continue
                 if child.claim < rank or (own and child.claim == rank):
                     self._drop(child)
                     del directory.children[name]

@@ -32,7 +32,7 @@ def _reads(lines: Iterable[str]) -> Iterator[Run]:
             value = json.loads(line)
             path, at = os.fsencode(value["path"]), int(value["t_ms"])
             run = Run(path, int(value["offset"]), int(value["length"]), min(max(0, at), LATEST))
-        except (ValueError, KeyError, TypeError, OverflowError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise FormatError(f"line {number} is no recorded read", hint="use `mount --record`") from None
         if run.offset < 0 or run.length < 0:
             raise FormatError(f"line {number} is a read of no place in a file")

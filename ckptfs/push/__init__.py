@@ -19,6 +19,8 @@ from ckptfs.model.annotations import BASE_DIGEST, BASE_NAME, PARENT, ROLE, ROOTF
 from ckptfs.model.blob import MemoryBlob
 from ckptfs.model.index import ANNOTATION_INDEX
 from ckptfs.model.oci import OCI_MANIFEST, Descriptor, Digest, Index, Reference
+from ckptfs.model.paths import show
+from ckptfs.model.tree import WHITEOUT
 from ckptfs.push.checkpoint_files import Checkpoint, CheckpointFile, under_checkpoint
 from ckptfs.push.containerd import nested, raw_blobs
 from ckptfs.push.directory import read_directory
@@ -156,6 +158,7 @@ def push(
     """
     if not any(file.name == b"inventory.img" for file in checkpoint.files):
         raise FormatError("the source holds no inventory.img, so it is no checkpoint", hint=_what_instead(checkpoint))
+    _require_names(checkpoint)
     limits = options.settings.limits
     require_parents(checkpoint.files, limits)
     facts = read_facts(checkpoint, options.name, limits)
@@ -214,6 +217,13 @@ def push(
             Descriptor(OCI_MANIFEST, Digest.of(rootfs.raw), len(rootfs.raw)) if rootfs is not None else None,
             increment,
         )
+
+
+def _require_names(checkpoint: Checkpoint) -> None:
+    """FormatError for a file that would be lost: in a layer its name says that another one is deleted."""
+    for file in checkpoint.files:
+        if file.name.startswith(WHITEOUT):
+            raise FormatError(f"a file called {show(file.path)} has no place in an image", hint="rename or remove it")
 
 
 def _what_instead(checkpoint: Checkpoint) -> str:

@@ -19,10 +19,11 @@ from ckptfs.image.resolve import find_image
 from ckptfs.layers import Layer, right_as_a_whole, select_format
 from ckptfs.layers.protocols import OtherFormat
 from ckptfs.layers.stream import StreamLayer
-from ckptfs.layers.toc_layer import TocLayer
+from ckptfs.layers.toc_layer import ANNOTATION_TOC_DIGEST, TocLayer
 from ckptfs.layers.zstd_chunked_writer import Payload
 from ckptfs.model.annotations import OURS
 from ckptfs.model.blob import Blob
+from ckptfs.model.node import Node
 from ckptfs.model.oci import Manifest, parse_json
 from ckptfs.model.toc import Chunk, Extent, Inode, piece_of
 from ckptfs.model.tree import Tree, Whiteouts
@@ -34,7 +35,7 @@ from ckptfs.sources.documents import CONFIG_TYPES
 from ckptfs.sources.pull_through import NoRanges
 
 _ZEROS = bytes(MiB)
-# Files that eStargz adds to a layer: they are of the format, not of the checkpoint.
+# Files that the stargz snapshotter adds to a layer: they are of its format, not of the checkpoint.
 _FURNITURE = frozenset((b"stargz.index.json", b".prefetch.landmark", b".no.prefetch.landmark"))
 
 
@@ -57,11 +58,14 @@ class LayerFiles:
         self._whiteouts: Whiteouts = whiteouts
         self._stack = ExitStack()
         self._readers: list[_ChunkReader] = []
+        self._stargz: set[int] = set()  # ranks of its layers
         try:
             for number, blob in enumerate(blobs):
                 rank = number + 1
                 self.tree.begin(rank)
                 layer = _opened(blob, number, settings)
+                if ANNOTATION_TOC_DIGEST in blob.descriptor.annotations:
+                    self._stargz.add(rank)
                 try:
                     self._scan(blob, layer, rank)
                 except OtherFormat as found:
@@ -77,7 +81,7 @@ class LayerFiles:
 
     def files(self) -> list[CheckpointFile]:
         """All files that a layer describes, in the order of their paths, parents first; implied directories are not."""
-        nodes = [(node.path, node.inode) for node in self.tree.walk() if node.rank]
+        nodes = [(node.path, node.inode) for node in self.tree.walk() if node.rank and not self._is_furniture(node)]
         first: dict[int, bytes] = {}
         out = []
         for path, inode in sorted(nodes, key=lambda pair: pair[0]):
@@ -86,6 +90,9 @@ class LayerFiles:
             target = path if inode.is_dir else first.setdefault(inode.ino, path)
             out.append(CheckpointFile(path, inode, target if target != path else None, partial(self.open, inode)))
         return out
+
+    def _is_furniture(self, node: Node) -> bool:
+        return node.rank in self._stargz and node.path in _FURNITURE
 
     def open(self, inode: Inode) -> Payload:
         """The bytes of a file, front to back."""
@@ -136,9 +143,8 @@ def read_image(source: Source, manifest: Manifest, layers: LayerFiles) -> Checkp
     if manifest.config.media_type in CONFIG_TYPES:  # artifacts have others, or an empty one that need not be anywhere
         config = parse_json(source.fetch(manifest.config), "config")
         architecture = config.get("architecture") if isinstance(config, dict) else None
-    files = [file for file in layers.files() if file.path not in _FURNITURE]
     return Checkpoint(
-        files,
+        layers.files(),
         kept_annotations(manifest.annotations),
         architecture if isinstance(architecture, str) else "",
     )

@@ -87,8 +87,11 @@ def _containers_places(entry: Table, name: str, by_digest: bool) -> tuple[tuple[
         raise UnavailableError(
             f"{path} blocks {entry['prefix']}", hint="podman would not use it either", permanent=True
         )
+    listed = entry.get("mirror", [])
+    if not isinstance(listed, list):
+        raise UsageError(f"{path}: mirror is not a list of tables", hint=_HINT)
     mirrors = []
-    for mirror in entry.get("mirror", []):
+    for mirror in listed:
         modes = _text(mirror, "pull-from-mirror", path) or "all"
         if _flag(entry, "mirror-by-digest-only", path):
             modes = "digest-only"
@@ -140,8 +143,11 @@ def _containerd_places(path: Path, name: str) -> tuple[tuple[Place, ...], Place]
 def _containerd_place(url: str, settings: Any, name: str, path: Path) -> Place:
     if not isinstance(settings, dict):
         raise UsageError(f"{path}: {url} is not a table", hint=_HINT)
-    parts = urlsplit(url if "://" in url else f"//{url}")
     registry, _, repository = name.partition("/")
+    try:
+        parts = urlsplit(url if "://" in url else f"//{url}")
+    except ValueError:  # brackets around what is no address
+        parts = urlsplit("")
     if parts.scheme not in ("", "http", "https") or not parts.hostname or "@" in parts.netloc:
         raise UsageError(f"{path} names a host that is not an http(s) URL without a password", hint=_HINT)
     host = DOCKER_HUB if parts.netloc == "registry-1.docker.io" else parts.netloc
@@ -200,7 +206,7 @@ def _toml(path: Path, needed: bytes = b"") -> Table:
 
     try:
         return tomllib.loads(raw.decode())
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits is not a TOMLDecodeError
         raise UsageError(f"{path} is not TOML: {error}", hint=_HINT) from None
 
 

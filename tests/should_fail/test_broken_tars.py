@@ -134,10 +134,20 @@ def test_entries_at_the_limit_and_one_past_it() -> None:
         ScannedLayer.of(blob_of(member(b"x") * 4 + END), TarFormat(), settings)
 
 
-@pytest.mark.parametrize("device", [(-1, 0), (0, -1), (1 << 32, 0), (b"x" * 8, 0)])
+@pytest.mark.parametrize("device", [(-1, 0), (0, -1), (1 << 12, 0), (0, 1 << 20), (1 << 31, 0), (b"x" * 8, 0)])
 def test_a_device_with_impossible_numbers(device: tuple[int | bytes, int | bytes]) -> None:
     refused(header(b"x", flag=b"3", device=device) + END)
     assert len(entries(header(b"x", flag=b"0", device=device) + END)) == 1, "other types may carry anything there"
+
+
+def test_the_largest_device() -> None:
+    (entry,) = entries(header(b"x", flag=b"4", device=((1 << 12) - 1, (1 << 20) - 1)) + END)
+    assert entry.inode is not None and entry.inode.rdev == 0xFFFFFFFF
+
+
+@pytest.mark.parametrize("size", [-1, -512, -1024])
+def test_a_volume_label_of_less_than_nothing(size: int) -> None:
+    refused(header(b"label", size, flag=b"V") + END, "size")
 
 
 @pytest.mark.parametrize("flag", [b"M", b"N"])

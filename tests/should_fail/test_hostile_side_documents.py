@@ -31,6 +31,7 @@ from ckptfs.settings import GiB, KiB, Limits, MiB, Settings
 from tests.support import soci
 from tests.support.blobs import TAR, BytesBlob, blob_of
 from tests.support.side import SETTINGS, index_of, scanned, seekable
+from tests.support.speed import slowness
 from tests.support.tars import END, member
 
 pytestmark = pytest.mark.row("M7")
@@ -74,6 +75,7 @@ ENTRIES: dict[str, Entry] = {
     "time": Entry(b"x", big(mtime_ns=(1 << 41) * 10**9)),
     "xattr without a name": Entry(b"x", big(xattrs={b"": b"v"})),
     "long xattr": Entry(b"x", big(xattrs={b"user.x": bytes(64 * KiB + 1)})),
+    "device that Linux does not have": Entry(b"x", Inode(0o020644, rdev=1 << 70)),
     "link out": Entry(b"x", None, b"../y"),
     "bytes outside the layer": Entry(b"x", big(extents=runs([(0, 10, INDEX.length - 5)], INDEX.digest))),
 }
@@ -218,6 +220,7 @@ ZTOCS: dict[str, dict[str, Any]] = {
     "link": {"files": file(type="hardlink", link="../../x")},
     "symlink": {"files": file(type="symlink", link="")},
     "device": {"files": file(type="char", major=-1)},
+    "device that Linux does not have": {"files": file(type="block", major=1 << 12)},
     "xattr": {"files": file(pax={"SCHILY.xattr.": "x"})},
     "sparse": {"files": file(pax={"GNU.sparse.major": "1"})},
 }
@@ -249,6 +252,20 @@ def test_a_small_flatbuffer_that_describes_much_is_stopped_by_its_budget() -> No
             table.string(0)
             for pair in table.tables(13):
                 pair.string(1)
+
+
+def test_a_wide_table_costs_what_is_read_of_it() -> None:
+    """Its 32 765 fields are there once, and twenty thousand references lead to them."""
+    count = 20_000
+    wide = 24 + 4 * count
+    table = wide + 0xFFFE
+    root = struct.pack("<IHHHHiI", 12, 6, 8, 4, 0, 8, 4)
+    references = struct.pack(f"<I{count}I", count, *(table - at for at in range(24, wide, 4)))
+    data = root + references + struct.pack("<HH", 0xFFFE, 4).ljust(0xFFFE, b"\0") + struct.pack("<i", 0xFFFE)
+    began = time.process_time()
+    files = Buffer(data, tables=count + 1, text=0).root().tables(0)
+    assert [file.int64(0) for file in files] == [0] * count
+    assert time.process_time() - began < 1.0 * slowness()
 
 
 def test_mutated_ztocs_are_refused_or_harmless() -> None:

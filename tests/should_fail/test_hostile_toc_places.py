@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -227,6 +228,27 @@ def test_zeros_before_the_only_chunk_stay_before_it(end: bool) -> None:
     inode = scanned.entries[0].inode
     assert inode is not None and [extent.start for extent in inode.extents] == [1000]
     assert scanned.read(inode) == bytes(1000) + last
+
+
+def test_a_file_of_zeros_need_not_say_where_they_are() -> None:
+    row = {
+        "type": "reg",
+        "name": "f",
+        "size": 1000,
+        "chunkType": "zeros",
+        "chunkDigest": sha256(bytes(1000)),
+        "endOffset": 9,
+    }
+    scanned = ScannedLayer.of(zstd_chunked(table([row])))
+    inode = scanned.entries[0].inode
+    assert inode is not None and not inode.extents and scanned.read(inode) == bytes(1000)
+
+
+@pytest.mark.parametrize("make", [zstd_chunked, estargz])
+def test_a_layer_without_entries_has_null_for_them(make: Callable[[bytes], BytesBlob]) -> None:
+    """As skopeo 1.9 and podman 4.3 write it for the empty layer of an instruction that changes nothing."""
+    names = [entry.path for entry in ScannedLayer.of(make(b'{"version":1,"entries":null}')).entries]
+    assert names == ([] if make is zstd_chunked else [b"stargz.index.json"])
 
 
 def test_json_is_read_as_written_by_go() -> None:

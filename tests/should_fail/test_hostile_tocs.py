@@ -141,7 +141,10 @@ def test_a_table_that_decompresses_to_a_gigabyte() -> None:
         b'{"version":"1","entries":[]}',
         b'{"version":NaN,"entries":[]}',
         b'{"version":1,"entries":{}}',
-        b'{"version":1,"entries":null}',
+        b'{"version":1,"entries":nul}',
+        b'{"version":1,"entries":null',
+        b'{"version":1,"entries":null,"entries":null}',
+        b'{"entries":null}',
         b'{"version":1,"entries":[]',
         b'{"version":1,"entries":[',
         b'{"version":1,"entries":[1]}',
@@ -158,7 +161,7 @@ def test_a_table_that_decompresses_to_a_gigabyte() -> None:
         b'{"version":1,"entries":[' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"]}",
         b'{1:1,"version":1,"entries":[]}',
     ],
-    ids=range(27),
+    ids=range(30),
 )
 def test_a_document_that_is_not_a_table(toc: bytes) -> None:
     refused(toc)
@@ -227,7 +230,8 @@ def test_what_no_reader_knows_is_passed_over() -> None:
         {"type": "symlink", "linkName": "a" * 4096},
         {"type": "hardlink"},
         {"type": "char", "devMajor": -1},
-        {"type": "block", "devMinor": 1 << 32},
+        {"type": "char", "devMajor": 1 << 12},
+        {"type": "block", "devMinor": 1 << 20},
     ],
     ids=str,
 )

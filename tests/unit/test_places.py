@@ -183,6 +183,8 @@ def test_docker_hub_is_matched_by_its_full_names(etc: Path) -> None:
     [
         ("[[registry]]\nlocation = 5\n", "location is not a string"),
         ('[[registry]]\nlocation = "quay.io"\ninsecure = "yes"\n', "neither true nor false"),
+        ('[[registry]]\nlocation = "quay.io"\nmirror = 5\n', "mirror is not a list"),
+        ("[[registry]]\nlocation = 1" + "0" * 5000, "is not TOML"),
         ('[[registry]]\nlocation = "quay.io', "is not TOML"),
         ('[[registry]]\nlocation = "quay.io"\n[[registry.mirror]]\nlocation="m"\npull-from-mirror="x"\n', "not known"),
     ],
@@ -276,6 +278,7 @@ def test_docker_hub_by_its_two_names(etc: Path) -> None:
         ('[host."https://m"]\nca = "absent.pem"', "absent.pem, which is no file"),
         ('[host."https://m"]\nclient = [["a", "b", "c"]]', "names no certificates"),
         ('host = "m"', "not a table"),
+        ('[host."http://[::1"]', "not an http"),
     ],
 )
 def test_hosts_that_cannot_be_understood(etc: Path, text: str, words: str) -> None:

@@ -191,7 +191,17 @@ def test_reads_of_nothing_do_not_count() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", ["x\n", "{}\n", "[]\n", line("a", -1, 5, 1), line("a", 0, -5, 1), '{"t_ms": 1e999, "path": "a"}\n'], ids=str
+    "bad",
+    [
+        "x\n",
+        "{}\n",
+        "[]\n",
+        line("a", -1, 5, 1),
+        line("a", 0, -5, 1),
+        '{"t_ms": 1e999, "path": "a"}\n',
+        pytest.param("[" * 5000, id="brackets"),
+    ],
+    ids=str,
 )
 def test_what_is_no_recording_is_refused(bad: str) -> None:
     with pytest.raises(FormatError, match="line 2"):

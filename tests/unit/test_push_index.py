@@ -170,6 +170,7 @@ def set_in(layer: int, file: int, **values: Any) -> Any:
         set_in(0, 2, mtime="yesterday"),
         set_in(0, 2, size=-1),
         set_in(0, 2, size=True),
+        set_in(0, 2, rdev=1 << 32),
         set_in(0, 2, size=1 << 63),
         set_in(0, 2, size=len(CONTENT) + 1),
         set_in(0, 2, rows=2),

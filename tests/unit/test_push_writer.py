@@ -22,6 +22,7 @@ from ckptfs.push.directory import read_directory
 from tests.support.blobs import BytesBlob, ScannedLayer
 from tests.support.golden import directory_listing, listing, whole_seconds
 from tests.support.push import odd_tree, unpacked
+from tests.support.tars import entries
 from tests.support.tools import require, run
 
 PREFIX = "io.github.containers.zstd-chunked."
@@ -104,7 +105,12 @@ def test_our_reader_finds_the_same_tree(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"), [(253_402_300_800, "9999-12-31T23:59:59Z"), (-(1 << 40), "0001-01-01T00:00:00Z")]
+    ("seconds", "told"),
+    [
+        (253_402_300_800, "9999-12-31T23:59:59Z"),
+        (1 << 40, "9999-12-31T23:59:59Z"),
+        (-(1 << 40), "0001-01-01T00:00:00Z"),
+    ],
 )
 def test_a_time_that_rfc_3339_has_no_year_for(seconds: int, told: str) -> None:
     """The table of contents has the nearest one, the tar the exact one."""
@@ -114,6 +120,8 @@ def test_a_time_that_rfc_3339_has_no_year_for(seconds: int, told: str) -> None:
     assert toc["entries"][0]["modtime"] == told
     with tarfile.open(fileobj=io.BytesIO(unpacked(out.getvalue()))) as archive:
         assert archive.getmember("file").mtime == seconds
+    (entry,) = entries(unpacked(out.getvalue()))
+    assert entry.inode is not None and entry.inode.mtime_ns == seconds * 10**9
 
 
 def test_tar_split_puts_the_tar_together_again(tmp_path: Path) -> None:

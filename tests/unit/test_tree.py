@@ -2,6 +2,7 @@
 
 import itertools
 import stat
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from ckptfs.errors import FormatError
 from ckptfs.model.toc import Entry, Inode
 from ckptfs.model.tree import OPAQUE_XATTR, Tree
+from tests.support.speed import slowness
 
 
 def file(path: str, mark: int = 0) -> Entry:
@@ -78,6 +80,23 @@ def test_file_over_directory_and_back() -> None:
     for order in itertools.permutations((1, 2, 3)):
         tree = build([file("d/x", 1)], [file("d", 2)], [file("d/y", 3)], order=order)
         assert set(shown(tree)) == {"", "d", "d/y"}, order
+
+
+def test_a_file_again_and_again_where_a_higher_layer_has_a_directory() -> None:
+    """Each time costs what its own layer has put below it meanwhile, not what there is."""
+    count = 20_000
+    tree = Tree()
+    tree.begin(1)
+    tree.begin(2)
+    tree.add([file(f"d/{i}", 2) for i in range(count)], 2)
+    tree.finish(2)
+    began = time.process_time()
+    tree.add([entry for i in range(count) for entry in (file(f"d/{i}/own", 1), file(f"d/own{i}", 1), file("d", 1))], 1)
+    tree.add([file("d/last", 1), file("d/0", 1)], 1)
+    tree.finish(1)
+    took = time.process_time() - began
+    assert set(shown(tree)) == {"", "d", "d/last", *(f"d/{i}" for i in range(count))}
+    assert took <= 2.0 * slowness()
 
 
 def test_directory_metadata_comes_from_the_highest_that_describes_it() -> None:
