@@ -76,7 +76,7 @@ def begun(request: RestoreRequest, report: Report, *, base: bool) -> "Iterator[F
             except RestoreError as error:
                 raise flow.reason(error) from None
         finally:
-            for number in SIGNALS:  # nothing disturbs the unwinding
+            for number in (*SIGNALS, signal.SIGALRM):  # nothing disturbs the unwinding
                 signal.signal(number, signal.SIG_IGN)
 
 
