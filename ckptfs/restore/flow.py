@@ -6,6 +6,7 @@ rest is needed. Called by keeper.py.
 """
 
 import contextlib
+import os
 import secrets
 import signal
 import time
@@ -69,6 +70,7 @@ def begun(request: RestoreRequest, report: Report, *, base: bool) -> "Iterator[F
     for finding in checking.tools(request.runtime, request.engine):
         finding.require()
     with interruptible(*SIGNALS), contextlib.ExitStack() as stack:
+        stack.callback(os.umask, os.umask(0o022))  # what the container is given here is for all of its users
         try:
             flow = Flow(request, report, stack, base=base)
             try:

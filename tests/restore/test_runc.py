@@ -54,6 +54,18 @@ def test_a_container_with_a_user_namespace(folder: Path) -> None:
         assert "no lazy pages for containers with a user namespace; restore with --no-lazy-pages" in done.out + done.err
 
 
+def test_whatever_umask_root_has(folder: Path) -> None:
+    """With 077 no user in the container but root could look a name up."""
+    hosts = folder / "hosts"
+    hosts.write_text("127.0.0.1 localhost\n")
+    push_to_layout(runc.checkpoint(folder, "umask", binds={"/etc/hosts": hosts}), folder / "layout")
+    hosts.unlink()
+    words = (f"oci:{folder}/layout:latest", "--rootfs", folder / "rootfs")
+    with restored(folder, *words, prefix=("sh", "-c", 'umask 077; exec "$@"', "sh")) as container:
+        shown = container.root / "etc/hosts"
+        assert (shown.stat().st_mode & 0o777, shown.read_text()[:19]) == (0o644, "127.0.0.1 localhost")
+
+
 def test_a_terminal_where_paths_are_long(folder: Path) -> None:
     """Longer than an address of a socket may be."""
     push_to_layout(runc.checkpoint(folder, "terminal", terminal=True), folder / "layout")
