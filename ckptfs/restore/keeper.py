@@ -15,6 +15,7 @@ from typing import Any
 from ckptfs import standby
 from ckptfs.control.ready import notify
 from ckptfs.errors import CkptfsError, rebuilt, told
+from ckptfs.hardening import close_inherited
 from ckptfs.interrupts import lines
 from ckptfs.restore.flow import Report, RestoreRequest, begun
 
@@ -72,7 +73,7 @@ def restore_detached(request: RestoreRequest, report: Report) -> None:
             report(message.pop("event"), **message)
             if "pid" in message:
                 return
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, OSError):  # what has failed, or could not be told, leaves nothing that runs
         os.kill(child, signal.SIGTERM)
         os.waitpid(child, 0)
         raise
@@ -103,6 +104,7 @@ def _keep(request: RestoreRequest, writer: int) -> None:
         null = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):
             os.dup2(null, descriptor)
+        close_inherited({0, 1, 2})
         os.chdir("/")
         restore(request, report)
     except BaseException as error:
