@@ -34,7 +34,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_root_that_cannot_be_written_to(images: Path, tmp_path: Path) -> None:
     """As in many a pod: there is room where --work-dir says, or nowhere."""
     require("unshare", root=True)
-    closed = 'for d in /tmp /var/tmp; do mount --bind $d $d; mount -o remount,bind,ro $d; done'
+    closed = "for d in /tmp /var/tmp; do mount --bind $d $d; mount -o remount,bind,ro $d; done"
     script = f'mount --bind $0 /mnt; {closed}; cd /proc; exec "$@"'
     shutil.copytree(images, tmp_path / "images")
     push = [sys.executable, "-m", "ckptfs", "push", "/mnt/images", "oci:/mnt/layout:1"]
