@@ -21,6 +21,7 @@ from ckptfs.interrupts import interruptible
 from ckptfs.model.oci import Reference
 from ckptfs.mounting import MountRequest, Pending, begin, statuses
 from ckptfs.restore import checking
+from ckptfs.restore.runtimes import could_not_read
 from ckptfs.restore.supervise import SIGNALS
 from ckptfs.restore.workplace import Workplace, check_name
 from ckptfs.settings import Settings, state_dir
@@ -155,6 +156,8 @@ class Flow:
 
     def reason(self, error: RestoreError) -> CkptfsError:
         """Why somebody else could not restore: what our mounts could not read for it, if that was it."""
+        if not could_not_read(error.message):
+            return error
         for name in ("image", "base"):
             with contextlib.suppress(CkptfsError):
                 if errors := statuses(str(self.place / name))[0]["errors"]:

@@ -2,11 +2,13 @@
 
 import os
 import shutil
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from ckptfs.model.annotations import ROOTFS_DIGEST
 from ckptfs.restore.checking import unprivileged_userfaultfd
 from tests.support import runc
 from tests.support.command import ckptfs
@@ -101,4 +103,18 @@ def test_a_runtime_that_was_told_to_do_something_else(folder: Path) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 8
     assert err.endswith("ckptfs: runc ended well and restored nothing; what follows -- are options of its restore\n")
+    assert_nothing_left(folder)
+
+
+def test_a_failure_is_no_outage_because_something_else_was_not_there(folder: Path) -> None:
+    """An image that was copied without the root file system that it names, which `--rootfs` makes needless."""
+    dump = runc.checkpoint(folder, "copied")
+    with tarfile.open(dump / "rootfs-diff.tar", "w") as delta:
+        delta.addfile(tarfile.TarInfo("data/new"))
+    notes = ("--annotation", f"{ROOTFS_DIGEST}=sha256:{'0' * 64}")
+    assert ckptfs("push", dump, f"oci:{folder}/layout:latest", *notes).code == 0
+    process = start(folder, f"oci:{folder}/layout:latest", "--rootfs", folder / "rootfs", extra=("--unknown",))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 8
+    assert "flag provided but not defined: -unknown; the logs are in" in err
     assert_nothing_left(folder)
