@@ -16,8 +16,9 @@ from ckptfs import standby
 from ckptfs.control.ready import notify
 from ckptfs.errors import CkptfsError, rebuilt, told
 from ckptfs.hardening import close_inherited
-from ckptfs.interrupts import lines
+from ckptfs.interrupts import interruptible, lines
 from ckptfs.restore.flow import Report, RestoreRequest, begun
+from ckptfs.restore.supervise import SIGNALS
 
 _NOTIFY = "NOTIFY_SOCKET"
 
@@ -64,23 +65,24 @@ def restore_detached(request: RestoreRequest, report: Report) -> None:
         os.close(reader)
         _keep(request, writer)
     os.close(writer)
-    try:
-        for line in lines(reader, child):
-            message = json.loads(line)
-            if "error" in message:
-                os.waitpid(child, 0)
-                raise rebuilt(message)
-            report(message.pop("event"), **message)
-            if "pid" in message:
-                return
-    except (KeyboardInterrupt, OSError):  # what has failed, or could not be told, leaves nothing that runs
-        os.kill(child, signal.SIGTERM)
+    with interruptible(*SIGNALS):
+        try:
+            for line in lines(reader, child):
+                message = json.loads(line)
+                if "error" in message:
+                    os.waitpid(child, 0)
+                    raise rebuilt(message)
+                report(message.pop("event"), **message)
+                if "pid" in message:
+                    return
+        except (KeyboardInterrupt, OSError):  # what has failed, or could not be told, leaves nothing that runs
+            os.kill(child, signal.SIGTERM)
+            os.waitpid(child, 0)
+            raise
+        finally:
+            os.close(reader)
         os.waitpid(child, 0)
-        raise
-    finally:
-        os.close(reader)
-    os.waitpid(child, 0)
-    raise CkptfsError("the process that stays with the container ended early")
+        raise CkptfsError("the process that stays with the container ended early")
 
 
 def _keep(request: RestoreRequest, writer: int) -> None:

@@ -108,6 +108,18 @@ def test_nohup(folder: Path, tmp_path: Path) -> None:
     assert_nothing_left(tmp_path)
 
 
+def test_interrupted_twice(folder: Path, tmp_path: Path) -> None:
+    """Who is told that it has ended may begin again under the same name."""
+    process = start(tmp_path, f"oci:{folder}/layout:latest", "--rootfs", folder / "rootfs", "--detach")
+    wait_for("criu", (tmp_path / "place/work/restore.log").exists, step=0.001)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.01)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (130, "", "ckptfs: interrupted\n")
+    assert_nothing_left(tmp_path)
+
+
 def test_who_stays_is_killed_before_it_says_so(folder: Path, tmp_path: Path) -> None:
     """The command does not wait for what nobody will say: the daemons of mounts could, for they live on."""
     process = start(tmp_path, f"oci:{folder}/layout:latest", "--rootfs", folder / "rootfs", "--detach")
