@@ -10,9 +10,10 @@ import io
 import os
 import signal
 import sys
-from typing import NoReturn
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
-_NO_DAEMON = {"-h", "--help", "--foreground", "--eager"}  # commands with these start none
+_NO_DAEMON = {"-h", "--help", "-f", "--foreground", "--eager"}  # commands with these start none
 _DESCRIBED = 42  # the exit code by which checkpointctl knows that a plugin understood the question (cmd/plugin.go)
 _ESCAPED = "ckptfs.escaped"  # how what cannot be printed is
 
@@ -25,18 +26,21 @@ def _run(*program: str) -> NoReturn:
     _open_closed_streams()
     _print_names_as_they_are()
     begins_daemon = sys.argv[1:2] in (["mount"], ["restore"]) and _NO_DAEMON.isdisjoint(sys.argv)
+    before: Mapping[int, Any] = {}
     try:
         if begins_daemon:
             from ckptfs import interrupts, standby
 
             standby.fork(sys.argv)
-            interrupts.interrupt_by(signal.SIGINT)
+            before = interrupts.interrupt_by(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         from ckptfs.cli import run
 
         code = run(sys.argv[1:], *program)
-    except KeyboardInterrupt:  # Ctrl-C within the first tenth of a second, or twice
+    except KeyboardInterrupt:  # within the first tenth of a second, or twice; while a mount is on its way
         print("ckptfs: interrupted", file=sys.stderr)
         code = 130
+    if before:
+        interrupts.as_before(before)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on Python would print a traceback for it
     if code or (begins_daemon and sys.argv[1] == "mount"):
         # Nobody who was told that it failed waits for threads that wait for a registry, as Python would; and who waits

@@ -1,7 +1,8 @@
-"""Signals that become KeyboardInterrupt in the main thread, but not in the middle of an import.
+"""Signals that become KeyboardInterrupt in the main thread, but not while it imports or starts a program.
 
 Python raises it wherever the main thread is. Inside importlib that does harm: a weak reference's callback swallows what
-is raised, or a lock stays taken, and a thread that imports the same module waits for ever. And one that arrives right
+is raised, or a lock stays taken, and a thread that imports the same module waits for ever. Inside subprocess.Popen the
+program is there already, and nobody gets to know of it: it would stay. And one that arrives right
 before a blocking system call is noticed after it. Of 480 restores that got Ctrl-C while they began, on two busy cores,
 16 went on as if nothing had been said. Called by __main__.py, cli/, mounting.py, bench/ and restore/.
 """
@@ -28,7 +29,7 @@ def interrupt_by(*numbers: int, once: bool = False) -> Mapping[int, Any]:
 
     def handler(_: int, frame: FrameType | None) -> None:
         nonlocal waited
-        if waited < _MOST and _importing(frame):
+        if waited < _MOST and _must_not_break(frame):
             waited += 1
             signal.setitimer(signal.ITIMER_REAL, _AGAIN)
             return
@@ -39,6 +40,13 @@ def interrupt_by(*numbers: int, once: bool = False) -> Mapping[int, Any]:
         raise KeyboardInterrupt
 
     return {number: signal.signal(number, handler) for number in heard(*numbers, signal.SIGALRM)}
+
+
+def as_before(handlers: Mapping[int, Any]) -> None:
+    """Undo `interrupt_by`, which has returned `handlers`. A signal that would be looked at again is forgotten."""
+    signal.setitimer(signal.ITIMER_REAL, 0)  # SIGALRM would end us
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def heard(*numbers: int) -> tuple[int, ...]:
@@ -53,8 +61,7 @@ def interruptible(*numbers: int) -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        as_before(before)
 
 
 @contextlib.contextmanager
@@ -100,9 +107,10 @@ def lines(pipe: int, child: int | None = None) -> Iterator[bytes]:
         yield from whole
 
 
-def _importing(frame: FrameType | None) -> bool:
+def _must_not_break(frame: FrameType | None) -> bool:
     while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
+        code = frame.f_code
+        if code.co_filename.startswith("<frozen importlib") or code.co_qualname == "Popen.__init__":
             return True
         frame = frame.f_back
     return False

@@ -149,6 +149,7 @@ def mount_foreground(request: Request, show: Announce | None = None) -> None:
         if show is not None:
             show(status)
 
+    standby.dismiss()
     with _Claim(request) as claim:
         _run(request, claim, announce)
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ckptfs.image import OpenImage
     from ckptfs.inspection.image_files import ImageFiles
     from ckptfs.restore.checking import Finding
+    from ckptfs.restore.flow import RestoreRequest
 
 
 @click.command()
@@ -55,7 +56,10 @@ def check(
 
     store, base_image = (base, None) if isinstance(base, str) else ("", base)
     wanted = MountRequest(reference, "", 0.0)
-    engine_of(RestoreRequest(wanted, runtime=runtime, engine=engine, base=base_image, image_store=store, rootfs=rootfs))
+    request = RestoreRequest(
+        wanted, runtime=runtime, engine=engine, base=base_image, image_store=store, rootfs=rootfs, lazy=lazy_pages
+    )
+    engine_of(request)
     settings = make_settings()
     found = list(checking.tools(runtime, engine))
     if next(one.ok for one in found if one.subject == "criu"):
@@ -64,7 +68,7 @@ def check(
     async def look(image: "OpenImage") -> "list[Finding]":
         from ckptfs.inspection.image_files import in_thread
 
-        return await in_thread(image, lambda files: list(_of_image(files, runtime, engine, lazy_pages)))
+        return await in_thread(image, lambda files: list(_of_image(files, request)))
 
     found += with_image(reference, look, **options)
     if any(one.subject == "network lock" for one in found) and engine != "podman":
@@ -83,16 +87,19 @@ def check(
     return bad[0].error.exit_code if bad else 0
 
 
-def _of_image(files: "ImageFiles", runtime: str, engine: str | None, lazy: bool) -> "Iterator[Finding]":
+def _of_image(files: "ImageFiles", request: "RestoreRequest") -> "Iterator[Finding]":
+    from ckptfs.restore.container import check_options
     from ckptfs.restore.facts import check_checkpoint, check_engine, check_runtime
 
     settings = make_settings()
     yield from check_checkpoint(files, settings)
     if files.size("checkpoint/inventory.img") is not None:
-        if engine is None:
-            yield from check_runtime(files, runtime, settings, lazy=lazy)
-        else:
-            yield from check_engine(files, settings, lazy=lazy)
+        if request.engine is not None:
+            yield from check_engine(files, request.engine, settings, lazy=request.lazy)
+            return
+        yield from check_runtime(files, request.runtime, settings, lazy=request.lazy)
+        if files.size("spec.dump") is None:
+            yield from check_options(request)
 
 
 def _base(

@@ -9,6 +9,7 @@ import secrets
 import shutil
 import signal
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -73,6 +74,14 @@ def write(path: Path, data: bytes) -> None:
                 raise
     except OSError as error:
         raise _unwritable(path, error) from None
+
+
+def temporary() -> Path:
+    """Where files lie for as long as a command runs. A container with a read-only root may have no such place."""
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError:
+        raise CacheError("there is no directory for temporary files", hint="name one: TMPDIR=DIR") from None
 
 
 def require_writable(path: Path) -> None:

@@ -224,12 +224,13 @@ def plot(reads: Path, out: Path, verbose: int, quiet: bool) -> None:
 
 def _recorded(reference: Reference, command: tuple[str, ...], registry: RegistryOptions, *, strict: bool) -> "Profile":
     """What `command` reads of a mount of the image."""
+    from ckptfs.cli.output import temporary
     from ckptfs.mounting import MountRequest, command_start
 
     settings = registry.settings()
     # What ends this command must end the mount as well.
     ended = interruptible(signal.SIGTERM, signal.SIGHUP)
-    with ended, tempfile.TemporaryDirectory(prefix="ckptfs-profile-") as folder:
+    with ended, tempfile.TemporaryDirectory(prefix="ckptfs-profile-", dir=temporary()) as folder:
         reads = Path(folder) / "reads.jsonl"
         request = MountRequest(
             reference,

@@ -1,7 +1,6 @@
 """ckptfs push: a checkpoint becomes an image in a registry."""
 
 import json
-import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptfs.cli.options import RegistryReference, configure_logging, make_settings, transfer_options
-from ckptfs.cli.output import tidy
+from ckptfs.cli.output import temporary, tidy
 from ckptfs.errors import UsageError
 from ckptfs.model.oci import Descriptor, Reference
 from ckptfs.telemetry import NetworkCounters
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 @click.option(
     "--work-dir",
     type=click.Path(path_type=Path, file_okay=False, exists=True),
-    default=tempfile.gettempdir,
     help="Where compressed layers wait until they are sent; a compressed source and plain layers of an image are kept "
     "here, too. [default: the directory for temporary files]",
 )
@@ -51,7 +49,7 @@ def push(
     base: str,
     name: str,
     annotations: tuple[str, ...],
-    work_dir: Path,
+    work_dir: Path | None,
     as_json: bool,
     plain_http: bool,
     verbose: int,
@@ -81,7 +79,7 @@ def push(
     from ckptfs.sources import open_source
 
     settings, counters = make_settings(), NetworkCounters()
-    options = PushOptions(name or "checkpoint", notes, work=work_dir, settings=settings)
+    options = PushOptions(name or "checkpoint", notes, work=work_dir or temporary(), settings=settings)
     target = open_target(reference, settings=settings, counters=counters, plain_http=plain_http)
     reach = partial(open_source, settings=settings, counters=counters, plain_http=plain_http)
     latest = [Progress()]

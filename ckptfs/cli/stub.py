@@ -13,7 +13,7 @@ import click
 
 from ckptfs.cli.opening import image_options, with_image
 from ckptfs.cli.options import RegistryOptions, RegistryReference, make_settings, reference_argument
-from ckptfs.cli.output import appearing, tidy
+from ckptfs.cli.output import appearing, temporary, tidy
 from ckptfs.errors import RestoreError, UsageError
 from ckptfs.model.oci import Reference
 from ckptfs.telemetry import NetworkCounters
@@ -74,7 +74,10 @@ def stub(
         if out is not None:
             archive = stack.enter_context(appearing(out))
         else:
-            archive = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ckptfs-stub-"))) / "stub.tar"
+            archive = (
+                Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ckptfs-stub-", dir=temporary())))
+                / "stub.tar"
+            )
 
         async def write(opened: "OpenImage") -> int:
             from ckptfs.inspection.image_files import in_thread

@@ -147,7 +147,10 @@ class Bundle:
 
         One that has no name but a process's number (a pod's, of containerd and podman) is not: here that is another's.
         """
-        for one in _objects(linux.get("namespaces"), "spec.dump: namespaces"):
+        namespaces = _objects(linux.get("namespaces"), "spec.dump: namespaces")
+        if self._join and not any(one.get("type") == "network" for one in namespaces):
+            raise UsageError("--network: the container has the network of its machine", hint="leave --network out")
+        for one in namespaces:
             path, kind = str(one.get("path") or ""), one.get("type")
             if kind == "network" and self._join:
                 one["path"] = self._join

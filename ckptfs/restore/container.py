@@ -12,13 +12,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ckptfs.errors import CkptfsError, FormatError, NotFoundError
+from ckptfs.errors import CkptfsError, FormatError, NotFoundError, UsageError
 from ckptfs.fuse.mountpoint import detach
 from ckptfs.mounting import Pending
 from ckptfs.restore import runtimes
 from ckptfs.restore.bundle import Bundle
+from ckptfs.restore.checking import Finding
 from ckptfs.restore.facts import candidates, check_runtime, root_mode, writer_of
-from ckptfs.restore.flow import Flow
+from ckptfs.restore.flow import Flow, RestoreRequest
 from ckptfs.restore.image_store import local_image, mounted_image
 from ckptfs.restore.lazy_pages import LazyPages
 from ckptfs.restore.rootfs import mount_rootfs
@@ -33,6 +34,7 @@ def finish(flow: Flow) -> None:
     wanted, settings = flow.request.runtime, flow.settings
     flow.require(check_runtime(flow.files, wanted, settings, lazy=flow.lazy))
     if flow.files.size("spec.dump") is None:
+        flow.require(check_options(flow.request))
         flow.check_machine()
         _run(flow, "criu", lazy, None, None)
         return
@@ -44,6 +46,20 @@ def finish(flow: Flow) -> None:
     flow.stack.callback(runtimes.remove_cgroups, flow.name)
     flow.check_machine()
     _run(flow, runtime, lazy, bundle, origin)
+
+
+def check_options(request: RestoreRequest) -> Iterator[Finding]:
+    """What only means something to a container, where the checkpoint is of processes on a host."""
+    for option, given in (
+        ("--base", request.base or request.image_store),
+        ("--rootfs", request.rootfs),
+        ("--bind", request.binds),
+        ("--network", request.network),
+    ):
+        if given:
+            detail = f"{option} means nothing to processes without a container"
+            hint = "leave it out: they have the files and the network of this machine"
+            yield Finding("options", False, detail, hint, UsageError)
 
 
 def make_bundle(flow: Flow, image: Path) -> tuple[Bundle, str]:

@@ -40,7 +40,7 @@ def finish(flow: Flow) -> None:
     """Restore and stay until the container has ended; then containerd has forgotten it."""
     image = flow.open_image()
     lazy = flow.start_lazy_pages()
-    flow.require(check_engine(flow.files, flow.settings, lazy=flow.lazy))
+    flow.require(check_engine(flow.files, "containerd", flow.settings, lazy=flow.lazy))
     bundle, origin = make_bundle(flow, image)
     work = flow.place / "work"
     words = [word.removeprefix("--").replace("=", " ", 1) for word in flow.request.extra]
@@ -58,9 +58,7 @@ def finish(flow: Flow) -> None:
     flow.stack.push(lambda kind, _, __: _forget(engine, flow.name, flow.place.path, late=_unanswered(kind)))
     engine.create_container(flow.name, json.dumps(bundle.spec).encode(), owner=str(flow.place.path))
     with _pipes(flow, bundle.terminal) as (stdout, stderr, relays):
-        engine.create_task(
-            flow.name, flow.images, work, stdout, stderr, binary=_RUNTIME, terminal=bundle.terminal and bool(stdout)
-        )
+        engine.create_task(flow.name, flow.images, work, stdout, stderr, binary=_RUNTIME, terminal=bundle.terminal)
         flow.check_machine()
         if lazy is not None:
             lazy.listen()
@@ -137,13 +135,15 @@ def _restoring(place: Path) -> Iterator[int]:
 
 @contextlib.contextmanager
 def _pipes(flow: Flow, terminal: bool) -> "Iterator[tuple[str, str, list[Relay]]]":
-    """(stdout, stderr, relays): named pipes for containerd to write to, none where nobody listens."""
-    if flow.request.output is None:
+    """(stdout, stderr, relays): named pipes for containerd to write to; a terminal has one though nobody listens."""
+    if flow.request.output is None and not terminal:
         yield "", "", []
         return
     names, relays = [], []
     with contextlib.ExitStack() as stack:
-        for name, target in zip(("stdout", "stderr")[: 1 if terminal else 2], flow.request.output, strict=False):
+        for name, target in zip(
+            ("stdout", "stderr")[: 1 if terminal else 2], flow.request.output or (None,), strict=False
+        ):
             path = flow.place / "work" / name
             os.mkfifo(path, 0o600)
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # else containerd waits for us

@@ -65,8 +65,13 @@ def check_runtime(files: CheckpointFiles, wanted: str, settings: Settings, *, la
         yield Finding("userfaultfd", ok, detail, hint)
 
 
-def check_engine(files: CheckpointFiles, settings: Settings, *, lazy: bool) -> Iterator[Finding]:
+def check_engine(files: CheckpointFiles, engine: str, settings: Settings, *, lazy: bool) -> Iterator[Finding]:
     """Whether an engine can restore the checkpoint from a stub: its runtime must hand a configuration file to criu."""
+    needed = ("spec.dump", "config.dump") if engine == "podman" else ("spec.dump",)
+    if lacking := [name for name in needed if files.size(name) is None]:
+        detail = f"the checkpoint has no {lacking[0]}, without which {engine} cannot restore it"
+        yield Finding("runtime", False, detail, "leave --engine out", FormatError)
+        return
     if writer_of(document(files, "config.dump", settings.limits) or {}) == "crun":
         detail = "the checkpoint was made with crun, which engines cannot restore from a mount (crun 1.21)"
         hint = "leave --engine out: `ckptfs restore` uses crun itself, with lazy pages"

@@ -6,6 +6,7 @@ rest is needed. Called by keeper.py.
 """
 
 import contextlib
+import os
 import re
 import secrets
 import signal
@@ -21,6 +22,7 @@ from ckptfs.interrupts import interruptible
 from ckptfs.model.oci import Reference
 from ckptfs.mounting import MountRequest, Pending, begin, statuses
 from ckptfs.restore import checking
+from ckptfs.restore.runtimes import could_not_read
 from ckptfs.restore.supervise import SIGNALS
 from ckptfs.restore.workplace import Workplace, check_name
 from ckptfs.settings import Settings, state_dir
@@ -74,6 +76,7 @@ def begun(request: RestoreRequest, report: Report, *, base: bool) -> "Iterator[F
     for finding in checking.tools(request.runtime, request.engine):
         finding.require()
     with interruptible(*SIGNALS), contextlib.ExitStack() as stack:
+        stack.callback(os.umask, os.umask(0o022))  # what the container is given here is for all of its users
         try:
             flow = Flow(request, report, stack, base=base)
             try:
@@ -81,7 +84,7 @@ def begun(request: RestoreRequest, report: Report, *, base: bool) -> "Iterator[F
             except RestoreError as error:
                 raise flow.reason(error) from None
         finally:
-            for number in SIGNALS:  # nothing disturbs the unwinding
+            for number in (*SIGNALS, signal.SIGALRM):  # nothing disturbs the unwinding
                 signal.signal(number, signal.SIG_IGN)
 
 
@@ -158,6 +161,8 @@ class Flow:
 
     def reason(self, error: RestoreError) -> CkptfsError:
         """Why somebody else could not restore: what our mounts could not read for it, if that was it."""
+        if not could_not_read(error.message):
+            return error
         for name in ("image", "base"):
             with contextlib.suppress(CkptfsError):
                 told = statuses(str(self.place / name))[0]["errors"]

@@ -15,8 +15,10 @@ from typing import Any
 from ckptfs import standby
 from ckptfs.control.ready import notify
 from ckptfs.errors import CkptfsError, rebuilt, told
-from ckptfs.interrupts import lines
+from ckptfs.hardening import close_inherited
+from ckptfs.interrupts import interruptible, lines
 from ckptfs.restore.flow import Report, RestoreRequest, begun
+from ckptfs.restore.supervise import SIGNALS
 
 _NOTIFY = "NOTIFY_SOCKET"
 
@@ -63,23 +65,24 @@ def restore_detached(request: RestoreRequest, report: Report) -> None:
         os.close(reader)
         _keep(request, writer)
     os.close(writer)
-    try:
-        for line in lines(reader, child):
-            message = json.loads(line)
-            if "error" in message:
-                os.waitpid(child, 0)
-                raise rebuilt(message)
-            report(message.pop("event"), **message)
-            if "pid" in message:
-                return
-    except KeyboardInterrupt:
-        os.kill(child, signal.SIGTERM)
+    with interruptible(*SIGNALS):
+        try:
+            for line in lines(reader, child):
+                message = json.loads(line)
+                if "error" in message:
+                    os.waitpid(child, 0)
+                    raise rebuilt(message)
+                report(message.pop("event"), **message)
+                if "pid" in message:
+                    return
+        except (KeyboardInterrupt, OSError):  # what has failed, or could not be told, leaves nothing that runs
+            os.kill(child, signal.SIGTERM)
+            os.waitpid(child, 0)
+            raise
+        finally:
+            os.close(reader)
         os.waitpid(child, 0)
-        raise
-    finally:
-        os.close(reader)
-    os.waitpid(child, 0)
-    raise CkptfsError("the process that stays with the container ended early")
+        raise CkptfsError("the process that stays with the container ended early")
 
 
 def _keep(request: RestoreRequest, writer: int) -> None:
@@ -103,6 +106,7 @@ def _keep(request: RestoreRequest, writer: int) -> None:
         null = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):
             os.dup2(null, descriptor)
+        close_inherited({0, 1, 2})
         os.chdir("/")
         restore(request, report)
     except BaseException as error:

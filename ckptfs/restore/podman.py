@@ -35,13 +35,15 @@ def refuse_options(request: RestoreRequest) -> None:
             raise UsageError(
                 f"{option} means nothing to podman", hint="options of podman container restore go after --"
             )
+    if any(word.startswith(("--name", "-n")) for word in request.extra):
+        raise UsageError("podman is told the name by us", hint="give --name before --")
 
 
 def finish(flow: Flow) -> None:
     """Restore and stay until all pages are in; then the container is podman's alone."""
     flow.open_image()
     lazy = flow.start_lazy_pages()
-    flow.require(check_engine(flow.files, flow.settings, lazy=flow.lazy))
+    flow.require(check_engine(flow.files, "podman", flow.settings, lazy=flow.lazy))
     config = flow.document("config.dump") or {}
     name = check_name(flow.request.name or str(config.get("name", "")) or flow.name)
     with ThreadPoolExecutor(1) as worker:
@@ -65,7 +67,12 @@ def finish(flow: Flow) -> None:
     done = _podman("container", "restore", f"--import={archive}", *named, *flow.request.extra)
     if done.returncode != 0:
         raise _failure(done, redirection.work, str(config.get("rootfsImageName", "")), flow.settings)
-    pid = int(_podman("container", "inspect", "--format={{.State.Pid}}", name).stdout.strip() or 0)
+    shown = _podman("container", "inspect", "--format={{.State.Pid}}", name)
+    if shown.returncode != 0:
+        raise RestoreError(
+            f"podman has restored no container {name}", hint="what follows -- are options of its restore"
+        )
+    pid = int(shown.stdout)
     flow.name = name
     flow.place.record(pid=pid)
     flow.running(pid, runtime=config.get("runtime"), engine="podman", container=done.stdout.strip())

@@ -35,6 +35,8 @@ _WANTS = {
     "not a session leader": "--shell-job",
     "slave peer index": "--shell-job",
 }
+# EIO in the words of criu, of its restorer, which has no strerror(3), and of Go.
+_UNREAD = ("Input/output error", "(-5)", "input/output error")
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +240,11 @@ def way_out(said: str, work: Path) -> str:
         if words in said:
             return f"the checkpoint was made with {option}, and is restored with it: -- {option}"
     return f"the logs are in {work} (stay with --keep)"
+
+
+def could_not_read(said: str) -> bool:
+    """Whether criu or a runtime has got EIO, by its words."""
+    return any(words in said for words in _UNREAD)
 
 
 def criu_complaint(log: Path) -> str:

@@ -38,6 +38,7 @@ _STATE = "ckptfs-restore.json"  # a directory that has it may be removed, so it 
 _KEPT = "kept"
 _BEGINNING = "restore.beginning"  # in the runtime directory; never removed, so no `FileLock`
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}")  # runc takes more, paths and cgroups do not get longer
+_BOOT = Path("/proc/sys/kernel/random/boot_id")  # random(4)
 
 
 class Workplace:
@@ -50,7 +51,7 @@ class Workplace:
         self.path = path.parent.resolve() / path.name
         self.kept = keep
         self._lock = -1
-        self._facts: dict[str, object] = {}
+        self._facts: dict[str, object] = {"boot": _boot()}
 
     def __enter__(self) -> Self:
         try:
@@ -97,7 +98,7 @@ class Workplace:
         return "; ".join(how)
 
     def record(self, **facts: object) -> None:
-        """Note what runs from here (pid, lazy_pid, runtime, name), besides what was noted before.
+        """Note what runs from here (pid, lazy_pid, runtime, name), besides what was noted before, and since which boot.
 
         Whoever finds the directory of a restore that was killed must know. The runtime says the pid in PID_FILE.
         """
@@ -202,7 +203,7 @@ def _bury_dead(path: Path) -> None:
         if (path / _KEPT).exists() or not (path / _STATE).exists():
             return
         try:
-            if not alive(_pid(path, state)):
+            if not (_is_of_this_boot(state) and alive(_pid(path, state))):
                 _bury(path, state)
         except (OSError, CkptfsError, AttributeError, LookupError, TypeError, ValueError) as error:
             log.warning("%s is of a restore that was killed, and cannot be removed: %s", path, error)
@@ -219,6 +220,16 @@ def _may_be_ours(path: Path) -> bool:
     return not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and found.st_dev == path.parent.lstat().st_dev
 
 
+def _boot() -> str:
+    """What tells this run of the machine from all others."""
+    return _BOOT.read_text().strip()
+
+
+def _is_of_this_boot(state: Mapping[str, Any]) -> bool:
+    """Else the numbers of its processes are those of others by now."""
+    return state.get("boot") in (None, _boot())
+
+
 def _pid(path: Path, state: Mapping[str, Any]) -> object:
     """Of the container; None where no runtime has come so far."""
     if "pid" in state:
@@ -233,7 +244,7 @@ def _bury(path: Path, state: Mapping[str, Any]) -> None:
     runtime = state.get("runtime")
     if runtime not in (None, "criu", *RUNTIMES):  # an image that was pulled to here may have such a file
         raise FormatError(f"{_STATE} names the runtime {runtime!r}")
-    if _runs_criu(state.get("lazy_pid")):
+    if _is_of_this_boot(state) and _runs_criu(state.get("lazy_pid")):
         os.killpg(state["lazy_pid"], signal.SIGKILL)
     if state.keys() & {"name", "runtime", "containerd"}:
         lock = _lock_of(state["name"])

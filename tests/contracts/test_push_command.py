@@ -19,7 +19,7 @@ from tests.support.command import ckptfs
 from tests.support.docker_registry import DockerRegistry
 from tests.support.each import each
 from tests.support.push import manifest_of, push_to_layout, tree_images, two_checkpoints
-from tests.support.tools import run, wait_for
+from tests.support.tools import ROOT, require, run, wait_for
 from tests.support.trees import layout_of
 
 pytestmark = pytest.mark.registry
@@ -29,6 +29,20 @@ pytestmark = pytest.mark.registry
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory as criu leaves it."""
     return tree_images(tmp_path_factory.mktemp("images") / "images")
+
+
+def test_a_root_that_cannot_be_written_to(images: Path, tmp_path: Path) -> None:
+    """As in many a pod: there is room where --work-dir says, or nowhere."""
+    require("unshare", root=True)
+    closed = "for d in /tmp /var/tmp; do mount --bind $d $d; mount -o remount,bind,ro $d; done"
+    script = f'mount --bind $0 /mnt; {closed}; cd /proc; exec "$@"'
+    shutil.copytree(images, tmp_path / "images")
+    push = [sys.executable, "-m", "ckptfs", "push", "/mnt/images", "oci:/mnt/layout:1"]
+    for work, code, said in (([], 8, "no directory for temporary files; name one: TMPDIR=DIR"), (["/mnt"], 0, "sent ")):
+        command = ["unshare", "--mount", "sh", "-c", script, tmp_path, *push, *(f"--work-dir={one}" for one in work)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == code and said in done.stderr, done
 
 
 def test_it_prints_the_reference_with_its_digest(images: Path, registry: DockerRegistry, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 from ckptfs.control.client import MountFiles
 from ckptfs.namespace import in_own_namespace
 from ckptfs.namespace import mount as mount_kernel_files
+from ckptfs.restore.runtimes import children
 from ckptfs.settings import Sizes
 from tests.support import golden
 from tests.support.command import ckptfs, mounted
@@ -255,6 +256,18 @@ def test_foreground_prints_its_status_once_it_is_ready(tmp_path: Path) -> None:
         finally:
             process.terminate()
         assert process.wait(10) == 0 and process.stdout.read() == ""
+
+
+def test_foreground_is_one_process(tmp_path: Path) -> None:
+    """However the option is written: a daemon that nobody needed waited beside it for as long as it stayed."""
+    (tmp_path / "mnt").mkdir()
+    words = ["mount", f"oci:{LAYOUT}", str(tmp_path / "mnt"), "-qf", "--cache-dir", str(tmp_path / "cache")]
+    with subprocess.Popen([sys.executable, "-m", "ckptfs", *words]) as process:
+        try:
+            _until(lambda: os.path.ismount(tmp_path / "mnt"))
+            assert children(process.pid) == set()
+        finally:
+            process.terminate()
 
 
 def test_a_mount_keeps_no_descriptors_of_who_began_it(tmp_path: Path) -> None:

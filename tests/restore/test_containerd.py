@@ -16,11 +16,13 @@ from pathlib import Path
 import pytest
 
 from ckptfs.bench.link import ShapedLink
+from tests.support import runc
 from tests.support.command import ckptfs
 from tests.support.containerd import Containerd, require_containerd
 from tests.support.docker_registry import DockerRegistry
 from tests.support.pages import blocks
 from tests.support.podman import BASE, Podman
+from tests.support.push import push_to_layout
 from tests.support.restored import assert_nothing_left, restored, start
 from tests.support.tools import ROOT, wait_for
 
@@ -157,6 +159,25 @@ def test_detached(pushed: Pushed, containerd: Containerd, tmp_path: Path) -> Non
     assert json.loads(done.stdout)["pid"] == containerd.pid("alone")
     containerd("tasks", "kill", "--signal", "KILL", "alone")
     wait_for("the directory to go", lambda: not place.exists())
+    assert_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("detach", [(), ("--detach",)], ids=["heard", "not heard"])
+def test_a_terminal(detach: tuple[str, ...], containerd: Containerd, scratch_folder: Path, tmp_path: Path) -> None:
+    """The container has one, whether anybody listens or not."""
+    folder = scratch_folder / f"terminal{len(detach)}"
+    folder.mkdir()
+    push_to_layout(runc.checkpoint(folder, "terminal", terminal=True), folder / "layout")
+    words = (f"oci:{folder}/layout:latest", *ENGINE, "--rootfs", folder / "rootfs", "--name", "tty", *detach)
+    process = start(tmp_path, *words, prefix=containerd.isolation.enter)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line, process.communicate(timeout=60)
+    pid = json.loads(line)["pid"]
+    assert os.readlink(f"/proc/{pid}/fd/1").startswith("/dev/pts/")
+    containerd("tasks", "kill", "--signal", "KILL", "tty")
+    process.communicate(timeout=60)
+    wait_for("the directory to go", lambda: not (tmp_path / "place").exists())
     assert_nothing_left(tmp_path)
 
 

@@ -2,10 +2,14 @@
 
 import json
 import os
+import select
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +19,7 @@ from tests.support.command import ckptfs
 from tests.support.criu import require_criu
 from tests.support.push import push_to_layout
 from tests.support.restored import assert_nothing_left, processes, start
-from tests.support.tools import require, wait_for
+from tests.support.tools import ROOT, require, wait_for
 from tests.support.workload import scratch
 
 pytestmark = [pytest.mark.restore, pytest.mark.fuse]
@@ -45,6 +49,35 @@ def test_what_fails_is_said(folder: Path, tmp_path: Path) -> None:
         assert_nothing_left(tmp_path)
 
 
+def detached(folder: Path, place: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    words = ["restore", f"oci:{folder}/layout:latest", "--rootfs", folder / "rootfs", "--detach", "--json"]
+    words += ["--dir", place / "place", "--cache-dir", place / "cache"]
+    command = [sys.executable, "-m", "ckptfs", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, text=True, check=False, timeout=60, stderr=subprocess.PIPE, **options)
+
+
+def test_what_cannot_be_told_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    """As without --detach: who sees it fail would have a container that he knows nothing of."""
+    with open("/dev/full", "w") as full:
+        done = detached(folder, tmp_path, stdout=full)
+    assert (done.returncode, done.stderr) == (8, "ckptfs: cannot write the output: No space left on device\n")
+    assert_nothing_left(tmp_path)
+
+
+def test_who_stays_keeps_no_descriptors_of_who_began_it(folder: Path, tmp_path: Path) -> None:
+    """A lock of a script, or a pipe that somebody reads to its end."""
+    reader, writer = os.pipe()
+    done = detached(folder, tmp_path, stdout=subprocess.PIPE, pass_fds=[writer])
+    os.close(writer)
+    try:
+        assert select.select([reader], [], [], 5)[0] and os.read(reader, 1) == b""
+    finally:
+        os.close(reader)
+        os.kill(json.loads(done.stdout)["pid"], signal.SIGKILL)
+    wait_for("the directory to go", lambda: not (tmp_path / "place").exists())
+    assert_nothing_left(tmp_path)
+
+
 def test_a_reader_of_events_may_leave(folder: Path, tmp_path: Path) -> None:
     """The container goes on."""
     process = start(tmp_path, f"oci:{folder}/layout:latest", "--rootfs", folder / "rootfs")
@@ -72,6 +105,18 @@ def test_nohup(folder: Path, tmp_path: Path) -> None:
     os.kill(running["pid"], signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode == 0
+    assert_nothing_left(tmp_path)
+
+
+def test_interrupted_twice(folder: Path, tmp_path: Path) -> None:
+    """Who is told that it has ended may begin again under the same name."""
+    process = start(tmp_path, f"oci:{folder}/layout:latest", "--rootfs", folder / "rootfs", "--detach")
+    wait_for("criu", (tmp_path / "place/work/restore.log").exists, step=0.001)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.01)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (130, "", "ckptfs: interrupted\n")
     assert_nothing_left(tmp_path)
 
 

@@ -1,5 +1,6 @@
 """What restores that were killed have left beside a new one, what only looks like that, and what one must not touch."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -12,6 +13,7 @@ import pytest
 
 from ckptfs.bench.link import ShapedLink
 from ckptfs.errors import RestoreError
+from ckptfs.restore.runtimes import PID_FILE
 from ckptfs.restore.workplace import Workplace
 from tests.support import runc
 from tests.support.blobs import TAR
@@ -68,6 +70,21 @@ def test_nothing_is_left_of_a_directory_that_cannot_be_made(tmp_path: Path) -> N
         with pytest.raises(RestoreError, match="cannot be made: No space left on device; name a place: --dir"):
             Workplace(disk / "place").__enter__()
         assert list(disk.iterdir()) == []
+
+
+@pytest.mark.parametrize("rebooted", [False, True])
+def test_a_number_of_before_the_last_boot_is_another_process(rebooted: bool, tmp_path: Path) -> None:
+    """After a power cut the service that restores by that name could not begin while anybody had the number."""
+    place = tmp_path / "place"
+    with Workplace(place) as killed:
+        killed.record(runtime="criu", name="killed")
+        state = json.loads((place / STATE).read_text())
+    (place / "work").mkdir(parents=True)
+    (place / "work" / PID_FILE).write_text(str(os.getpid()))
+    (place / STATE).write_text(json.dumps(state | ({"boot": "an earlier one"} if rebooted else {})))
+    refused = pytest.raises(RestoreError, match="place exists")
+    with contextlib.nullcontext() if rebooted else refused, Workplace(place):
+        pass
 
 
 def test_a_mount_beside_it_is_not_waited_for(tmp_path: Path) -> None:

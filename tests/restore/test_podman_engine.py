@@ -72,6 +72,15 @@ def test_two_at_once(reference: str, podman: Podman, tmp_path: Path) -> None:
             assert_nothing_left(folder)
 
 
+def test_a_name_is_given_before_what_podman_gets(reference: str, podman: Podman, tmp_path: Path) -> None:
+    """podman took the last one: nobody waited for the pages of a container of another name, and it lost them."""
+    for words in (("--name", "other"), ("--name=other",), ("-nother",)):
+        process = start(tmp_path, reference, *ENGINE, extra=words, prefix=podman.isolation.enter)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out) == (2, "") and "give --name before --" in err
+        assert_nothing_left(tmp_path)
+
+
 def test_connections(reference: str, podman: Podman, tmp_path: Path) -> None:
     """podman takes no name for a container that has some: it is restored as the one that it was."""
     process = start(tmp_path, reference, *ENGINE, extra=("--tcp-established",), prefix=podman.isolation.enter)

@@ -315,6 +315,8 @@ def test_refusals(reference: str, base: str, single_checkpoint: Checkpoint, tmp_
     data[13] = 3
     core.write_bytes(data)
     push_to_layout(foreign, tmp_path / "arm")
+    push_to_layout(single_checkpoint.images, tmp_path / "processes")
+    processes = f"oci:{tmp_path}/processes:latest"
     no_criu = {"PATH": "/usr/bin:/bin"}
     if shutil.which("criu", path=no_criu["PATH"]):
         no_criu = {"PATH": ""}
@@ -326,6 +328,7 @@ def test_refusals(reference: str, base: str, single_checkpoint: Checkpoint, tmp_
         ([reference, "--rootfs", str(tmp_path / "none")], {}, 3, "is no directory"),
         ([base], {}, 7, "holds no checkpoint"),
         ([f"oci:{tmp_path}/arm:latest"], {}, 7, "the checkpoint is of a arm64 machine, this one is amd64"),
+        ([processes, "--engine", "podman"], {}, 7, "no spec.dump, without which podman cannot restore it"),
         ([reference, "--base", base, "--bind", "/nowhere=/tmp"], {}, 2, "the container has no such mount"),
         ([reference, "--engine", "podman", "--rootfs", str(tmp_path)], {}, 2, "--rootfs means nothing to podman"),
         ([reference, "--engine", "containerd", "--runtime", "crun"], {}, 2, "containerd restores with runc"),
@@ -343,6 +346,25 @@ def test_refusals(reference: str, base: str, single_checkpoint: Checkpoint, tmp_
         elif "--bind" not in arguments:
             checked = ckptfs("check", *arguments, *common, env=environment)
             assert (checked.code, checked.line) == (code, done.line)
+
+
+def test_what_means_nothing_to_processes(single_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Of a host, without a container: they were restored as if nothing had been said."""
+    push_to_layout(single_checkpoint.images, tmp_path / "layout")
+    for option, value in (
+        ("--rootfs", tmp_path),
+        ("--base", "containers-storage:none"),
+        ("--bind", "/data=/tmp"),
+        ("--network", "/proc/self/ns/net"),
+    ):
+        common = (f"oci:{tmp_path}/layout:latest", option, value, "--cache-dir", tmp_path / "cache")
+        done = ckptfs("restore", *common, "--dir", tmp_path / "place")
+        said = f"{option} means nothing to processes without a container"
+        assert (done.code, done.out) == (2, "") and said in done.line
+        if option in ("--rootfs", "--base"):
+            checked = ckptfs("check", *common)
+            assert checked.code == 2 and said in checked.out
+    assert_nothing_left(tmp_path)
 
 
 def test_strict_means_the_base_image_too(reference: str, base: str, tmp_path: Path) -> None:

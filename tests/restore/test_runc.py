@@ -2,11 +2,13 @@
 
 import os
 import shutil
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from ckptfs.model.annotations import ROOTFS_DIGEST
 from ckptfs.restore.checking import unprivileged_userfaultfd
 from tests.support import runc
 from tests.support.command import ckptfs
@@ -54,6 +56,18 @@ def test_a_container_with_a_user_namespace(folder: Path) -> None:
         assert "no lazy pages for containers with a user namespace; restore with --no-lazy-pages" in done.out + done.err
 
 
+def test_whatever_umask_root_has(folder: Path) -> None:
+    """With 077 no user in the container but root could look a name up."""
+    hosts = folder / "hosts"
+    hosts.write_text("127.0.0.1 localhost\n")
+    push_to_layout(runc.checkpoint(folder, "umask", binds={"/etc/hosts": hosts}), folder / "layout")
+    hosts.unlink()
+    words = (f"oci:{folder}/layout:latest", "--rootfs", folder / "rootfs")
+    with restored(folder, *words, prefix=("sh", "-c", 'umask 077; exec "$@"', "sh")) as container:
+        shown = container.root / "etc/hosts"
+        assert (shown.stat().st_mode & 0o777, shown.read_text()[:19]) == (0o644, "127.0.0.1 localhost")
+
+
 def test_a_terminal_where_paths_are_long(folder: Path) -> None:
     """Longer than an address of a socket may be."""
     push_to_layout(runc.checkpoint(folder, "terminal", terminal=True), folder / "layout")
@@ -89,4 +103,18 @@ def test_a_runtime_that_was_told_to_do_something_else(folder: Path) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 8
     assert err.endswith("ckptfs: runc ended well and restored nothing; what follows -- are options of its restore\n")
+    assert_nothing_left(folder)
+
+
+def test_a_failure_is_no_outage_because_something_else_was_not_there(folder: Path) -> None:
+    """An image that was copied without the root file system that it names, which `--rootfs` makes needless."""
+    dump = runc.checkpoint(folder, "copied")
+    with tarfile.open(dump / "rootfs-diff.tar", "w") as delta:
+        delta.addfile(tarfile.TarInfo("data/new"))
+    notes = ("--annotation", f"{ROOTFS_DIGEST}=sha256:{'0' * 64}")
+    assert ckptfs("push", dump, f"oci:{folder}/layout:latest", *notes).code == 0
+    process = start(folder, f"oci:{folder}/layout:latest", "--rootfs", folder / "rootfs", extra=("--unknown",))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 8
+    assert "flag provided but not defined: -unknown; the logs are in" in err
     assert_nothing_left(folder)

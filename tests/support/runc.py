@@ -20,10 +20,10 @@ _PROGRAM = "ticker"
 _OWNER = 100_000  # the container's root on this machine, with a user namespace
 
 
-def checkpoint(folder: Path, name: str, *, user_namespace: bool = False, terminal: bool = False) -> Path:
+def checkpoint(folder: Path, name: str, **spec: Any) -> Path:
     """A ticker of 4 MB in a container `name`, dumped and gone; its root file system stays in folder/rootfs."""
     dump = folder / "dump"
-    with running(folder, name, user_namespace=user_namespace, terminal=terminal):
+    with running(folder, name, **spec):
         (dump / "checkpoint").mkdir(parents=True)  # runc 1.1 would make it of mode 0600: of no use to anybody else
         run("runc", "checkpoint", "--image-path", dump / "checkpoint", "--work-path", folder, name)
     shutil.copy(folder / "config.json", dump / "spec.dump")
@@ -32,13 +32,22 @@ def checkpoint(folder: Path, name: str, *, user_namespace: bool = False, termina
 
 
 @contextlib.contextmanager
-def running(folder: Path, name: str, *, user_namespace: bool = False, terminal: bool = False) -> Iterator[int]:
+def running(
+    folder: Path,
+    name: str,
+    *,
+    user_namespace: bool = False,
+    terminal: bool = False,
+    binds: Mapping[str, Path] | None = None,
+) -> Iterator[int]:
     """The pid of a ticker in a container `name` of the bundle `folder`, which is gone after the block."""
     root = folder / "rootfs"
     for directory in ("proc", "dev", "data"):
         (root / directory).mkdir(parents=True)
     shutil.copy(compile_program(_PROGRAM, folder), root)
     spec = _spec(root, user_namespace=user_namespace, terminal=terminal)
+    for where, what in (binds or {}).items():
+        spec["mounts"].append({"destination": where, "type": "bind", "source": str(what), "options": ["rbind"]})
     (folder / "config.json").write_text(json.dumps(spec))
     if user_namespace:
         for path in (root, *root.iterdir()):
@@ -69,7 +78,7 @@ def _console(folder: Path) -> Iterator[list[str]]:
             os.close(socket.recv_fds(sender, 4096, 1)[1][0])
 
 
-def _spec(root: Path, *, user_namespace: bool, terminal: bool) -> Mapping[str, Any]:
+def _spec(root: Path, *, user_namespace: bool, terminal: bool) -> dict[str, Any]:
     kinds = ["pid", "network", "ipc", "uts", "mount"] + ["user"] * user_namespace
     linux: dict[str, Any] = {"namespaces": [{"type": kind} for kind in kinds]}
     if user_namespace:

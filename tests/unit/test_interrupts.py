@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from ckptfs.control.client import MountFiles
 from ckptfs.interrupts import interrupt_by, lines
 from ckptfs.model.oci import Reference
 from ckptfs.mounting import MountRequest, begin
 from tests.support.fake_registry import FakeRegistry, Silent
-from tests.support.tools import ROOT
+from tests.support.restored import processes
+from tests.support.tools import ROOT, wait_for
 
 
 @pytest.fixture
@@ -42,6 +44,26 @@ except KeyboardInterrupt:
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     assert subprocess.run([sys.executable, "-c", script], env=environment, check=False).returncode == 7
+
+
+@pytest.mark.usefixtures("_interruptible")
+def test_a_program_is_started_before_a_signal_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else nobody knew of it: criu lazy-pages of a restore that was interrupted stayed for ever."""
+    fork_exec = subprocess._fork_exec  # type: ignore[attr-defined]
+
+    def forked(*arguments: object) -> int:
+        pid: int = fork_exec(*arguments)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return pid
+
+    monkeypatch.setattr(subprocess, "_fork_exec", forked)
+    process = None
+    with pytest.raises(KeyboardInterrupt):
+        process = subprocess.Popen(["sleep", "60"])
+        time.sleep(10)
+    assert process is not None
+    process.kill()
+    process.wait()
 
 
 @pytest.mark.usefixtures("_interruptible")
@@ -90,6 +112,21 @@ def test_lines_come_one_by_one() -> None:
         pipe.write(b"ree\nlost")
     assert list(found) == [b"three"]
     os.close(reader)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_what_ends_a_mount_on_its_way_ends_its_daemon(number: int, tmp_path: Path) -> None:
+    """`timeout 5 ckptfs mount` of a registry that does not answer: the next mount was told that there is one."""
+    (tmp_path / "mnt").mkdir()
+    with FakeRegistry({("/manifests/", None): Silent()}) as registry:
+        words = ["mount", registry.reference("repo:latest"), tmp_path / "mnt", "--cache-dir", tmp_path / "cache"]
+        command = [sys.executable, "-m", "ckptfs", *map(str, words)]
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        wait_for("the request", lambda: registry.requests("/manifests/"))
+        process.send_signal(number)
+        assert (process.communicate(timeout=10)[1], process.returncode) == ("ckptfs: interrupted\n", 130)
+        assert processes(tmp_path) == []
+    assert not MountFiles.of(str(tmp_path / "mnt")).lock.exists()
 
 
 def test_a_daemon_that_does_not_serve_yet_ends_at_once(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from ckptfs import mounting, standby
 from ckptfs.control import client
 from ckptfs.control.client import MountFiles, write_state
 from ckptfs.errors import MountError
+from ckptfs.fuse.mountpoint import FSTYPE, Mount
 from ckptfs.model.oci import Reference
 from ckptfs.mounting import MountRequest
 from tests.support.disks import disk_of
@@ -49,6 +50,13 @@ def test_a_mount_that_begins_keeps_its_files_whoever_looks_for_dead_ones(target:
             mounting.umount(target)
         assert files.socket.exists() and files.state.exists()
         beginning.remove()
+
+
+def test_of_two_who_unmount_the_second_has_what_it_wants(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has looked while there was a mount, and was told "Invalid argument"."""
+    seen = Mount(target, (0, 99), FSTYPE, "app:1", frozenset())
+    monkeypatch.setattr(mounting, "mount_at", lambda _: seen)
+    mounting.umount(target)
 
 
 def test_what_a_dead_mount_has_left_goes_with_the_first_look(target: str) -> None:

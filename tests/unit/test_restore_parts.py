@@ -91,6 +91,13 @@ def test_a_namespace_named_by_a_process_is_of_the_other_machine(place: Workplace
     assert os.stat(netns).st_ino != os.stat("/proc/self/ns/net").st_ino
 
 
+def test_a_network_for_a_container_without_one(place: Workplace) -> None:
+    """It was in that of the machine, whatever was named."""
+    bundle = Bundle(place, place / "image", {"linux": {"namespaces": [{"type": "pid"}]}}, {}, {}, "/proc/self/ns/net")
+    with pytest.raises(UsageError, match="--network: the container has the network of its machine"):
+        bundle.write(Path("/the/root"), "web")
+
+
 def test_a_volume_that_is_mounted_twice_is_one(place: Workplace) -> None:
     volume = place / "image/volumes/data"
     volume.mkdir(parents=True)
