@@ -92,9 +92,9 @@ def _write(facts: list[Fact], beside: Path) -> None:
     """The page, the figures as a table for docs/performance.md, and the timeline as a picture of its own."""
     page, table, picture = (beside.with_suffix(suffix) for suffix in (".html", ".md", ".svg"))
     write_report(facts, page)
-    table.write_text(_markdown_table(facts))
+    table.write_text(_markdown_table(facts), encoding="utf-8")
     if svg := timeline(facts):
-        picture.write_text(svg)
+        picture.write_text(svg, encoding="utf-8")
     print(page)
 
 

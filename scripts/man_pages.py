@@ -120,4 +120,4 @@ if __name__ == "__main__":
     for name, text in pages().items():
         target = Path(sys.argv[1]) / f"man{name[-1]}" / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text)
+        target.write_text(text, encoding="utf-8")

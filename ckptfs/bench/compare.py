@@ -106,7 +106,7 @@ def _workshop(out: Path) -> Iterator[Path]:
         raise refused(error) from None
     with temporary as folder:
         try:
-            yield Path(folder)
+            yield Path(folder).resolve()  # by which a mount and its daemon know it
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise

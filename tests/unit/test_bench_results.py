@@ -1,6 +1,9 @@
 """Results of a benchmark in a file and back, and the page that is made of them."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from ckptfs.bench.machine import stamp, usage
 from ckptfs.bench.report import page, write_report
 from ckptfs.bench.results import Absent, Fact, Figure, ResultFile, Sample, Series, Stamp, figure, read_results
 from ckptfs.errors import FormatError
+from tests.support.tools import ROOT
 
 STAMP = Stamp("2026-01-01T00:00:00+00:00", "0123456789ab", "0.1", "6.18", "a machine", 0.1)
 RESTORE = {"ready": 0.3, "first_tick": 0.5, "resident": 6.0}
@@ -44,6 +48,14 @@ def test_figures_are_medians_and_know_whether_they_hold() -> None:
     assert isinstance(warm, Figure)
     assert (first.value, first.low, first.high, first.runs) == (0.4, 0.3, 0.5, 3)
     assert (first.held, warm.held, Figure("P1", "a", 1.0, "s").held) == (False, True, None)
+
+
+def test_the_page_is_written_in_every_locale(tmp_path: Path) -> None:
+    script = "from tests.unit.test_bench_results import *; write_report(facts(), Path('report.html'))"
+    ascii_only = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, **ascii_only}, check=True)
+    assert "0.3 – 0.5, 3" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("line", ["", "{", "[]", '{"kind": "other"}', '{"kind": "absent"}'])
