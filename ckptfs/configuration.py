@@ -64,7 +64,10 @@ def _deadline(value: Any, _: Path) -> str:
 def _path(value: Any, base: Path) -> Path:
     if not _is_text(value) or not value:
         raise ValueError(f"{value!r} is not a path")
-    return base / Path(value).expanduser()
+    try:
+        return base / Path(value).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{value!r} begins with a home directory that is not known") from None
 
 
 def _flag(value: Any, _: Path) -> bool:
