@@ -142,6 +142,7 @@ def serve_from_standby(message: tuple[Request, int], lock: int, writer: int) -> 
 
 def mount_foreground(request: Request, show: Announce | None = None) -> None:
     """Mount and stay until unmounted or signalled. `show` gets what is announced as well."""
+    standby.dismiss()
 
     def announce(status: dict[str, Any]) -> None:
         notify("READY=1")
@@ -236,6 +237,10 @@ def statuses(directory: str | None, *, detail: bool = False) -> list[dict[str, A
                 raise MountError(
                     f"{left.path} is mounted by another user (uid {left.user})", hint="only that user can ask it"
                 ) from None
+            elif directory is not None and not files.lock.exists():  # one that was killed leaves it
+                where = f"{left.path} was mounted in a container, or with another $XDG_RUNTIME_DIR"
+                hint = f"ask there; if its daemon is dead, run: ckptfs umount {shlex.quote(left.path)}"
+                raise MountError(where, hint=hint) from None
             if directory is not None:
                 raise MountError(f"the daemon of {state['mountpoint']} is {hint}") from None
             if hint != "gone":
