@@ -12,7 +12,7 @@ import signal
 import sys
 from typing import NoReturn
 
-_NO_DAEMON = {"-h", "--help", "--foreground", "--eager"}  # commands with these start none
+_NO_DAEMON = {"-h", "--help", "-f", "--foreground", "--eager"}  # commands with these start none
 _DESCRIBED = 42  # the exit code by which checkpointctl knows that a plugin understood the question (cmd/plugin.go)
 _ESCAPED = "ckptfs.escaped"  # how what cannot be printed is
 

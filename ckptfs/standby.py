@@ -84,9 +84,11 @@ def take() -> Standby | None:
 
 
 def dismiss() -> None:
-    """End the daemon that waits: before a fork whose child will begin mounts, and could not wait for it."""
+    """End the daemon that waits: none is wanted, or whose child will begin mounts could not wait for it."""
     if (waiting := take()) is not None:
         waiting.channel.close()
+        os.kill(waiting.pid, signal.SIGKILL)  # it has nothing yet, and would import to the end
+        os.waitpid(waiting.pid, 0)
 
 
 def _asks_a_registry(arguments: Sequence[str]) -> bool:
