@@ -293,6 +293,10 @@ def test_unmounting_what_is_not_ours_is_refused(tmp_path: Path) -> None:
     "arguments, code, words",
     [
         (["mount", "no-registry", "{mnt}"], 2, "names no registry"),
+        (["mount", "./a.tar", "{mnt}"], 2, "names no registry; write HOST"),
+        (["mount", "docker://localhost:5000/a:1", "{mnt}"], 2, "is not a host name; write HOST"),
+        (["profile", "show", "./a.json"], 2, "there is no file ./a.json, and reference"),
+        (["restore", "localhost:5000/a:1", "a"], 2, "'a' is no option; options of the runtime follow --"),
         (["mount", "host.example/UPPER:x", "{mnt}"], 2, "repository name"),
         (["mount", "localhost:1/a:b@sha256:12", "{mnt}"], 2, "digest"),
         (["mount", "oci:{tmp}/nowhere", "{mnt}"], 3, "nowhere"),

@@ -11,7 +11,7 @@ import pytest
 from ckptfs.bench.machine import stamp, usage
 from ckptfs.bench.report import page, write_report
 from ckptfs.bench.results import Absent, Fact, Figure, ResultFile, Sample, Series, Stamp, figure, read_results
-from ckptfs.errors import FormatError
+from ckptfs.errors import FormatError, UsageError
 from tests.support.tools import ROOT
 
 STAMP = Stamp("2026-01-01T00:00:00+00:00", "0123456789ab", "0.1", "6.18", "a machine", 0.1)
@@ -56,6 +56,11 @@ def test_the_page_is_written_in_every_locale(tmp_path: Path) -> None:
     command = [sys.executable, "-c", script]
     subprocess.run(command, cwd=tmp_path, env={**os.environ, **ascii_only}, check=True)
     assert "0.3 – 0.5, 3" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be read"):
+        list(read_results([tmp_path / "nowhere"]))
 
 
 @pytest.mark.parametrize("line", ["", "{", "[]", '{"kind": "other"}', '{"kind": "absent"}'])
