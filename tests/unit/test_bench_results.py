@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ckptfs.bench.charts import sweeps
 from ckptfs.bench.machine import stamp, usage
 from ckptfs.bench.report import page, write_report
 from ckptfs.bench.results import Absent, Fact, Figure, ResultFile, Sample, Series, Stamp, figure, read_results
@@ -56,6 +57,18 @@ def test_the_page_is_written_in_every_locale(tmp_path: Path) -> None:
     command = [sys.executable, "-c", script]
     subprocess.run(command, cwd=tmp_path, env={**os.environ, **ascii_only}, check=True)
     assert "0.3 – 0.5, 3" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_no_cap_and_no_delay_have_a_place_in_the_picture() -> None:
+    links = ((5.0, 100.0), (5.0, 400.0), (5.0, 0.0), (0.0, 100.0), (50.0, 100.0))
+    runs = [Sample("image", "ckptfs pull", 0, {"rtt_ms": rtt, "mbit": mbit}, {"start": 1.0}) for rtt, mbit in links]
+    panels = (("mbit", "bandwidth", {"rtt_ms": 5.0}), ("rtt_ms", "delay", {"mbit": 100.0}))
+    svg = sweeps(runs, panels, "start")
+    at = [float(x) for x in re.findall(r'<use xlink:href="#\w+" x="([\d.]+)" y="[\d.]+" style="fill: #56b4e9', svg)]
+    first, second = at[:3], at[3:6]
+    assert first == sorted(first) and second == sorted(second)
+    assert min(second[1] - second[0], second[2] - second[1], first[1] - first[0], first[2] - first[1]) > 20
+    assert "no cap" in svg
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
