@@ -35,6 +35,7 @@ from ckptfs.fuse.mountpoint import canonical, mount_at
 from ckptfs.interrupts import interruptible
 from ckptfs.model.oci import Reference
 from ckptfs.settings import Registries
+from ckptfs.terminal import printable
 
 _PULL, _SKOPEO = "ckptfs pull", "skopeo, tar"
 _WATCHED = -1
@@ -87,7 +88,7 @@ def _compare(wanted: Comparison, say: Callable[[str], None]) -> Outcome:
         for one in figures:
             results.add(one)
         page = results.path.with_suffix(".html")
-        write_report(results.facts, page, title=f"{wanted.reference}: lazy against eager")
+        write_report(results.facts, page, title=f"{printable(str(wanted.reference))}: lazy against eager")
         written, report = (file.rename(wanted.out / file.name) for file in (results.path, page))
     return Outcome(written, report, figures)
 

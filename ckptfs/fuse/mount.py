@@ -143,7 +143,8 @@ def mount_options(source: str, *, allow_other: bool, read_only: bool = True) -> 
     But not where an ordinary user mounts for nobody else: the files are root's, mostly, and the kernel lets only that
     user in, who could read the whole image anyway.
     """
-    name = source.replace("\\", "\\\\").replace(",", "\\,")
+    name = source.encode("ascii", "backslashreplace").decode()  # pyfuse3 takes no other letters
+    name = name.replace("\\", "\\\\").replace(",", "\\,")
     options = {f"fsname={name}", "subtype=ckptfs", "ro" if read_only else "rw", "nodev", "nosuid"}
     if allow_other or os.geteuid() == 0:
         options.add("default_permissions")

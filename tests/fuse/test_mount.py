@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -226,6 +227,17 @@ def test_umount_from_outside_ends_the_daemon(tmp_path: Path) -> None:
     with mounted(f"oci:{LAYOUT}", tmp_path) as mount:
         subprocess.run(["umount", str(mount.path)], check=True)
         _until(lambda: ended(mount.pid))
+
+
+def test_names_of_sources_may_have_any_letters(tmp_path: Path) -> None:
+    source = tmp_path / os.fsdecode("a, b\\c ü ".encode() + b"\xff.tar")
+    with tarfile.open(source, "w") as archive:
+        archive.add(LAYOUT, "layout")
+    with mounted(f"archive:{source}", tmp_path) as mount:
+        assert (mount.path / "layout/index.json").read_bytes() == (LAYOUT / "index.json").read_bytes()
+        assert mount.status()["reference"] == f"archive:{source}"
+    for words in (["ls"], ["ls", "--offline"], ["cache", "warm", "--quiet"]):
+        assert ckptfs(*words, f"archive:{source}", "--cache-dir", tmp_path / "cache").code == 0
 
 
 def test_foreground_stays_and_ends_with_its_mount(tmp_path: Path) -> None:
