@@ -142,13 +142,13 @@ def serve_from_standby(message: tuple[Request, int], lock: int, writer: int) -> 
 
 def mount_foreground(request: Request, show: Announce | None = None) -> None:
     """Mount and stay until unmounted or signalled. `show` gets what is announced as well."""
-    standby.dismiss()
 
     def announce(status: dict[str, Any]) -> None:
         notify("READY=1")
         if show is not None:
             show(status)
 
+    standby.dismiss()
     with _Claim(request) as claim:
         _run(request, claim, announce)
 

@@ -84,10 +84,10 @@ def take() -> Standby | None:
 
 
 def dismiss() -> None:
-    """End the daemon that waits: none is wanted, or whose child will begin mounts could not wait for it."""
+    """End the daemon that waits: for who begins none, or before a fork whose child will, and could not wait for it."""
     if (waiting := take()) is not None:
         waiting.channel.close()
-        os.kill(waiting.pid, signal.SIGKILL)  # it has nothing yet, and would import to the end
+        os.kill(waiting.pid, signal.SIGKILL)
         os.waitpid(waiting.pid, 0)
 
 
