@@ -40,7 +40,8 @@ def page(context: click.Context, command: click.Command, others: list[str]) -> s
         lines += [".TP", f"\\fB{_escape(word)}\\fR", _escape(sub.get_short_help_str(limit=120))]
     lines += [
         ".SH EXIT STATUS",
-        "0 ok, 1 bug, 2 usage, 3 not found, 4 not authorised, 5 unavailable, 6 integrity, 7 format, 8 mount or cache.",
+        "0 ok, 1 bug, 2 usage, 3 not found, 4 not authorised, 5 unavailable, 6 integrity, 7 format, "
+        "8 mount or cache, 130 interrupted.",
         ".SH SEE ALSO",
         ", ".join(f"\\fB{_escape(other)}\\fR(1)" for other in others if other != name),
     ]
