@@ -22,6 +22,7 @@ from ckptfs.bench.charts import timeline
 from ckptfs.bench.machine import stamp
 from ckptfs.bench.report import cells, write_report
 from ckptfs.bench.results import Absent, Fact, Figure, ResultFile, read_results
+from ckptfs.errors import CkptfsError
 from tests.support.criu import why_criu_does_not_work
 from tests.support.tools import use_setup_tools
 from tests.support.workload import scratch
@@ -31,6 +32,14 @@ _QUIET = 0.15  # CPUs that others may use while we measure
 
 
 def main() -> int:
+    try:
+        return _main()
+    except CkptfsError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _main() -> int:
     rows = all_rows()
     parser = argparse.ArgumentParser(
         prog="scripts/bench",
@@ -92,9 +101,9 @@ def _write(facts: list[Fact], beside: Path) -> None:
     """The page, the figures as a table for docs/performance.md, and the timeline as a picture of its own."""
     page, table, picture = (beside.with_suffix(suffix) for suffix in (".html", ".md", ".svg"))
     write_report(facts, page)
-    table.write_text(_markdown_table(facts))
+    table.write_text(_markdown_table(facts), encoding="utf-8")
     if svg := timeline(facts):
-        picture.write_text(svg)
+        picture.write_text(svg, encoding="utf-8")
     print(page)
 
 

@@ -195,14 +195,7 @@ def umount(directory: str, *, force: bool = False) -> None:
 
 
 # What a daemon of an earlier version, which still runs, does not say.
-_UNKNOWN: dict[str, Any] = {
-    "seconds": 0.0,
-    "background": True,
-    "metrics": None,
-    "layers": [],
-    "roles": {},
-    "reading": [],
-}
+_UNTOLD: dict[str, Any] = {"seconds": 0.0, "background": True, "metrics": None, "layers": [], "roles": {}, "reading": []}
 
 
 def statuses(directory: str | None, *, detail: bool = False) -> list[dict[str, Any]]:
@@ -213,7 +206,7 @@ def statuses(directory: str | None, *, detail: bool = False) -> list[dict[str, A
     found = []
     for files, state in known_mounts():
         try:
-            found.append({**_UNKNOWN, **ask(files, "status", detail=detail)})
+            found.append({**_UNTOLD, **ask(files, "status", detail=detail)})
         except UnavailableError:
             if mount_at(state["mountpoint"]) is None:
                 _remove_left(state["mountpoint"])
@@ -230,7 +223,7 @@ def _status_at(path: str, *, detail: bool) -> dict[str, Any]:
     if mounted is not None and not mounted.ours:
         raise MountError(f"{path} is a {mounted.fstype} mount, not one of ckptfs", hint=_ALL)
     try:
-        return {**_UNKNOWN, **ask(files, "status", detail=detail)}
+        return {**_UNTOLD, **ask(files, "status", detail=detail)}
     except UnavailableError:
         left = mount_at(path)
     if left is None:
@@ -238,6 +231,9 @@ def _status_at(path: str, *, detail: bool) -> dict[str, Any]:
         raise MountError(f"the daemon of {path} is gone")
     if left.user not in (None, os.geteuid()):  # its daemon answers nobody else
         raise MountError(f"{path} is mounted by another user (uid {left.user})", hint="only that user can ask it")
+    if not files.lock.exists():  # a daemon that was killed leaves it
+        hint = f"ask there; if its daemon is dead, run: ckptfs umount {shlex.quote(path)}"
+        raise MountError(f"{path} was mounted in a container, or with another $XDG_RUNTIME_DIR", hint=hint)
     raise MountError(f"the daemon of {path} is " + _DEAD.format(shlex.quote(path)))
 
 

@@ -135,7 +135,8 @@ def default_cache_dir() -> Path:
     if _is_root():
         return Path("/var/cache/ckptfs")
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "ckptfs"
+    # A user that passwd(5) does not know has no home, in containers mostly: "~" would be a name in this directory
+    return Path(base) / "ckptfs" if not base.startswith("~") else Path(f"/var/tmp/ckptfs-{os.geteuid()}")
 
 
 def runtime_dir() -> Path:

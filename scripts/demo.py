@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ckptfs.bench.link import ShapedLink, bits_per_second, seconds
+from ckptfs.errors import UsageError
 from tests.support.criu import Checkpoint, dump, restore, why_criu_does_not_work
 from tests.support.docker_registry import DockerRegistry
 from tests.support.images import ImageBuilder, extract, flat_layout
@@ -50,11 +51,16 @@ class Scene:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="example: scripts/demo --rate 1Gbit")
+    parser = argparse.ArgumentParser(
+        prog="scripts/demo", description=__doc__.splitlines()[0], epilog="example: scripts/demo --rate 1Gbit"
+    )
     parser.add_argument("--megabytes", type=int, default=256, help="memory of the process (default 256)")
     parser.add_argument("--rtt", type=seconds, default=0.020, help="round-trip time of the link (default 20ms)")
     parser.add_argument("--rate", type=bits_per_second, default=200e6, help="its bandwidth (default 200Mbit)")
-    options = parser.parse_args()
+    try:
+        options = parser.parse_args()
+    except UsageError as error:
+        parser.error(str(error))
     if problem := _problem():
         print(f"demo: {problem}", file=sys.stderr)
         return 8

@@ -40,7 +40,8 @@ def page(context: click.Context, command: click.Command, others: list[str]) -> s
         lines += [".TP", f"\\fB{_escape(word)}\\fR", _escape(sub.get_short_help_str(limit=120))]
     lines += [
         ".SH EXIT STATUS",
-        "0 ok, 1 bug, 2 usage, 3 not found, 4 not authorised, 5 unavailable, 6 integrity, 7 format, 8 mount or cache.",
+        "0 ok, 1 bug, 2 usage, 3 not found, 4 not authorised, 5 unavailable, 6 integrity, 7 format, "
+        "8 mount or cache, 130 interrupted.",
         ".SH SEE ALSO",
         ", ".join(f"\\fB{_escape(other)}\\fR(1)" for other in others if other != name),
     ]
@@ -120,4 +121,4 @@ if __name__ == "__main__":
     for name, text in pages().items():
         target = Path(sys.argv[1]) / f"man{name[-1]}" / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text)
+        target.write_text(text, encoding="utf-8")

@@ -101,21 +101,23 @@ def sweeps(facts: Sequence[Fact], panels: Sequence[tuple[str, str, dict[str, flo
 
     panels  (condition, label of the axis, the other conditions as they have to be).
     """
-    found = [(label, points) for name, label, fixed in panels if (points := _points(facts, name, fixed, value))]
+    found = [(name, label, points) for name, label, fixed in panels if (points := _points(facts, name, fixed, value))]
 
     def draw(canvas: "Canvas") -> None:
-        for axes, (label, flows) in zip(
+        for axes, (name, label, flows) in zip(
             canvas.subplots(1, len(found), sharey=True, squeeze=False)[0], found, strict=True
         ):
+            ticks = sorted({at for points in flows.values() for at, _ in points})
+            place = _places(name, ticks)
             for flow, points in flows.items():
-                xs, ys = zip(*points, strict=True)
+                xs, ys = zip(*sorted((place[at], seconds) for at, seconds in points), strict=True)
                 axes.plot(xs, ys, "o-", color=colour(flow), label=flow, markersize=5)
                 axes.annotate(
                     f"{ys[-1]:.2g}", (xs[-1], ys[-1]), (6, 0), textcoords="offset points", fontsize=9, va="center"
                 )
             axes.set_xscale("log")
-            ticks = sorted({at for points in flows.values() for at, _ in points})
-            axes.set_xticks(ticks, [f"{at:g}" for at in ticks])
+            words = ["no cap" if name == "mbit" and not at else f"{at:g}" for at in ticks]
+            axes.set_xticks(list(place.values()), words)
             axes.minorticks_off()
             axes.set_xlabel(label)
             _seconds(axes)
@@ -124,6 +126,12 @@ def sweeps(facts: Sequence[Fact], panels: Sequence[tuple[str, str, dict[str, flo
         canvas.legend(*first.get_legend_handles_labels(), ncols=4, loc="outside upper left")
 
     return svg(draw, 1.2 + 2.9 * len(found), 3.6) if found else ""
+
+
+def _places(condition: str, values: Sequence[float]) -> dict[float, float]:
+    """Where values of a condition are on a logarithmic axis: 0 is no delay, or no cap on the bandwidth."""
+    others = [value for value in values if value]
+    return {value: value or (4 * max(others) if condition == "mbit" else min(others) / 4) for value in values}
 
 
 def _points(

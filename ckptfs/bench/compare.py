@@ -35,6 +35,7 @@ from ckptfs.fuse.mountpoint import canonical, mount_at
 from ckptfs.interrupts import interruptible
 from ckptfs.model.oci import Reference
 from ckptfs.settings import Registries
+from ckptfs.terminal import printable
 
 _PULL, _SKOPEO = "ckptfs pull", "skopeo, tar"
 _WATCHED = -1
@@ -87,7 +88,7 @@ def _compare(wanted: Comparison, say: Callable[[str], None]) -> Outcome:
         for one in figures:
             results.add(one)
         page = results.path.with_suffix(".html")
-        write_report(results.facts, page, title=f"{wanted.reference}: lazy against eager")
+        write_report(results.facts, page, title=f"{printable(str(wanted.reference))}: lazy against eager")
         written, report = (file.rename(wanted.out / file.name) for file in (results.path, page))
     return Outcome(written, report, figures)
 
@@ -106,7 +107,7 @@ def _workshop(out: Path) -> Iterator[Path]:
         raise refused(error) from None
     with temporary as folder:
         try:
-            yield Path(folder)
+            yield Path(folder).resolve()  # by which a mount and its daemon know it
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise

@@ -258,9 +258,9 @@ def seconds(text: str) -> float:
 
 
 def bits_per_second(text: str) -> float:
-    """A rate such as "200Mbit", "1Gbit" or "0" for no cap."""
+    """A rate such as "200Mbit", "1Gbit" or "0" for no cap. Others without a unit are mistakes: 200 bits a second."""
     match = re.fullmatch(rf"({_NUMBER}) ?([kKMG]?)(?:bit(?:/s)?)?", text)
-    if not match:
+    if not match or (match[0] == match[1] and float(match[1])):
         raise UsageError(f"{text!r} is not a rate", hint="write it like 200Mbit")
     return float(match[1]) * _UNITS[match[2]]
 

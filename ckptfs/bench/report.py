@@ -29,7 +29,7 @@ th { border-bottom: 2px solid #999 } td { border-bottom: 1px solid #e4e4e4 }
 def write_report(facts: Sequence[Fact], path: Path, *, title: str = "ckptfs: lazy against eager") -> None:
     """The page at `path`, in place of one that is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(facts, title))
+    path.write_text(page(facts, title), encoding="utf-8")  # as the page says, whatever the locale
 
 
 def page(facts: Sequence[Fact], title: str) -> str:

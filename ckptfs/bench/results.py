@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from ckptfs.errors import CacheError, FormatError
+from ckptfs.errors import CacheError, FormatError, UsageError
 
 Conditions: TypeAlias = Mapping[str, str | float]
 
@@ -117,9 +117,15 @@ class ResultFile:
 
 
 def read_results(paths: Iterable[Path]) -> Iterator[Fact]:
-    """The facts of several files, one after another. FormatError for a line that is none."""
+    """The facts of several files, one after another. FormatError for a line that is none; UsageError for no file."""
     for path in paths:
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError as error:
+            raise UsageError(
+                f"{path} cannot be read: {error.strerror}", hint="name a file of results (.jsonl)"
+            ) from None
+        for number, line in enumerate(lines, 1):
             try:
                 yield parse_fact(json.loads(line))
             except (ValueError, KeyError, TypeError) as error:

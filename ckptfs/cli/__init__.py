@@ -19,6 +19,7 @@ from ckptfs.errors import CkptfsError, MountError, UsageError
 from ckptfs.redaction import redact
 
 PROGRAM = "ckptfs"
+_COLOUR = False if os.environ.get("NO_COLOR") else None  # None: on a terminal
 
 # Command -> module of this package that has a function of that name (dashes as underscores).
 COMMANDS = {
@@ -87,15 +88,19 @@ class _Lazy(click.Group):
         return command
 
 
-@click.command(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(
+    cls=_Lazy,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "color": _COLOUR},
+)
 @click.version_option(__version__, prog_name="ckptfs")
 def main() -> None:
     """Mount container checkpoints that live in a registry, and read only what is asked for.
 
     \b
     ckptfs mount registry.example/app/ckpt:1 /mnt/ckpt
-    criu restore -D /mnt/ckpt/checkpoint -W /var/tmp/work --lazy-pages
-    ckptfs umount /mnt/ckpt
+    criu lazy-pages --daemon -D /mnt/ckpt/checkpoint -W /var/tmp/w
+    criu restore -d --lazy-pages -D /mnt/ckpt/checkpoint -W /var/tmp/w
+    ckptfs umount /mnt/ckpt    # when criu lazy-pages has ended
     """
 
 

@@ -11,7 +11,7 @@ from ckptfs.cli.options import configure_logging, make_settings, reference_argum
 from ckptfs.model.oci import Reference
 
 
-@click.command()
+@click.command(short_help="Compare a mount with pulling and unpacking, over a slow link.")
 @reference_argument
 @click.option(
     "--out",
@@ -19,7 +19,14 @@ from ckptfs.model.oci import Reference
     required=True,
     help="Where results and report go; twice the size of the image is needed there for a while.",
 )
-@click.option("--rtt", "rtts", multiple=True, default=["20ms"], show_default=True, help="Round-trip time of the link.")
+@click.option(
+    "--rtt",
+    "rtts",
+    multiple=True,
+    default=["20ms"],
+    show_default=True,
+    help="Round-trip time of the link; seconds without a unit.",
+)
 @click.option(
     "--rate", "rates", multiple=True, default=["200Mbit"], show_default=True, help="Its bandwidth; 0: no cap."
 )

@@ -94,7 +94,7 @@ def cat(reference: Reference, paths: tuple[str, ...], **options: Any) -> None:
     with_image(reference, work, progress=progress, **options)
 
 
-@click.command()
+@click.command(short_help="Copy a file or a directory out of the image.")
 @reference_argument
 @click.argument("path")
 @click.argument("target", type=click.Path(path_type=Path))

@@ -73,7 +73,7 @@ def info(as_json: bool, cache_dir: Path | None, verbose: int, quiet: bool) -> No
     click.echo(f"  in use     {'yes' if stats['in_use'] else 'no'}")
 
 
-@cache.command()
+@cache.command(short_help="Read everything and drop what is damaged.")
 @click.option("--json", "as_json", is_flag=True, help="One object: how many were read, how many were damaged.")
 @_housekeeping
 def verify(as_json: bool, cache_dir: Path | None, verbose: int, quiet: bool) -> None:
@@ -101,7 +101,7 @@ def verify(as_json: bool, cache_dir: Path | None, verbose: int, quiet: bool) -> 
         )
 
 
-@cache.command()
+@cache.command(short_help="Evict what was used longest ago.")
 @click.option("--to", "target", type=ByteSize(), help="Bytes to get down to, e.g. 2G. [default: cache_size]")
 @click.option("--json", "as_json", is_flag=True, help="One object: bytes that were freed, bytes that are left.")
 @_housekeeping
@@ -135,7 +135,7 @@ def clear(force: bool, as_json: bool, cache_dir: Path | None, verbose: int, quie
     _tell_freed(freed, left, as_json, quiet)
 
 
-@cache.command()
+@cache.command(short_help="Fetch an image into the cache.")
 @reference_argument
 @click.option("--metadata", is_flag=True, help="Only the small files that every restore reads, not the pages.")
 @view_options

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ckptfs.restore.flow import RestoreRequest
 
 
-@click.command()
+@click.command(short_help="Say whether a checkpoint can be restored here.")
 @reference_argument
 @click.option("--runtime", type=click.Choice(["auto", "runc", "crun", "criu"]), default="auto", show_default=True)
 @click.option("--engine", type=click.Choice(["podman", "containerd"]), help="Check for a restore by this engine.")

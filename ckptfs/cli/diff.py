@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ckptfs.inspection.diff import Difference
 
 
-@click.command()
+@click.command(short_help="What changed from one checkpoint to another.")
 @click.argument("before", metavar="REF", type=RegistryReference())
 @click.argument("after", metavar="REF", type=RegistryReference())
 @click.option(

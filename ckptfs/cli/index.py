@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ckptfs.image.publishing import PublishedIndex
 
 
-@click.command()
+@click.command(short_help="Make somebody else's image as good to mount as ours.")
 @reference_argument
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @registry_options

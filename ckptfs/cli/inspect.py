@@ -58,7 +58,7 @@ def inspect(reference: Reference, pid: int | None, form: str, as_json: bool, **o
     \b
     ckptfs inspect localhost:5000/counter:1
     ckptfs inspect localhost:5000/counter:1 --ps-tree-cmd --files
-    ckptfs inspect localhost:5000/counter:1 --json | jq .containers[0].process_tree
+    ckptfs inspect localhost:5000/counter:1 --json | jq '.containers[0].process_tree'
     """
     from ckptfs.inspection.parts import Part
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ckptfs.inspection.source import Images
 
 
-@click.command()
+@click.command(short_help="Show or search the memory of the processes in a checkpoint.")
 @reference_argument
 @click.option(
     "-p",

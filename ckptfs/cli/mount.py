@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ckptfs.mounting import Request
 
 
-@click.command()
+@click.command(short_help="Show an image as a directory; fetch only what is read.")
 @reference_argument
 @click.argument("directory", metavar="DIR", type=click.Path())
 @click.option("-f", "--foreground", is_flag=True, help="Stay; end with Ctrl-C or `ckptfs umount`.")
@@ -82,7 +82,8 @@ def mount(
 
     \b
     ckptfs mount localhost:5000/counter:1 /mnt/ckpt
-    criu restore -D /mnt/ckpt/checkpoint -W /var/tmp/work --lazy-pages
+    criu lazy-pages --daemon -D /mnt/ckpt/checkpoint -W /var/tmp/w
+    criu restore -d --lazy-pages -D /mnt/ckpt/checkpoint -W /var/tmp/w
     ckptfs mount oci:/srv/images/counter:latest /mnt/ckpt --view raw --foreground
     """
     configure_logging(verbose, quiet)

@@ -42,7 +42,7 @@ MOUNT_VARIABLE = "CKPTFS_MOUNT"
 _TRANSFER_RATE = 4.0 * MiB  # while recording: what has been transferred unasked is never seen to be needed
 
 
-@click.group()
+@click.group(short_help="Record what a restore reads first, for later mounts.")
 def profile() -> None:
     """What a restore reads first: record it once, attach it to the image, and later mounts fetch it first.
 
@@ -53,7 +53,7 @@ def profile() -> None:
     """
 
 
-@profile.command()
+@profile.command(short_help="Mount an image, run a command, write down what it needs.")
 @click.argument("reference", metavar="[REF]", type=RegistryReference(), required=False)
 @click.argument("command", metavar="[-- COMMAND...]", nargs=-1)
 @click.option(
@@ -114,7 +114,7 @@ def record(
         click.echo(_sentence(result), err=True)
 
 
-@profile.command()
+@profile.command(short_help="What a profile says.")
 @click.argument("source", metavar="FILE|REF")
 @click.option("--runs", "all_runs", is_flag=True, help="List every run.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
@@ -153,7 +153,7 @@ def show(source: str, all_runs: bool, as_json: bool, plain_http: bool, verbose: 
         click.echo(_sentence(found), err=True)
 
 
-@profile.command()
+@profile.command(short_help="Attach a profile to an image.")
 @click.argument("file", metavar="FILE", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.argument("reference", metavar="REF", type=RegistryReference())
 @click.option("--replace", is_flag=True, help="Forget what earlier profiles say, instead of merging.")
@@ -189,7 +189,7 @@ def push(
             click.echo(_sentence(published.profile), err=True)
 
 
-@profile.command()
+@profile.command(short_help="Draw the reads that `mount --record` has written.")
 @click.argument("reads", metavar="READS", type=click.Path(path_type=Path, dir_okay=False))
 @click.argument("out", metavar="OUT", type=click.Path(path_type=Path, dir_okay=False))
 @verbosity_options
@@ -306,7 +306,10 @@ def _load(source: str, plain_http: bool) -> "Profile":
         raise translated(error, path) from None
     from ckptfs.image.profiles import attached
 
-    reference = RegistryReference().convert(source, None, None)
+    try:
+        reference = RegistryReference().convert(source, None, None)
+    except UsageError as error:
+        raise UsageError(f"there is no file {source}, and {error.message}", hint=error.hint) from None
     opened, manifest = _image(reference, plain_http)
     found = attached(opened, manifest.digest, limits)
     if found is None:

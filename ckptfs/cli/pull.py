@@ -21,7 +21,7 @@ from ckptfs.telemetry import NetworkCounters
 from ckptfs.terminal import printable, size_text
 
 
-@click.command()
+@click.command(short_help="Fetch a whole image as files, the eager way.")
 @reference_argument
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @view_options

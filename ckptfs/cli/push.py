@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ckptfs.push import PushResult
 
 
-@click.command()
+@click.command(short_help="Publish a checkpoint as an image.")
 @click.argument("source", metavar="SRC")
 @click.argument("reference", metavar="REF", type=RegistryReference())
 @click.option(

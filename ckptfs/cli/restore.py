@@ -48,7 +48,7 @@ def require_one_base(base: Reference | str | None, rootfs: Path | None) -> None:
         raise UsageError("--base and --rootfs name the same thing", hint="give one of them")
 
 
-@click.command()
+@click.command(short_help="Run a checkpointed container before it has been pulled.")
 @reference_argument
 @click.argument("extra", metavar="[-- OPTION...]", nargs=-1)
 @click.option("--name", default="", help="The container's name here. [default: made from REF]")
@@ -121,6 +121,9 @@ def restore(
     from ckptfs.restore import keeper
     from ckptfs.restore.flow import RestoreRequest
 
+    if extra and not extra[0].startswith("-"):
+        hint = "options of the runtime follow --, and a name is given with --name"
+        raise UsageError(f"{extra[0]!r} is no option", hint=hint)
     request = RestoreRequest(
         mount=MountRequest(
             reference=reference,

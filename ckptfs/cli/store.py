@@ -12,7 +12,7 @@ from ckptfs.cli.options import (
 )
 
 
-@click.command()
+@click.command(short_help="Serve images lazily to podman, buildah and CRI-O.")
 @click.argument("directory", metavar="DIR", type=click.Path())
 @click.option("-f", "--foreground", is_flag=True, help="Stay; end with Ctrl-C or `ckptfs umount`.")
 @click.option("--offline", is_flag=True, help="Send nothing; what the node's cache lacks is an I/O error.")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ckptfs.image import OpenImage
 
 
-@click.command()
+@click.command(short_help="Make a small archive by which engines restore from a mount.")
 @reference_argument
 @click.option(
     "--mount", "mountpoint", type=click.Path(path_type=Path), required=True, help="Where REF will be mounted."

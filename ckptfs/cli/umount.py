@@ -7,7 +7,7 @@ from ckptfs.cli.options import complete_mounts, configure_logging, verbosity_opt
 from ckptfs.errors import CkptfsError
 
 
-@click.command()
+@click.command(short_help="Stop a mount's daemon and unmount; mends a dead mount.")
 @click.argument(
     "directories", metavar="DIR...", nargs=-1, required=True, type=click.Path(), shell_complete=complete_mounts
 )

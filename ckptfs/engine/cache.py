@@ -22,7 +22,7 @@ from ckptfs.engine.chunk_log import ChunkLog
 from ckptfs.engine.claims import Claims
 from ckptfs.engine.directory import CacheDirectory
 from ckptfs.engine.disk import Buffer, DiskOps, WriteGate
-from ckptfs.engine.documents import Documents, MemoryDocuments
+from ckptfs.engine.documents import Documents, MemoryDocuments, key_bytes
 from ckptfs.engine.seal import Seal
 from ckptfs.engine.segment_files import AnonymousSegments, SegmentFiles
 from ckptfs.errors import CacheError
@@ -242,19 +242,19 @@ class ChunkCache:
     def get_document(self, key: str) -> bytes | None:
         """The document that was put last under this name, None when it is not here."""
         if self._seal:
-            name = self._seal.name(key.encode())
+            name = self._seal.name(key_bytes(key))
             return self._seal.decrypt(name, self._documents.get(name.hex()))
         return self._documents.get(key)
 
     def put_document(self, key: str, data: bytes) -> None:
         """Keep a document instead of what there was. Never fails, like `put_many`."""
         if self._seal:
-            name = self._seal.name(key.encode())
+            name = self._seal.name(key_bytes(key))
             key, data = name.hex(), self._seal.encrypt(name, data)
         self._write(lambda: self._documents.put(key, data))
 
     def delete_document(self, key: str) -> None:
-        name = self._seal.name(key.encode()).hex() if self._seal else key
+        name = self._seal.name(key_bytes(key)).hex() if self._seal else key
         self._write(lambda: self._documents.delete(name))
 
     # -- housekeeping --------------------------------------------------------------------------------------------------

@@ -24,6 +24,11 @@ _HEADER = struct.Struct("<8sIQ16s")  # magic, bytes of the name, bytes of the pa
 _MAGIC = b"ckptdoc1"
 
 
+def key_bytes(key: str) -> bytes:
+    """A key as it is written and hashed: names of files, which are in some, need not be UTF-8."""
+    return key.encode(errors="surrogateescape")
+
+
 class Documents:
     """The documents of the node's cache, at most `share` bytes of them, those used last. Raises OSError on writing."""
 
@@ -32,7 +37,7 @@ class Documents:
 
     def put(self, key: str, data: bytes) -> None:
         """Keep it instead of what there was. One that is larger than the share is left out."""
-        name = key.encode()
+        name = key_bytes(key)
         header = _HEADER.pack(_MAGIC, len(name), len(data), _hash(name, data))
         if len(header) + len(name) + len(data) > self._share:
             return
@@ -49,7 +54,7 @@ class Documents:
             return None
         if len(content) > self._share:  # of a process with a larger cache: none of ours, and none that is damaged
             return None
-        payload = _payload(key.encode(), content)
+        payload = _payload(key_bytes(key), content)
         with suppress(OSError):
             if payload is None:
                 self._ops.unlink(path)
@@ -113,7 +118,7 @@ class Documents:
         return checked, damaged
 
     def _file(self, key: str) -> str:
-        return f"{self._path}/{hashlib.sha256(key.encode()).hexdigest()}.doc"
+        return f"{self._path}/{hashlib.sha256(key_bytes(key)).hexdigest()}.doc"
 
 
 def replace(ops: DiskOps, directory: str, path: str, content: Sequence[Buffer]) -> None:

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 # pyfuse3's default of 99 lets 130 hung reads starve stat for seconds; reads are capped below this by the reader.
 _MAX_TASKS = 4096
+_SAID = 64 * 1024  # bytes of what is said while mounting
 _LAST_WORDS = 0.5  # seconds for answers that are being given when the drain is over
 
 
@@ -43,13 +44,7 @@ class MountSession:
             await self._serve(signals, options, on_ready)
 
     async def _serve(self, signals: AsyncIterator[int], options: set[str], on_ready: Callable[[], None]) -> None:
-        try:
-            pyfuse3.init(self._operations, self.mountpoint, options)
-        except RuntimeError as error:
-            hint = "are you root, or is fusermount3 installed?"
-            if "allow_other" in options and os.geteuid() != 0 and not admits_others():
-                hint = "--allow-other needs a line user_allow_other in /etc/fuse.conf, which root can add"
-            raise MountError(f"{self.mountpoint} cannot be mounted: {error}", hint=hint) from None
+        self._init(options)
         mount = mount_at(self.mountpoint)
         try:
             if mount is None:
@@ -67,6 +62,32 @@ class MountSession:
                     detach(self.mountpoint)
             with contextlib.suppress(OSError, RuntimeError):
                 pyfuse3.close(unmount=False)
+
+    def _init(self, options: set[str]) -> None:
+        """MountError with the reason, which libfuse and fusermount3 tell nobody but stderr."""
+        said, stderr = os.memfd_create("stderr"), os.dup(2)
+        os.dup2(said, 2)
+        reason = ""
+        try:
+            pyfuse3.init(self._operations, self.mountpoint, options)
+        except RuntimeError as error:
+            reason = str(error)
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            lines = os.pread(said, _SAID, 0).decode(errors="replace").splitlines(keepends=True)
+            os.close(said)
+            for line in lines:
+                who, _, words = line.partition(": ")
+                if reason and who in ("fuse", "fusermount3"):
+                    reason = words.strip()
+                else:  # of somebody else in this process
+                    os.write(2, line.encode())
+        if reason:
+            hint = "in a container give --cap-add SYS_ADMIN" if os.geteuid() == 0 else "name a directory of your own"
+            if "allow_other" in options and os.geteuid() != 0 and not admits_others():
+                hint = "--allow-other needs a line user_allow_other in /etc/fuse.conf, which root can add"
+            raise MountError(f"{self.mountpoint} cannot be mounted: {reason}", hint=hint)
 
     def stop(self) -> None:
         """Begin to end: no new prefetch, readers that wait get a few seconds."""
@@ -122,7 +143,8 @@ def mount_options(source: str, *, allow_other: bool, read_only: bool = True) -> 
     But not where an ordinary user mounts for nobody else: the files are root's, mostly, and the kernel lets only that
     user in, who could read the whole image anyway.
     """
-    name = source.replace("\\", "\\\\").replace(",", "\\,")
+    name = source.encode("ascii", "backslashreplace").decode()  # pyfuse3 takes no other letters
+    name = name.replace("\\", "\\\\").replace(",", "\\,")
     options = {f"fsname={name}", "subtype=ckptfs", "ro" if read_only else "rw", "nodev", "nosuid"}
     if allow_other or os.geteuid() == 0:
         options.add("default_permissions")

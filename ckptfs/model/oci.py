@@ -106,22 +106,22 @@ class Reference(NamedTuple):
                 raise UsageError("oci: without a directory", hint="write oci:DIR or oci:DIR:TAG")
             return cls("oci", path=path, tag=tag, digest=digest)
         host, slash, name = rest.partition("/")
-        looks_like_host = "." in host or ":" in host or host == "localhost"
+        forms = "write HOST[:PORT]/REPOSITORY[:TAG], oci:DIR[:TAG] or archive:FILE"
+        looks_like_host = host.strip(".") and ("." in host or ":" in host or host == "localhost")  # ./a is a path
         if not slash or not looks_like_host:
-            raise UsageError(
-                f"reference {text!r} names no registry",
-                hint="write HOST[:PORT]/REPOSITORY[:TAG], oci:DIR[:TAG] or archive:FILE",
-            )
+            raise UsageError(f"reference {text!r} names no registry", hint=forms)
         repository, colon, tag = name.partition(":")
         if not re.match(_HOST, host):
-            raise UsageError(f"reference {text!r}: {host!r} is not a host name")
+            raise UsageError(
+                f"reference {text!r}: {host!r} is not a host name", hint=f"{forms}, without https:// before it"
+            )
         if not re.match(_REPOSITORY, repository) or len(repository) > 255:
             raise UsageError(
                 f"reference {text!r}: {repository!r} is not a repository name",
                 hint="lower-case letters, digits and . _ - between slashes",
             )
         if colon and not re.match(_TAG, tag):
-            raise UsageError(f"reference {text!r}: {tag!r} is not a tag")
+            raise UsageError(f"reference {text!r}: {tag!r} is not a tag", hint="at most 128 letters, digits and . _ -")
         return cls("registry", host, repository, tag=tag or ("" if digest else "latest"), digest=digest)
 
     def pinned(self, digest: Digest) -> "Reference":

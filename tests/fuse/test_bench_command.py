@@ -54,6 +54,16 @@ def test_a_recorded_trace_is_replayed(tmp_path: Path) -> None:
     assert "ckptfs: until the process could run; 20 ms, no cap" in done.out
 
 
+def test_results_may_lie_behind_a_link(tmp_path: Path) -> None:
+    """A mount and its daemon are known by the real path."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    layout = tmp_path / os.fsdecode(b"\xff")  # nor need names be UTF-8
+    layout.symlink_to(LAYOUT)
+    done = ckptfs("bench", f"oci:{layout}", "--out", tmp_path / "link/out", "--runs", 1, "--rtt", "1ms", "--rate", 0)
+    assert done.code == 0 and f"report: {tmp_path}/link/out/" in done.out, done.err
+
+
 @each(
     "words, code, said",
     [

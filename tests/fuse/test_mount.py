@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -228,6 +229,17 @@ def test_umount_from_outside_ends_the_daemon(tmp_path: Path) -> None:
         _until(lambda: ended(mount.pid))
 
 
+def test_names_of_sources_may_have_any_letters(tmp_path: Path) -> None:
+    source = tmp_path / os.fsdecode("a, b\\c ü ".encode() + b"\xff.tar")
+    with tarfile.open(source, "w") as archive:
+        archive.add(LAYOUT, "layout")
+    with mounted(f"archive:{source}", tmp_path) as mount:
+        assert (mount.path / "layout/index.json").read_bytes() == (LAYOUT / "index.json").read_bytes()
+        assert mount.status()["reference"] == f"archive:{source}"
+    for words in (["ls"], ["ls", "--offline"], ["cache", "warm", "--quiet"]):
+        assert ckptfs(*words, f"archive:{source}", "--cache-dir", tmp_path / "cache").code == 0
+
+
 def test_foreground_stays_and_ends_with_its_mount(tmp_path: Path) -> None:
     target = tmp_path / "mnt"
     target.mkdir()
@@ -304,6 +316,10 @@ def test_unmounting_what_is_not_ours_is_refused(tmp_path: Path) -> None:
     "arguments, code, words",
     [
         (["mount", "no-registry", "{mnt}"], 2, "names no registry"),
+        (["mount", "./a.tar", "{mnt}"], 2, "names no registry; write HOST"),
+        (["mount", "docker://localhost:5000/a:1", "{mnt}"], 2, "is not a host name; write HOST"),
+        (["profile", "show", "./a.json"], 2, "there is no file ./a.json, and reference"),
+        (["restore", "localhost:5000/a:1", "a"], 2, "'a' is no option; options of the runtime follow --"),
         (["mount", "host.example/UPPER:x", "{mnt}"], 2, "repository name"),
         (["mount", "localhost:1/a:b@sha256:12", "{mnt}"], 2, "digest"),
         (["mount", "oci:{tmp}/nowhere", "{mnt}"], 3, "nowhere"),

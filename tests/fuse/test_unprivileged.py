@@ -4,6 +4,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,6 +69,26 @@ def test_what_allow_other_needs_is_named() -> None:
         assert done.returncode == 0, done.stderr
     else:
         assert done.returncode == 8 and "needs a line user_allow_other in /etc/fuse.conf" in done.stderr, done.stderr
+
+
+def test_why_fusermount_refuses_is_said() -> None:
+    require("setpriv", "unshare", "fusermount3", root=True)
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as closed:
+        os.chmod(closed, 0o755)
+        done = as_nobody("ckptfs", "mount", f"oci:{LAYOUT}", closed, fuse=True)
+    words = f"{closed} cannot be mounted: user has no write access to mountpoint {closed}; name a directory of your own"
+    assert (done.returncode, done.stderr) == (8, f"ckptfs: {words}\n")
+
+
+def test_a_mount_of_another_runtime_directory_is_not_called_dead() -> None:
+    """One by cron or `su`, asked in a session that has one of its own; on a node, one of a container."""
+    require("setpriv", "unshare", "fusermount3", root=True)
+    script = (
+        f'mkdir mnt && ckptfs mount oci:{LAYOUT} mnt && XDG_RUNTIME_DIR="$PWD" ckptfs status mnt; ckptfs umount mnt'
+    )
+    done = as_nobody("sh", "-c", script, fuse=True)
+    assert "with another $XDG_RUNTIME_DIR; ask there" in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("source", ["closed", "closed/a.tar", "a.tar", "open"])

@@ -1,14 +1,19 @@
 """Results of a benchmark in a file and back, and the page that is made of them."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from ckptfs.bench.charts import sweeps
 from ckptfs.bench.machine import stamp, usage
 from ckptfs.bench.report import page, write_report
 from ckptfs.bench.results import Absent, Fact, Figure, ResultFile, Sample, Series, Stamp, figure, read_results
-from ckptfs.errors import FormatError
+from ckptfs.errors import FormatError, UsageError
+from tests.support.tools import ROOT
 
 STAMP = Stamp("2026-01-01T00:00:00+00:00", "0123456789ab", "0.1", "6.18", "a machine", 0.1)
 RESTORE = {"ready": 0.3, "first_tick": 0.5, "resident": 6.0}
@@ -44,6 +49,31 @@ def test_figures_are_medians_and_know_whether_they_hold() -> None:
     assert isinstance(warm, Figure)
     assert (first.value, first.low, first.high, first.runs) == (0.4, 0.3, 0.5, 3)
     assert (first.held, warm.held, Figure("P1", "a", 1.0, "s").held) == (False, True, None)
+
+
+def test_the_page_is_written_in_every_locale(tmp_path: Path) -> None:
+    script = "from tests.unit.test_bench_results import *; write_report(facts(), Path('report.html'))"
+    ascii_only = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, **ascii_only}, check=True)
+    assert "0.3 – 0.5, 3" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_no_cap_and_no_delay_have_a_place_in_the_picture() -> None:
+    links = ((5.0, 100.0), (5.0, 400.0), (5.0, 0.0), (0.0, 100.0), (50.0, 100.0))
+    runs = [Sample("image", "ckptfs pull", 0, {"rtt_ms": rtt, "mbit": mbit}, {"start": 1.0}) for rtt, mbit in links]
+    panels = (("mbit", "bandwidth", {"rtt_ms": 5.0}), ("rtt_ms", "delay", {"mbit": 100.0}))
+    svg = sweeps(runs, panels, "start")
+    at = [float(x) for x in re.findall(r'<use xlink:href="#\w+" x="([\d.]+)" y="[\d.]+" style="fill: #56b4e9', svg)]
+    first, second = at[:3], at[3:6]
+    assert first == sorted(first) and second == sorted(second)
+    assert min(second[1] - second[0], second[2] - second[1], first[1] - first[0], first[2] - first[1]) > 20
+    assert "no cap" in svg
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be read"):
+        list(read_results([tmp_path / "nowhere"]))
 
 
 @pytest.mark.parametrize("line", ["", "{", "[]", '{"kind": "other"}', '{"kind": "absent"}'])

@@ -1,11 +1,12 @@
 """Defaults from files and the environment: who wins, what is refused, and what is said about it."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from ckptfs import configuration
+from ckptfs import configuration, settings
 from ckptfs.configuration import KEYS, load, parse_deadline, parse_size
 from ckptfs.errors import UsageError
 from ckptfs.settings import GiB, MiB
@@ -53,6 +54,16 @@ def test_paths_are_relative_to_their_file(places: dict[str, Path]) -> None:
     values = load(places["named"]).values
     assert values["cache_dir"].value == places["named"].parent / "cache"
     assert values["cache_key_file"].value == Path("~/key").expanduser()
+
+
+def test_a_home_directory_that_is_not_known(places: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CKPTFS_CACHE_DIR", "~nobody-of-that-name/cache")
+    with pytest.raises(UsageError, match="CKPTFS_CACHE_DIR: '~nobody-of-that-name/cache' begins with a home directory"):
+        load()
+    monkeypatch.setattr(settings, "_is_root", lambda: False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # of a user without a line in passwd(5)
+    assert settings.default_cache_dir() == Path(f"/var/tmp/ckptfs-{os.geteuid()}")
 
 
 def test_mirrors(places: dict[str, Path]) -> None:

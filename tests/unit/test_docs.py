@@ -32,6 +32,16 @@ def test_commands_parse(page: Path) -> None:
 
 
 @pages
+def test_lines_can_be_pasted(page: Path) -> None:
+    """Remarks beside commands are comments, for a shell too."""
+    for line in (line for block in blocks(page) for line in block.splitlines()):
+        words = shlex.split(line.removeprefix("# "), comments=True) if line.lstrip("# ").startswith("ckptfs ") else []
+        if words and "&&" not in words and "|" not in words and "…" not in line:
+            words = ["localhost:5000/x:1" if word in ("REF", "REF2") else word for word in words[1:]]
+            command_of(words).make_context(line, words)
+
+
+@pages
 def test_commands_in_sentences_exist(page: Path) -> None:
     """What they name need not be there, but the command and its options must."""
     for text in quoted(page):

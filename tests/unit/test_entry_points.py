@@ -12,6 +12,7 @@ import pytest
 from tests.support.command import ckptfs
 from tests.support.criu_images import CORPUS
 from tests.support.each import each
+from tests.support.terminal import on_terminal
 from tests.support.tools import ROOT
 
 PLUGIN = "import sys; from ckptfs.__main__ import checkpointctl_plugin; sys.exit(checkpointctl_plugin())"
@@ -60,6 +61,28 @@ def test_completion_of_commands_and_options() -> None:
     assert complete("insp") == ["inspect"]
     assert {"mount", "memparse", "completion"} <= set(complete(""))
     assert complete("inspect", "--ps-tree-") == ["--ps-tree-cmd", "--ps-tree-env"]
+
+
+def test_no_list_of_commands_is_cut_off() -> None:
+    for words in ([], ["--help"], ["cache", "--help"], ["profile", "--help"], ["config", "--help"]):
+        listed = ckptfs(*words, env={"COLUMNS": "80"}).out.partition("Commands:\n")[2]
+        assert listed and "..." not in listed, listed
+
+
+def test_examples_of_lazy_pages_start_their_daemon() -> None:
+    """`criu restore --lazy-pages` fails without."""
+    for words in ([], ["mount"]):
+        lines = [line.strip() for line in ckptfs(*words, "--help").out.splitlines()]
+        at = next(number for number, line in enumerate(lines) if line.startswith("criu restore"))
+        assert lines[at - 1].startswith("criu lazy-pages --daemon") and " -d " in lines[at]
+
+
+@pytest.mark.parametrize(("value", "coloured"), [("", True), ("1", False)])
+def test_no_color(value: str, coloured: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", value)
+    with on_terminal("check", f"oci:{CORPUS}/counter/k8s-zstdchunked.oci", "--cache-dir", tmp_path) as terminal:
+        terminal.end(60)
+    assert "rights" in terminal.raw and ("\x1b[3" in terminal.raw) == coloured
 
 
 def test_man_pages(tmp_path: Path) -> None:

@@ -163,8 +163,10 @@ def test_units() -> None:
     assert seconds("1.5") == 1.5
     assert bits_per_second("200Mbit") == 200e6
     assert bits_per_second("1Gbit/s") == 1e9
-    with pytest.raises(UsageError):
-        bits_per_second("1Tbit")
+    assert bits_per_second("0") == bits_per_second("0.0") == 0
+    for text in ("1Tbit", "200", "0.5"):  # bits, the latter two: nobody means that
+        with pytest.raises(UsageError):
+            bits_per_second(text)
 
 
 def test_statistics_need_a_running_link() -> None:

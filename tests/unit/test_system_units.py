@@ -41,6 +41,17 @@ def test_its_commands_parse(unit: Path) -> None:
         found.make_context(command, [values.get(word, word) for word in arguments])
 
 
+def test_options_of_the_runtime_can_be_given_to_a_restore() -> None:
+    text = (ROOT / "deploy/systemd/ckptfs-restore@.service").read_text()
+    (options,) = re.findall(r"^#\s+OPTIONS=(.*)$", text, re.MULTILINE)
+    (line,) = re.findall(r"^ExecStart=ckptfs restore (.*)$", text, re.MULTILINE)
+    words = shlex.split(line.replace("${REF}", "localhost:5000/x:1").replace("$OPTIONS", options))
+    found = main.get_command(click.Context(main), "restore")
+    assert found is not None
+    parsed = found.make_context("restore", words).params
+    assert (str(parsed["reference"]), parsed["extra"]) == ("localhost:5000/x:1", ("--tcp-established",))
+
+
 def test_the_mount_unit_is_named_after_its_directory() -> None:
     require("systemd-escape")
     where = re.search(r"^Where=(.*)$", (ROOT / "deploy/systemd/mnt-ckpt.mount").read_text(), re.MULTILINE)
