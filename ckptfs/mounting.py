@@ -195,7 +195,7 @@ def umount(directory: str, *, force: bool = False) -> None:
 
 
 # What a daemon of an earlier version, which still runs, does not say.
-_UNTOLD: dict[str, Any] = {"seconds": 0.0, "background": True, "metrics": None, "layers": [], "roles": {}, "reading": []}
+_OLDER: dict[str, Any] = {"seconds": 0.0, "background": True, "metrics": None, "layers": [], "roles": {}, "reading": []}
 
 
 def statuses(directory: str | None, *, detail: bool = False) -> list[dict[str, Any]]:
@@ -206,7 +206,7 @@ def statuses(directory: str | None, *, detail: bool = False) -> list[dict[str, A
     found = []
     for files, state in known_mounts():
         try:
-            found.append({**_UNTOLD, **ask(files, "status", detail=detail)})
+            found.append({**_OLDER, **ask(files, "status", detail=detail)})
         except UnavailableError:
             if mount_at(state["mountpoint"]) is None:
                 _remove_left(state["mountpoint"])
@@ -223,7 +223,7 @@ def _status_at(path: str, *, detail: bool) -> dict[str, Any]:
     if mounted is not None and not mounted.ours:
         raise MountError(f"{path} is a {mounted.fstype} mount, not one of ckptfs", hint=_ALL)
     try:
-        return {**_UNTOLD, **ask(files, "status", detail=detail)}
+        return {**_OLDER, **ask(files, "status", detail=detail)}
     except UnavailableError:
         left = mount_at(path)
     if left is None:

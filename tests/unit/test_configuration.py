@@ -58,7 +58,7 @@ def test_paths_are_relative_to_their_file(places: dict[str, Path]) -> None:
 
 def test_a_home_directory_that_is_not_known(places: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CKPTFS_CACHE_DIR", "~nobody-of-that-name/cache")
-    with pytest.raises(UsageError, match="CKPTFS_CACHE_DIR: '~nobody-of-that-name/cache' begins with a home directory"):
+    with pytest.raises(UsageError, match="CKPTFS_CACHE_DIR: '~nobody-of-that-name/cache' names a home directory"):
         load()
     monkeypatch.setattr(settings, "_is_root", lambda: False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
