@@ -218,6 +218,8 @@ class _Runner:
         for layer in json.loads((copy / "manifest.json").read_text())["layers"]:
             blob = copy / layer["digest"].partition(":")[2]
             _run("tar", "--extract", "--file", blob, "--directory", target)
+            if os.geteuid() != 0:  # a checkpoint/ of mode 0600, as runc makes it, only root can enter
+                _run("chmod", "--recursive", "u+rwX", target)
         return target
 
     @contextlib.contextmanager
