@@ -64,6 +64,16 @@ def test_results_may_lie_behind_a_link(tmp_path: Path) -> None:
     assert done.code == 0 and f"report: {tmp_path}/link/out/" in done.out, done.err
 
 
+def test_a_policy_for_images_does_not_matter(tmp_path: Path) -> None:
+    """policy.json of hosts that run signed images only: skopeo refused, and all that was measured was lost."""
+    policy = tmp_path / ".config/containers/policy.json"
+    policy.parent.mkdir(parents=True)
+    policy.write_text('{"default": [{"type": "reject"}]}')
+    words = ("bench", f"oci:{LAYOUT}", "--out", tmp_path / "out", "--runs", 1, "--rtt", "1ms", "--rate", 0)
+    done = ckptfs(*words, env={"HOME": str(tmp_path)})
+    assert done.code == 0 and "skopeo, tar: until" in done.out, done.err
+
+
 @each(
     "words, code, said",
     [
