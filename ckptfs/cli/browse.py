@@ -104,7 +104,8 @@ def cat(reference: Reference, paths: tuple[str, ...], **options: Any) -> None:
 def cp(reference: Reference, path: str, target: Path, **options: Any) -> None:
     """Copy a file, or a directory with all below it, out of the image.
 
-    Times and permission bits are kept, owners only for root; devices, pipes and set-user-id bits are left out.
+    Times and permission bits are kept, owners only for root; devices, pipes and set-user-id bits are left out. An
+    ordinary user can enter all directories.
 
     \b
     ckptfs cp localhost:5000/counter:1 checkpoint ./checkpoint
@@ -174,9 +175,12 @@ async def _export(image: Any, node: Any, target: Path, path: str, directories: l
 
 
 def _dress(target: Path, inode: Any) -> None:
+    mode = stat.S_IMODE(inode.mode) & 0o1777
     if os.geteuid() == 0:
         os.chown(target, inode.uid, inode.gid)
-    os.chmod(target, stat.S_IMODE(inode.mode) & 0o1777)
+    elif inode.is_dir:
+        mode |= 0o700  # runc makes checkpoint/ of mode 0600, which only root can enter, and remove
+    os.chmod(target, mode)
     os.utime(target, ns=(inode.mtime_ns, inode.mtime_ns))
 
 

@@ -128,7 +128,10 @@ class Destination:
 
     def _mode(self, inode: Inode) -> int:
         """As in the image; set-id bits would be those of another owner, unless root set him."""
-        return stat.S_IMODE(inode.mode) & (0o7777 if self._root else 0o1777)
+        if self._root:
+            return stat.S_IMODE(inode.mode)
+        # runc makes checkpoint/ of mode 0600, which only root can enter, and remove
+        return stat.S_IMODE(inode.mode) & 0o1777 | (0o700 if inode.is_dir else 0)
 
     def _allowed(self, path: bytes, what: str, action: Callable[[], None]) -> bool:
         """Whether it could be done. What only this file lacks is noted, what all would lack is raised."""

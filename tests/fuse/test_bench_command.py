@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -62,6 +63,24 @@ def test_results_may_lie_behind_a_link(tmp_path: Path) -> None:
     layout.symlink_to(LAYOUT)
     done = ckptfs("bench", f"oci:{layout}", "--out", tmp_path / "link/out", "--runs", 1, "--rtt", "1ms", "--rate", 0)
     assert done.code == 0 and f"report: {tmp_path}/link/out/" in done.out, done.err
+
+
+def test_a_policy_for_images_does_not_matter(tmp_path: Path) -> None:
+    """policy.json of hosts that run signed images only: skopeo refused, and all that was measured was lost."""
+    policy = tmp_path / ".config/containers/policy.json"
+    policy.parent.mkdir(parents=True)
+    policy.write_text('{"default": [{"type": "reject"}]}')
+    words = ("bench", f"oci:{LAYOUT}", "--out", tmp_path / "out", "--runs", 1, "--rtt", "1ms", "--rate", 0)
+    done = ckptfs(*words, env={"HOME": str(tmp_path)})
+    assert done.code == 0 and "skopeo, tar: until" in done.out, done.err
+
+
+def test_a_metrics_port_that_a_mount_has_is_left_to_it(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        setting = {"CKPTFS_METRICS": f"127.0.0.1:{taken.getsockname()[1]}"}
+        words = ("bench", f"oci:{LAYOUT}", "--out", tmp_path / "out", "--runs", 1, "--rtt", "1ms", "--rate", 0)
+        done = ckptfs(*words, env=setting)
+    assert done.code == 0, done.err
 
 
 @each(

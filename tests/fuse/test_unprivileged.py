@@ -1,6 +1,7 @@
 """Mounting without root, where fusermount3 and /dev/fuse allow it."""
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ckptfs.fuse.mountpoint import admits_others
+from tests.support.command import ckptfs
 from tests.support.other_user import as_nobody, let_in
 from tests.support.tools import ROOT, require
 
@@ -43,7 +45,7 @@ def test_an_ordinary_user_mounts_reads_and_unmounts(open_device: None, tmp_path:
     env = {**os.environ, "HOME": str(home), "XDG_RUNTIME_DIR": str(run), "PYTHONPATH": str(ROOT)}
     env.pop("XDG_CACHE_HOME", None)
 
-    def ckptfs(*words: str) -> None:
+    def as_reader(*words: str) -> None:
         command = [*user, sys.executable, "-m", "ckptfs", *words]
         done = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, done.stderr
@@ -52,12 +54,12 @@ def test_an_ordinary_user_mounts_reads_and_unmounts(open_device: None, tmp_path:
         command = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", *words]
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
-    ckptfs("mount", f"oci:{LAYOUT}", str(home / "mnt"))
+    as_reader("mount", f"oci:{LAYOUT}", str(home / "mnt"))
     try:
         assert '"name": "counter"' in as_user("cat", str(home / "mnt" / "config.dump"))
         assert "inventory.img" in as_user("ls", str(home / "mnt" / "checkpoint"))
     finally:
-        ckptfs("umount", str(home / "mnt"))
+        as_reader("umount", str(home / "mnt"))
     assert not os.path.ismount(home / "mnt")
 
 
@@ -89,6 +91,25 @@ def test_a_mount_of_another_runtime_directory_is_not_called_dead() -> None:
     done = as_nobody("sh", "-c", script, fuse=True)
     assert "with another $XDG_RUNTIME_DIR; ask there" in done.stderr, done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_directories_that_only_root_can_enter(tmp_path: Path) -> None:
+    """runc makes checkpoint/ of mode 0600: an ordinary user's copies of it could be neither looked into nor removed."""
+    require("setpriv", "unshare", "fusermount3", "skopeo", "tar", root=True)
+    image = tmp_path / "image"
+    assert ckptfs("pull", f"oci:{LAYOUT}", image).code == 0
+    (image / "checkpoint").chmod(0o600)
+    layout = Path(tempfile.mkdtemp(dir="/var/tmp")) / "layout"
+    try:
+        assert ckptfs("push", image, f"oci:{layout}:1").code == 0
+        subprocess.run(["chmod", "-R", "a+rX", layout.parent], check=True)
+        look = "ls pulled/checkpoint/inventory.img copied/inventory.img && rm -r pulled copied"
+        bench = f"ckptfs bench oci:{layout}:1 --out results --runs 1 --rtt 1ms --rate 0"
+        script = f"ckptfs pull oci:{layout}:1 pulled && ckptfs cp oci:{layout}:1 checkpoint copied && {look} && {bench}"
+        done = as_nobody("sh", "-c", script, fuse=True)
+    finally:
+        shutil.rmtree(layout.parent)
+    assert done.returncode == 0 and "skopeo, tar: until" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("source", ["closed", "closed/a.tar", "a.tar", "open"])
