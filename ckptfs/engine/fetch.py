@@ -195,7 +195,7 @@ class Fetcher:
         return UnavailableError(f"no answer within {deadline:g} s for {place}" + (f": {why}" if why else ""))
 
     def want(self, chunks: Iterable[Chunk], priority: Priority) -> None:
-        """Fetch these too, nobody waits. Sequential layers and what the node has are left alone."""
+        """Fetch these too, nobody waits. Sequential and condemned layers and what the node has are left alone."""
         if self._quiet:
             return
         for chunk in chunks:
@@ -203,6 +203,7 @@ class Fetcher:
             if (
                 key not in self._flying
                 and chunk.layer not in self._sequences
+                and chunk.layer not in self._condemned
                 and (key not in self._failed or self._refusal(chunk) is None)
                 and not self.has(chunk)
             ):

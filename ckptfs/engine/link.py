@@ -3,7 +3,7 @@
 Prefetch that outruns the link makes a demand read wait behind megabytes of what nobody needs yet; prefetch that falls
 behind leaves the link idle. The right amount is bandwidth x delay plus a little (BBR's BDP). Where the link outruns us
 there is no such harm: what counts then is that requests are few and long. Called from the event loop only, apart from
-`received` and `spent`.
+`first_byte`, `received` and `spent`.
 """
 
 import os
@@ -48,6 +48,7 @@ class LinkEstimate:
         self._judge()
 
     def first_byte(self, seconds: float) -> None:
+        """Called from the fetching threads."""
         self._delays.append(seconds)
         self.delay = min(self._delays)
         self._judge()

@@ -117,6 +117,7 @@ class Scheduler:
         # Layers that are files of other layers: their jobs wait for chunks of those, whose places they must not take.
         self.inside: set[int] = set()
         self._wanted: dict[bytes, _Wanted] = {}
+        self._pending = dict.fromkeys(Priority, 0)  # of those; the queues have what went with neighbours, too
         self._queues: dict[tuple[bool, Priority], deque[bytes]] = {
             (inside, priority): deque() for inside in (False, True) for priority in Priority
         }
@@ -139,9 +140,12 @@ class Scheduler:
         known = self._wanted.get(chunk.key)
         if known is None:
             self._wanted[chunk.key] = _Wanted(chunk, priority)
+            self._pending[priority] += 1
             self._queues[chunk.layer in self.inside, priority].append(chunk.key)
             bisect.insort(self._places.setdefault(chunk.layer, []), (chunk.offset, chunk.inner, chunk.key))
         elif priority < known.priority:
+            self._pending[known.priority] -= 1
+            self._pending[priority] += 1
             known.priority = priority  # its old place in the other queue is skipped when it comes up
             self._queues[chunk.layer in self.inside, priority].append(chunk.key)
 
@@ -153,8 +157,8 @@ class Scheduler:
             self._queues[inside, priority].clear()
 
     def pending(self, priority: Priority) -> int:
-        """How many chunks are queued at this priority (an upper bound: raised ones are counted twice)."""
-        return sum(len(self._queues[inside, priority]) for inside in (False, True))
+        """How many chunks are queued at this priority."""
+        return self._pending[priority]
 
     def next_job(self) -> Job | None:
         """The job to start now, None when nothing is queued or enough is under way; the caller adds it to `running`."""
@@ -252,6 +256,7 @@ class Scheduler:
 
     def _take(self, key: bytes) -> None:
         wanted = self._wanted.pop(key)
+        self._pending[wanted.priority] -= 1
         places = self._places[wanted.chunk.layer]
         place = (wanted.chunk.offset, wanted.chunk.inner, key)
         del places[bisect.bisect_left(places, place)]

@@ -23,15 +23,18 @@ class EarlySource:
         self._document: Manifest | Index | None = None
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._resolve, name="resolve", daemon=True)
-        self._thread.start()
-        for _ in range(_CONNECTIONS if isinstance(source, Repository) else 0):
-            threading.Thread(target=self._connect, name="connect", daemon=True).start()
+        with suppress(RuntimeError):  # of threading, which can start no more: then it is resolved when somebody asks
+            self._thread.start()
+            for _ in range(_CONNECTIONS if isinstance(source, Repository) else 0):
+                threading.Thread(target=self._connect, name="connect", daemon=True).start()
 
     @property
     def reference(self) -> Reference:
         return self._source.reference
 
     def resolve(self) -> Manifest | Index:
+        if self._thread.ident is None:
+            return self._source.resolve()
         self._thread.join()
         if self._document is None:
             raise self._error or RuntimeError("resolve ended without a document")

@@ -10,6 +10,8 @@ import trio
 from ckptfs.engine.cache import ChunkCache
 from ckptfs.engine.fetch import Fetcher
 from ckptfs.engine.memory import MemoryCache
+from ckptfs.engine.schedule import Priority
+from ckptfs.errors import IntegrityError
 from ckptfs.layers.grid import Grid
 from ckptfs.layers.tar import TarFormat
 from ckptfs.model.toc import Chunk, Entry, Extent, Inode
@@ -81,6 +83,27 @@ def test_a_plan_is_settled_when_all_of_it_is_here() -> None:
                         fetcher.fill(iter(chunks))
                         await fetcher.settled()
                         assert all(fetcher.has(chunk) for chunk in chunks)
+                nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_nothing_is_fetched_ahead_of_a_layer_that_is_wrong() -> None:
+    data = content(16 * KiB)
+    chunks = [Grid("layer", 0, KiB, len(data)).chunk(number) for number in range(16)]
+
+    async def main() -> None:
+        blob = blob_of(data)
+        with ChunkCache.ephemeral(size=64 * MiB) as cache:
+            fetcher = Fetcher(cache, MemoryCache(0), Settings())
+            fetcher.add_layer(blob, TarFormat().open(blob, 0, Settings()))
+            fetcher.condemn(0, IntegrityError("another layer"))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(fetcher.run)
+                with trio.fail_after(20):
+                    fetcher.want(chunks, Priority.PREFETCH)
+                    await fetcher.settled()
+                assert not blob.ranges and not any(fetcher.has(chunk) for chunk in chunks)
                 nursery.cancel_scope.cancel()
 
     trio.run(main)

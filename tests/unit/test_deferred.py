@@ -1,5 +1,6 @@
-"""A registry's source that is opened when something is first asked of it."""
+"""A registry's source that is opened when something is first asked of it, and one that is resolved before."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -8,6 +9,7 @@ from ckptfs.errors import UsageError
 from ckptfs.model.oci import Descriptor, Digest, Reference
 from ckptfs.sources import Repository
 from ckptfs.sources.deferred import DeferredSource
+from ckptfs.sources.early import EarlySource
 from ckptfs.sources.registry import RegistrySource
 from tests.support.fake_registry import FakeRegistry
 from tests.support.sources import Client, client
@@ -52,3 +54,15 @@ def test_a_failure_to_open_it_is_the_callers_and_not_the_last_word() -> None:
         with pytest.raises(UsageError):
             source.blob(LAYER).read_at(0, 1)
         assert source.fetch(LAYER) == DATA
+
+
+def test_what_no_thread_can_be_had_for_is_resolved_when_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with FakeRegistry() as registry, client(registry) as c:
+        registry.add_image("repo", "latest", [(TAR, DATA)])
+        with monkeypatch.context() as limit:
+            limit.setattr(threading.Thread, "start", refused)
+            source = EarlySource(c.source())
+        assert source.resolve() == c.source().resolve()

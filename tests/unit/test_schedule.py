@@ -45,6 +45,20 @@ def test_neighbours_become_one_extent_up_to_the_limit() -> None:
     assert [n for job in jobs for n in numbers(job)] == list(range(40))
 
 
+def test_what_a_neighbours_job_has_taken_is_not_pending() -> None:
+    scheduler = Scheduler(Sizes())
+    for number in range(600):
+        scheduler.want(Chunk(b"%d" % number, 0, number * KiB, KiB, KiB), Priority.BACKGROUND)
+    scheduler.want(chunk(700), Priority.BACKGROUND)
+    scheduler.want(chunk(700), Priority.PREFETCH)
+    assert [scheduler.pending(priority) for priority in Priority] == [0, 1, 600]
+    drain(scheduler)
+    assert [scheduler.pending(priority) for priority in Priority] == [0, 0, 0]
+    scheduler.want(chunk(1), Priority.BACKGROUND)
+    scheduler.forget(Priority.BACKGROUND)
+    assert not scheduler.pending(Priority.BACKGROUND)
+
+
 def test_small_gaps_are_bridged_and_large_ones_are_not() -> None:
     scheduler = Scheduler(Sizes()._replace(coalesce_gap=SIZE))
     for number in (0, 2, 5):
