@@ -35,6 +35,8 @@ class DerivedTars:
     def look(self) -> None:
         """Give the tars that have become visible their directories."""
         image = self._image
+        if image.tree.complete():
+            image.arrived = None  # what comes now is out of these tars
         if image.layout == Layout.NONE:
             return
         for path, inode in list(inner_tars(image.tree)):

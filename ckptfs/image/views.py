@@ -91,8 +91,8 @@ def containers(tree: Tree) -> list[Node]:
 
 
 def inner_tars(tree: Tree) -> Iterator[tuple[bytes, Inode]]:
-    """(path, inode) of the known tars of every container in the tree."""
-    for container in [tree.root, *(n for n in tree.root.visible_children() if n.inode is not None and n.inode.is_dir)]:
+    """(path, inode) of the known tars of every container in the tree; a file of that name elsewhere is a file."""
+    for container in containers(tree):
         for name in _KNOWN_TARS:
             node = container.children.get(name)
             if node is not None and node.inode is not None and node.inode.is_file:
