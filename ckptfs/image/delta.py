@@ -15,7 +15,7 @@ from ckptfs.engine.scan import LayerScan
 from ckptfs.errors import CkptfsError, LimitExceeded
 from ckptfs.image.inner import InodeBlob, within
 from ckptfs.image.opened import OpenImage
-from ckptfs.image.views import Layout, inner_tars
+from ckptfs.image.views import DELETED, Layout, inner_tars
 from ckptfs.model.paths import deleted_paths
 from ckptfs.model.toc import Entry, Inode
 from ckptfs.model.tree import WHITEOUT, Tree, Whiteouts
@@ -35,16 +35,18 @@ class DerivedTars:
     def look(self) -> None:
         """Give the tars that have become visible their directories."""
         image = self._image
+        if complete := image.tree.complete():
+            image.arrived = None  # what comes now is out of these tars
         if image.layout == Layout.NONE:
             return
-        for path, inode in list(inner_tars(image.tree)):
+        for path, inode in list(inner_tars(image.tree, complete=complete)):
             directory = path.removesuffix(b".tar")
             if path in self._seen:
                 continue
             self._seen.add(path)
             if image.tree.find(directory) is None:
                 delta = directory.rpartition(b"/")[2] == b"rootfs-diff"
-                deleted = directory.removesuffix(b"rootfs-diff") + b"deleted.files" if delta else None
+                deleted = directory.removesuffix(b"rootfs-diff") + DELETED if delta else None
                 base = self._base if delta else None
                 Unpacked(image, image.tree, directory, inode, "overlay", deleted, base).later()
 

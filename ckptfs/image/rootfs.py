@@ -6,6 +6,7 @@ name, in whatever registry that is.
 """
 
 import logging
+import stat
 from collections.abc import Sequence
 
 from ckptfs.engine.threads import in_thread
@@ -13,11 +14,12 @@ from ckptfs.errors import CkptfsError, NotFoundError, UsageError
 from ckptfs.image.delta import Unpacked
 from ckptfs.image.opened import OpenImage
 from ckptfs.image.resolve import Resolved, resolve_in_thread
+from ckptfs.image.views import DELETED, DELTA
 from ckptfs.layers import select_format
 from ckptfs.layers.protocols import OtherFormat
 from ckptfs.model.annotations import BASE_DIGEST, BASE_NAME, DELTA_ROLE, ROLE, ROOTFS_DIGEST
 from ckptfs.model.oci import Descriptor, Digest, Reference, parse_json
-from ckptfs.model.toc import Chunk
+from ckptfs.model.toc import Chunk, Inode
 from ckptfs.model.tree import Tree
 from ckptfs.settings import Settings
 from ckptfs.sources import OpenSource, Source
@@ -39,14 +41,16 @@ async def show_rootfs(image: OpenImage, open_source: OpenSource | None, base: Re
     else:
         base = base or await _base_of(image)
         source, resolved = await _open(image, open_source, base)
-        delta = await image.find_in_checkpoint(b"rootfs-diff.tar")
+        node = await image.find_in_checkpoint(DELTA)
+        # Engines write no tar where files were only deleted: as if it were empty
+        delta = node.inode if node is not None and node.inode is not None else Inode(stat.S_IFREG)
     tree = image.show_new_tree()
     first = image.next_rank
     side = await image.find_side_documents(source, resolved.manifest)
     for rank, descriptor in enumerate(resolved.manifest.layers, start=first):
         image.add_layer(source.blob(descriptor), rank, side=side.get(descriptor.digest))
-    if delta is not None and delta.inode is not None:
-        Unpacked(image, tree, b"", delta.inode, "merge", b"deleted.files").now()
+    if delta is not None:
+        Unpacked(image, tree, b"", delta, "merge", DELETED).now()
     await image.ready()
 
 

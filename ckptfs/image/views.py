@@ -10,6 +10,7 @@ None of these: no checkpoint; the tree stays raw.
 
 import json
 import posixpath
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
 
@@ -34,7 +35,8 @@ CRIU_TAR = "application/vnd.containerd.container.criu.checkpoint.criu.tar"
 CONTAINERD_CONFIG = "application/vnd.containerd.container.checkpoint.config.v1+proto"
 
 # Tars that checkpoints are known to hold, each shown as a directory beside it as well.
-_KNOWN_TARS = (b"rootfs-diff.tar", b"devshm-checkpoint.tar")
+DELTA, DELETED = b"rootfs-diff.tar", b"deleted.files"
+_KNOWN_TARS = (DELTA, b"devshm-checkpoint.tar")
 
 
 def recognise(tree: Tree, *, complete: bool) -> Layout | None:
@@ -90,9 +92,16 @@ def containers(tree: Tree) -> list[Node]:
     return sorted((n for n in tree.root.visible_children() if _is_container(n)), key=lambda node: node.name)
 
 
-def inner_tars(tree: Tree) -> Iterator[tuple[bytes, Inode]]:
-    """(path, inode) of the known tars of every container in the tree."""
-    for container in [tree.root, *(n for n in tree.root.visible_children() if n.inode is not None and n.inode.is_dir)]:
+def inner_tars(tree: Tree, *, complete: bool) -> Iterator[tuple[bytes, Inode]]:
+    """(path, inode) of the known tars of every container in the tree; a file of that name elsewhere is a file.
+
+    Engines write no tar of a delta in which files are only deleted: with `complete` it is there, and empty.
+    """
+    for container in containers(tree):
+        deleted = container.children.get(DELETED) if complete and DELTA not in container.children else None
+        if deleted is not None and deleted.inode is not None and deleted.inode.is_file:
+            head = container.path + b"/" if container.path else b""
+            yield head + DELTA, Inode(stat.S_IFREG, mtime_ns=deleted.inode.mtime_ns)
         for name in _KNOWN_TARS:
             node = container.children.get(name)
             if node is not None and node.inode is not None and node.inode.is_file:

@@ -78,7 +78,7 @@ class ImageFiles:
     def tars(self) -> dict[str, Inode]:
         """The tars in the image that are also shown as directories, by path."""
         self._listing("")
-        return {os.fsdecode(path): inode for path, inode in inner_tars(self.image.tree)}
+        return {os.fsdecode(path): inode for path, inode in inner_tars(self.image.tree, complete=False)}
 
     def load(self, path: str) -> None:
         """Have the extents of a file complete: those of very large files are fetched when they are first needed."""

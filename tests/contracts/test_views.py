@@ -298,6 +298,36 @@ def test_the_delta_may_be_compressed_by_any_tool(pack: Callable[[bytes], bytes],
     assert show(f"oci:{layout}:latest", tmp_path / "cache").under("rootfs-diff").keys() == {"etc", "etc/new"}
 
 
+def test_a_file_of_the_container_that_is_called_as_a_tar_of_a_checkpoint_is_a_file(tmp_path: Path) -> None:
+    """A directory beside it would be one more in the container that an overlay makes of the delta."""
+    inner = tar_of({"x": b"1"})
+    kept = dict.fromkeys(("rootfs-diff.tar", "devshm-checkpoint.tar", "volumes/backup.tar"), inner)
+    delta = tar_of(kept)
+    files = {"config.dump": b"{}", "checkpoint/inventory.img": b"x", "rootfs-diff.tar": delta, "volumes/v.tar": delta}
+    for pod in ("", "one/"):
+        layers = [blob_of(tar_of({pod + name: data for name, data in files.items()}))]
+        if pod:
+            layers.append(blob_of(tar_of({"two/checkpoint/inventory.img": b"x"})))
+        layout = layout_with(tmp_path / f"image-{pod.rstrip('/')}", layers)
+        shown = show(f"oci:{layout}:latest", tmp_path / "cache")
+        for folder in ("rootfs-diff", "volumes/v"):
+            assert shown.under(pod + folder).keys() == {*kept, "volumes"}
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["tar", "gzip"])
+def test_a_container_that_has_only_deleted_files(pack: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    """Engines write deleted.files then, and no rootfs-diff.tar (CRCreateRootFsDiffTar in podman)."""
+    files = {"deleted.files": b'["/etc/gone", "/srv"]', "config.dump": b"{}", "checkpoint/inventory.img": b"x"}
+    layer = blob_of(pack(tar_of(files)), TAR if pack is bytes else TAR + "+gzip")
+    layout = layout_with(tmp_path / "image", [layer])
+    base = layout_with(tmp_path / "base", [blob_of(tar_of({"etc/gone": b"1", "etc/kept": b"2", "srv/x": b"3"}))])
+    shown = show(f"oci:{layout}:latest", tmp_path / "cache").under("rootfs-diff")
+    assert {path for path, entry in shown.items() if entry == {**entry, **WHITEOUT}} == {"etc/gone", "srv"}
+    assert shown.keys() == {"etc", "etc/gone", "srv"}
+    root = show(f"oci:{layout}:latest", tmp_path / "cache", "rootfs", base=f"oci:{base}:latest")
+    assert root.entries.keys() == {"etc", "etc/kept"}
+
+
 def test_an_image_that_is_no_checkpoint_says_so(
     made: Callable[[str], Made], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -26,9 +26,15 @@ def test_a_runtime_is_excused_by_reads_that_failed_and_by_nothing_else(
     told: list[str], quoted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(flow, "statuses", lambda directory: [{"errors": told}])
-    error = RestoreError("runc could not restore: it does not say why", hint="look at the logs")
+    error = RestoreError("runc could not restore: Can't read pages: Input/output error", hint="look at the logs")
     found = flow.Flow.reason(SimpleNamespace(place=tmp_path), error)  # type: ignore[arg-type]
     if quoted:
         assert isinstance(found, UnavailableError) and quoted in found.message
     else:
         assert found is error
+
+
+def test_a_runtime_that_could_read_is_not_excused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flow, "statuses", lambda directory: [{"errors": ["lookup checkpoint/x: no answer"]}])
+    error = RestoreError("runc could not restore: a file has another size", hint="look at the logs")
+    assert flow.Flow.reason(SimpleNamespace(place=tmp_path), error) is error  # type: ignore[arg-type]
