@@ -5,7 +5,6 @@ nothing mounted and the process exits.
 """
 
 import contextlib
-import functools
 import logging
 import os
 import signal
@@ -14,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 import pyfuse3
 import trio
 
+from ckptfs.engine.threads import in_thread
 from ckptfs.errors import MountError, UnavailableError
 from ckptfs.fuse.answers import Answering
 from ckptfs.fuse.kernel import set_max_background, set_read_ahead
@@ -105,9 +105,8 @@ class MountSession:
             if first:
                 _first_read(os.path.join(self.mountpoint, os.fsdecode(first)))
 
-        await trio.to_thread.run_sync(os.stat, self.mountpoint, abandon_on_cancel=True)
+        await in_thread(os.stat, self.mountpoint)
         async with trio.open_nursery() as nursery:
-            in_thread = functools.partial(trio.to_thread.run_sync, abandon_on_cancel=True)
             nursery.start_soon(in_thread, set_max_background, mount, self._settings.sizes)
             nursery.start_soon(in_thread, read)
         on_ready()
@@ -129,7 +128,7 @@ class MountSession:
             await self._operations.drained()
         # First the name goes, then the session: new readers see the empty directory, never a dead mount.
         with contextlib.suppress(MountError):
-            await trio.to_thread.run_sync(detach, self.mountpoint)
+            await in_thread(detach, self.mountpoint, finish=True)
         pyfuse3.terminate()
         await trio.sleep(_LAST_WORDS)
         scope.cancel()
