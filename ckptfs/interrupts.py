@@ -11,13 +11,18 @@ import contextlib
 import os
 import select
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import wraps
 from types import FrameType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 _LOOK = 100  # milliseconds that a signal can be late where we wait
 _AGAIN = 0.005  # seconds until a signal that came at the wrong moment is looked at again; modules take 1 to 100 ms
 _MOST = 400  # times that it is: a disk that hangs must not keep us alive
+_WHOLE = {"Popen.__init__", "whole.<locals>.uninterrupted"}  # of these all is done, or nothing
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def interrupt_by(*numbers: int, once: bool = False) -> Mapping[int, Any]:
@@ -107,10 +112,20 @@ def lines(pipe: int, child: int | None = None) -> Iterator[bytes]:
         yield from whole
 
 
+def whole(function: Callable[P, T]) -> Callable[P, T]:
+    """What is made in there is known to nobody before it returns: a signal is heard afterwards."""
+
+    @wraps(function)
+    def uninterrupted(*arguments: P.args, **options: P.kwargs) -> T:
+        return function(*arguments, **options)
+
+    return uninterrupted
+
+
 def _must_not_break(frame: FrameType | None) -> bool:
     while frame is not None:
         code = frame.f_code
-        if code.co_filename.startswith("<frozen importlib") or code.co_qualname == "Popen.__init__":
+        if code.co_filename.startswith("<frozen importlib") or code.co_qualname in _WHOLE:
             return True
         frame = frame.f_back
     return False

@@ -27,6 +27,7 @@ from ckptfs.control.client import ensure_runtime_dir
 from ckptfs.control.lock import FileLock
 from ckptfs.errors import CkptfsError, FormatError, MountError, RestoreError, UsageError, outage
 from ckptfs.fuse.mountpoint import detach, mounts
+from ckptfs.interrupts import whole
 from ckptfs.mounting import umount
 from ckptfs.processes import alive
 from ckptfs.restore.runtimes import PID_FILE, RUNTIMES, delete, remove_cgroups
@@ -56,23 +57,28 @@ class Workplace:
     def __enter__(self) -> Self:
         try:
             self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-            with _alone(), contextlib.ExitStack() as undo:
+            with _alone():
                 for path in self.path.parent.iterdir():
                     _bury_dead(path)
-                # Below it everybody may read what they find: criu's images are of mode 0644.
-                self.path.mkdir(mode=0o700)
-                undo.callback(shutil.rmtree, self.path, ignore_errors=True)
-                self._lock = os.open(self.path / _STATE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-                undo.callback(os.close, self._lock)
-                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                for name in ("image", "base", "merged", "upper", "overlay", "bundle", "work"):
-                    (self.path / name).mkdir(mode=0o755)
-                undo.pop_all()
+                self._make()
         except FileExistsError as error:
             raise RestoreError(f"{error.filename} exists", hint=self._way_out()) from None
         except OSError as error:
             raise RestoreError(f"{self.path} cannot be made: {error.strerror}", hint="name a place: --dir") from None
         return self
+
+    @whole
+    def _make(self) -> None:
+        with contextlib.ExitStack() as undo:
+            # Below it everybody may read what they find: criu's images are of mode 0644.
+            self.path.mkdir(mode=0o700)
+            undo.callback(shutil.rmtree, self.path, ignore_errors=True)
+            self._lock = os.open(self.path / _STATE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            undo.callback(os.close, self._lock)
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for name in ("image", "base", "merged", "upper", "overlay", "bundle", "work"):
+                (self.path / name).mkdir(mode=0o755)
+            undo.pop_all()
 
     def __exit__(self, *_: object) -> None:
         if self.kept:

@@ -8,11 +8,13 @@ import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ckptfs.bench.link import ShapedLink
 from ckptfs.errors import RestoreError
+from ckptfs.interrupts import as_before, interrupt_by
 from ckptfs.restore.runtimes import PID_FILE
 from ckptfs.restore.workplace import Workplace
 from tests.support import runc
@@ -70,6 +72,25 @@ def test_nothing_is_left_of_a_directory_that_cannot_be_made(tmp_path: Path) -> N
         with pytest.raises(RestoreError, match="cannot be made: No space left on device; name a place: --dir"):
             Workplace(disk / "place").__enter__()
         assert list(disk.iterdir()) == []
+
+
+def test_interrupted_while_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty directory was left, of which nobody knew what it is: the name could not be used again."""
+    mkdir = Path.mkdir
+
+    def made(path: Path, *arguments: Any, **options: Any) -> None:
+        mkdir(path, *arguments, **options)
+        if path.name == "place":
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(Path, "mkdir", made)
+    before = interrupt_by(signal.SIGUSR1, once=True)
+    try:
+        with pytest.raises(KeyboardInterrupt), Workplace(tmp_path / "place"):
+            time.sleep(10)
+    finally:
+        as_before(before)
+    assert not (tmp_path / "place").exists()
 
 
 @pytest.mark.parametrize("rebooted", [False, True])

@@ -28,11 +28,10 @@ LARGE = random.Random(1).randbytes(4 << 20)
 def test_what_a_mount_cannot_read_is_not_absent(tmp_path: Path) -> None:
     """The stream ends in the middle of the second file, and is not to be had again."""
     tar = member(IMAGE, b"x") + member(b"large", LARGE) + member(b"spec.dump", b"{}") + END
-    with FakeRegistry({("/blobs/", None): Truncate(1 << 20)}) as registry:
+    with FakeRegistry({("/blobs/", 1): Truncate(1 << 20), ("/blobs/", None): Status(503)}) as registry:
         registry.add_image("repo", "latest", [(f"{TAR}+gzip", gzip.compress(tar, 1))])
         words = ("--view", "raw", "--read-deadline", "1")
         with mounted(registry.reference("repo:latest"), tmp_path, *words) as mount:
-            registry.script = {("/blobs/", None): Status(503)}
             files = LocalFiles(mount.path)
             assert files.size(IMAGE.decode()) == 1
             with pytest.raises(UnavailableError, match=r"spec\.dump cannot be read"):
