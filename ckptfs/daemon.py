@@ -40,7 +40,7 @@ def run(
     """Serve until unmounted. `reach` opens other images."""
     size = request.settings.sizes.disk_cache
     if request.ephemeral:
-        cache = ChunkCache.ephemeral(size=size)
+        cache = ChunkCache.ephemeral(size=size, secret=request.cache_key)
     else:
         cache = ChunkCache.open(request.cache_dir, size=size, secret=request.cache_key)
     run_with(cache, _serve, request, source, reach, counters, cache, mountpoint, files, announce)

@@ -129,11 +129,12 @@ class ChunkCache:
         segment: int = _SIZES.segment,
         ops: DiskOps | None = None,
         clock: Clock = time.monotonic,
+        secret: bytes | None = None,
     ) -> "ChunkCache":
         """A cache that nobody else sees and that is gone with the process, even when that is killed.
 
         Its files lie in `parent` (/var/tmp by default, for /tmp is often memory) and have no names; documents are kept
-        in memory. Size 0 keeps nothing at all.
+        in memory. Size 0 keeps nothing at all. `secret`: as for `open`: what has no name is on the disk, too.
         """
         if parent is None:
             parent = Path("/var/tmp" if os.access("/var/tmp", os.W_OK) else os.environ.get("TMPDIR", "/tmp"))
@@ -149,6 +150,7 @@ class ChunkCache:
             limits=Limits(),
             ops=ops,
             clock=clock,
+            seal=Seal(secret) if secret is not None else None,
         )
 
     def require_key(self) -> "ChunkCache":

@@ -35,6 +35,7 @@ CACHES: dict[str, Callable[[Path], AnyCache]] = {
     "disk": lambda path: ChunkCache.open(path / "cache", size=SIZE),
     "encrypted": lambda path: ChunkCache.open(path / "cache", size=SIZE, secret=b"0123456789abcdef"),
     "ephemeral": lambda path: ChunkCache.ephemeral(path, size=SIZE),
+    "ephemeral, encrypted": lambda path: ChunkCache.ephemeral(path, size=SIZE, secret=b"0123456789abcdef"),
     "memory": lambda path: InMemory(),
 }
 
@@ -45,7 +46,7 @@ def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[AnyCache]:
         yield cache
 
 
-@pytest.fixture(params=["disk", "encrypted", "ephemeral"])
+@pytest.fixture(params=["disk", "encrypted", "ephemeral", "ephemeral, encrypted"])
 def chunk_cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ChunkCache]:
     with closing(CACHES[request.param](tmp_path)) as cache:
         assert isinstance(cache, ChunkCache)

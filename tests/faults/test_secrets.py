@@ -303,6 +303,26 @@ def test_only_ciphertext_is_on_disk(tmp_path: Path, record_property: Figure) -> 
 
 
 @pytest.mark.row("S5")
+def test_only_ciphertext_is_in_files_without_a_name(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_bytes(os.urandom(32))
+    key.chmod(0o600)
+    on_disk = {}
+    with registry() as r:
+        for options in ((), ("--cache-key", key)):
+            with mounted(r.reference("repo:latest"), tmp_path, "--ephemeral", *options) as mount:
+                pages = (mount.path / "checkpoint" / "pages-1.img").read_bytes()
+                wait_for("everything is cached", lambda: mount.status()["complete"])
+                opened = Path(f"/proc/{mount.pid}/fd").iterdir()
+                nameless = [file for file in opened if os.readlink(file).startswith("/var/tmp/")]
+                on_disk[len(options)] = b"".join(file.read_bytes() for file in nameless)
+    samples = [pages[at : at + 64] for at in range(0, len(pages) - 64, 4096)]
+    samples = [sample for sample in samples if len(set(sample)) > 16]
+    assert samples and all(sample in on_disk[0] for sample in samples)
+    assert len(on_disk[2]) > len(pages) // 2 and not [sample for sample in samples if sample in on_disk[2]]
+
+
+@pytest.mark.row("S5")
 def test_a_cache_has_one_key(tmp_path: Path) -> None:
     keys = {name: tmp_path / name for name in ("right", "wrong", "short", "open", "missing")}
     for name in ("right", "wrong", "short", "open"):
