@@ -336,7 +336,10 @@ def _serve(request: Request, claim: _Lock, writer: int) -> NoReturn:
     waiting = os.fdopen(writer, "wb", buffering=0)
 
     def announce(status: dict[str, Any]) -> None:
-        waiting.write(json.dumps(status).encode() + b"\n")
+        try:
+            waiting.write(json.dumps(status).encode() + b"\n")
+        except BrokenPipeError:  # who began the mount was killed, and nobody else knows of it
+            os.kill(os.getpid(), signal.SIGTERM)
         waiting.close()
 
     try:

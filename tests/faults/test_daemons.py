@@ -22,6 +22,7 @@ from tests.support.each import each
 from tests.support.fake_registry import FakeRegistry, Trickle
 from tests.support.hanging import BLOB, LAZY, SILENT, TAR, Figure, assert_told, ended, errno_of, foreground, hang, pages
 from tests.support.readers import reading
+from tests.support.registry_faults import Paused
 from tests.support.tars import member
 from tests.support.tools import ROOT, require, wait_for
 
@@ -211,6 +212,23 @@ def test_a_descriptor_that_tells_when_it_is_ready(tmp_path: Path, record_propert
             expected = expected or data
             assert data == expected
     record_property("figure", f"0 in {STARTS // 2} with --ready-fd")
+
+
+@pytest.mark.row("L8")
+def test_nothing_is_left_of_a_mount_whose_command_was_killed(hanging: FakeRegistry, tmp_path: Path) -> None:
+    """Nobody gets to know that it is ready: the daemon ends by itself, and has no failure to tell of in a log."""
+    go_on = threading.Semaphore(0)
+    hanging.script = {(BLOB, None): Paused((0,), go_on)}
+    target, files = tmp_path / "mnt", MountFiles.of(str(tmp_path / "mnt"))
+    target.mkdir()
+    command = ["mount", hanging.reference("repo:latest"), target, "--cache-dir", tmp_path / "cache"]
+    with subprocess.Popen([sys.executable, "-m", "ckptfs", *map(str, command)]) as process:
+        wait_for("a request for the layer", lambda: hanging.requests(BLOB))
+        process.kill()
+    go_on.release(1000)
+    wait_for("the end of the daemon", lambda: not files.lock.exists())
+    assert not os.path.ismount(target)
+    assert not any(path.exists() for path in (files.socket, files.state, files.log))
 
 
 @pytest.mark.row("L8")

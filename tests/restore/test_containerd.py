@@ -231,7 +231,7 @@ def test_what_cannot_be(pushed: Pushed, tmp_path: Path) -> None:
         ([], nowhere, 8, "containerd does not listen at"),
         ([], deaf, 5, "containerd does not answer"),
         (["--runtime", "crun"], {}, 2, "containerd restores with runc"),
-        (["--", "shell-job"], {}, 2, "options of criu"),
+        (["--", "--shell-job", "word"], {}, 2, "options of criu"),
     ]
     for words, environment, code, said in cases:
         done = ckptfs("restore", pushed.reference, *common, *ENGINE, *words, env=environment)

@@ -108,6 +108,10 @@ def restored(folder: Path, *arguments: object, prefix: tuple[str, ...] = ()) -> 
 
 def assert_nothing_left(folder: Path) -> None:
     """No mount, process, directory, socket or cgroup of a restore in `folder`."""
+    with contextlib.suppress(TimeoutError):
+        wait_for("the end of all processes", lambda: not processes(folder), patience=30)
+    left = processes(folder)
+    assert not left, left
     place = folder / "place"
     assert not place.exists(), sorted(str(path.relative_to(place)) for path in place.rglob("*"))[:20]
     assert [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(folder) in line] == []
@@ -115,10 +119,6 @@ def assert_nothing_left(folder: Path) -> None:
         files = MountFiles.of(str(place / name))
         assert [p for p in (files.socket, files.state, files.lock, files.log) if p.exists()] == []
     assert [group for group in Path("/sys/fs/cgroup").glob("*/ckptfs-*") if _abandoned(group)] == []
-    with contextlib.suppress(TimeoutError):
-        wait_for("the end of all processes", lambda: not processes(folder), patience=30)
-    left = processes(folder)
-    assert not left, left
 
 
 def _abandoned(group: Path) -> bool:
