@@ -132,7 +132,9 @@ def _pictures(facts: Sequence[Fact]) -> Iterator[str]:
 def _sizes(facts: Sequence[Fact]) -> dict[str, float]:
     """The size that the sweeps over bandwidth and delay were made with."""
     for fact in facts:
-        if isinstance(fact, Sample) and fact.row == "links" and fact.conditions["mbit"] != _LINK["mbit"]:
+        if not isinstance(fact, Sample) or fact.row != "links":
+            continue
+        if fact.conditions.get("mbit", _LINK["mbit"]) != _LINK["mbit"]:  # of the machine's other load there is none
             return {"megabytes": float(fact.conditions["megabytes"])}
     return {}
 

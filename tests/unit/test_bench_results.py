@@ -59,6 +59,12 @@ def test_the_page_is_written_in_every_locale(tmp_path: Path) -> None:
     assert "0.3 – 0.5, 3" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+def test_a_row_that_ended_early_has_a_page() -> None:
+    """What others did on the machine is noted without a link; of the sweeps there is no other bandwidth."""
+    others = Sample("links", "others before and after", 0, {}, {"busy_before": 0.0, "busy_after": 0.1})
+    assert "others before and after" in page([*facts(), others], "A page")
+
+
 def test_no_cap_and_no_delay_have_a_place_in_the_picture() -> None:
     links = ((5.0, 100.0), (5.0, 400.0), (5.0, 0.0), (0.0, 100.0), (50.0, 100.0))
     runs = [Sample("image", "ckptfs pull", 0, {"rtt_ms": rtt, "mbit": mbit}, {"start": 1.0}) for rtt, mbit in links]
