@@ -3,7 +3,8 @@ background everything, and the end of it is noticed.
 """
 
 import stat
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 
 import trio
 
@@ -18,7 +19,7 @@ from ckptfs.model.toc import Chunk, Entry, Extent, Inode
 from ckptfs.model.tree import Tree
 from ckptfs.prefetch.background import Background, Metadata
 from ckptfs.settings import KiB, MiB, Settings, Sizes
-from tests.support.blobs import blob_of
+from tests.support.blobs import BytesBlob, blob_of
 from tests.support.readers import content
 
 
@@ -66,44 +67,40 @@ def test_an_image_of_many_small_files_has_none() -> None:
     assert not keys(Metadata().plan(tree_of({f"usr/share/{n}": 10 for n in range(100)})))
 
 
+@asynccontextmanager
+async def fetching(kib: int) -> AsyncIterator[tuple[Fetcher, BytesBlob, list[Chunk]]]:
+    """A fetcher at work on a layer of so many chunks of 1 KiB; for 20 seconds at most."""
+    blob = blob_of(content(kib * KiB))
+    with ChunkCache.ephemeral(size=64 * MiB) as cache:
+        fetcher = Fetcher(cache, MemoryCache(0), Settings())
+        fetcher.add_layer(blob, TarFormat().open(blob, 0, Settings()))
+        grid = Grid("layer", 0, KiB, kib * KiB)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fetcher.run)
+            with trio.fail_after(20):
+                yield fetcher, blob, [grid.chunk(number) for number in range(kib)]
+            nursery.cancel_scope.cancel()
+
+
 def test_a_plan_is_settled_when_all_of_it_is_here() -> None:
     """More chunks than are queued at once; the second time all of them are here already."""
-    data = content(2000 * KiB)
-    chunks = [Grid("layer", 0, KiB, len(data)).chunk(number) for number in range(2000)]
 
     async def main() -> None:
-        blob = blob_of(data)
-        with ChunkCache.ephemeral(size=64 * MiB) as cache:
-            fetcher = Fetcher(cache, MemoryCache(0), Settings())
-            fetcher.add_layer(blob, TarFormat().open(blob, 0, Settings()))
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(fetcher.run)
-                with trio.fail_after(20):
-                    for _ in range(2):
-                        fetcher.fill(iter(chunks))
-                        await fetcher.settled()
-                        assert all(fetcher.has(chunk) for chunk in chunks)
-                nursery.cancel_scope.cancel()
+        async with fetching(2000) as (fetcher, _, chunks):
+            for _ in range(2):
+                fetcher.fill(iter(chunks))
+                await fetcher.settled()
+                assert all(fetcher.has(chunk) for chunk in chunks)
 
     trio.run(main)
 
 
 def test_nothing_is_fetched_ahead_of_a_layer_that_is_wrong() -> None:
-    data = content(16 * KiB)
-    chunks = [Grid("layer", 0, KiB, len(data)).chunk(number) for number in range(16)]
-
     async def main() -> None:
-        blob = blob_of(data)
-        with ChunkCache.ephemeral(size=64 * MiB) as cache:
-            fetcher = Fetcher(cache, MemoryCache(0), Settings())
-            fetcher.add_layer(blob, TarFormat().open(blob, 0, Settings()))
+        async with fetching(16) as (fetcher, blob, chunks):
             fetcher.condemn(0, IntegrityError("another layer"))
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(fetcher.run)
-                with trio.fail_after(20):
-                    fetcher.want(chunks, Priority.PREFETCH)
-                    await fetcher.settled()
-                assert not blob.ranges and not any(fetcher.has(chunk) for chunk in chunks)
-                nursery.cancel_scope.cancel()
+            fetcher.want(chunks, Priority.PREFETCH)
+            await fetcher.settled()
+            assert not blob.ranges and not any(fetcher.has(chunk) for chunk in chunks)
 
     trio.run(main)
