@@ -307,19 +307,23 @@ def test_only_ciphertext_is_in_files_without_a_name(tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_bytes(os.urandom(32))
     key.chmod(0o600)
-    on_disk = {}
+
+    def nameless(pid: int) -> bytes:
+        files = [file for file in Path(f"/proc/{pid}/fd").iterdir() if os.readlink(file).startswith("/var/tmp/")]
+        return b"".join(file.read_bytes() for file in files)
+
     with registry() as r:
-        for options in ((), ("--cache-key", key)):
-            with mounted(r.reference("repo:latest"), tmp_path, "--ephemeral", *options) as mount:
-                pages = (mount.path / "checkpoint" / "pages-1.img").read_bytes()
-                wait_for("everything is cached", lambda: mount.status()["complete"])
-                opened = Path(f"/proc/{mount.pid}/fd").iterdir()
-                nameless = [file for file in opened if os.readlink(file).startswith("/var/tmp/")]
-                on_disk[len(options)] = b"".join(file.read_bytes() for file in nameless)
-    samples = [pages[at : at + 64] for at in range(0, len(pages) - 64, 4096)]
-    samples = [sample for sample in samples if len(set(sample)) > 16]
-    assert samples and all(sample in on_disk[0] for sample in samples)
-    assert len(on_disk[2]) > len(pages) // 2 and not [sample for sample in samples if sample in on_disk[2]]
+        with mounted(r.reference("repo:latest"), tmp_path, "--ephemeral") as mount:
+            pages = (mount.path / "checkpoint" / "pages-1.img").read_bytes()
+            samples = [pages[at : at + 64] for at in range(0, len(pages) - 64, 4096)]
+            samples = [sample for sample in samples if len(set(sample)) > 16]
+            wait_for("what is read in the files", lambda: any(sample in nameless(mount.pid) for sample in samples))
+        with mounted(r.reference("repo:latest"), tmp_path, "--ephemeral", "--cache-key", key) as mount:
+            assert (mount.path / "checkpoint" / "pages-1.img").read_bytes() == pages
+            wait_for("as much in the files", lambda: len(nameless(mount.pid)) > len(pages) // 2)
+            wait_for("everything is cached", lambda: mount.status()["complete"])
+            on_disk = nameless(mount.pid)
+            assert not [sample for sample in samples if sample in on_disk]
 
 
 @pytest.mark.row("S5")
