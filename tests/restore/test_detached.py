@@ -111,7 +111,7 @@ def test_nohup(folder: Path, tmp_path: Path) -> None:
 def test_interrupted_twice(folder: Path, tmp_path: Path) -> None:
     """Who is told that it has ended may begin again under the same name."""
     process = start(tmp_path, f"oci:{folder}/layout:latest", "--rootfs", folder / "rootfs", "--detach")
-    wait_for("criu", (tmp_path / "place/work/restore.log").exists, step=0.001)
+    wait_for("criu", (tmp_path / "place" / "work" / "restore.log").exists, step=0.001)
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.01)

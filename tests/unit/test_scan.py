@@ -4,7 +4,8 @@ nobody waits for ever, and what a stream has left that was never hashed to its e
 
 import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
 
@@ -139,6 +140,19 @@ def scan_of(layer: Stream, cache: ChunkCache, *, memory: int = 0) -> tuple[Fetch
     return fetcher, scan, ends
 
 
+@asynccontextmanager
+async def failed(fetcher: Fetcher, scan: LayerScan, ends: Ends) -> AsyncIterator[None]:
+    """Both are at work, and the first run of the scan has found the layer to be wrong; within ten seconds."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fetcher.run)
+        nursery.start_soon(scan.run)
+        with trio.fail_after(10):
+            assert isinstance(await ends.receive(), IntegrityError)
+        yield
+        scan.stop()
+        nursery.cancel_scope.cancel()
+
+
 class Damaged(Stream):
     """Its first run has wrong bytes on the way, and breaks before anybody can tell."""
 
@@ -200,19 +214,13 @@ def test_a_stream_that_was_wrong_is_dropped_while_others_are_answered() -> None:
                 drop(*keys)
 
             cache.drop = watched  # type: ignore[method-assign]
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(fetcher.run)
-                nursery.start_soon(scan.run)
-                with trio.fail_after(10):
-                    assert isinstance(await ends.receive(), IntegrityError)
+            async with failed(fetcher, scan, ends):
                 assert threading.current_thread() not in threads and len(threads) == layer.runs == 2
                 assert not any(fetcher.has(chunk(number)) for number in range(COUNT))
                 fetcher.memory.put(chunk(1).key, DATA[LENGTH : 2 * LENGTH])  # a request that was under way
                 for number in range(2):
                     with pytest.raises(IntegrityError):
                         await fetcher.get(chunk(number))
-                scan.stop()
-                nursery.cancel_scope.cancel()
 
     trio.run(main)
 
@@ -229,13 +237,7 @@ def test_what_is_asked_for_between_two_tries_is_no_reason_for_a_third() -> None:
                 drop(*keys)
 
             cache.drop = watched  # type: ignore[method-assign]
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(fetcher.run)
-                nursery.start_soon(scan.run)
-                with trio.fail_after(10):
-                    assert isinstance(await ends.receive(), IntegrityError)
+            async with failed(fetcher, scan, ends):
                 assert layer.runs == 2
-                scan.stop()
-                nursery.cancel_scope.cancel()
 
     trio.run(main)
