@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,11 +24,13 @@ from ckptfs.engine.claims import Claims
 from ckptfs.engine.directory import CacheDirectory
 from ckptfs.engine.disk import Buffer, DiskOps, WriteGate
 from ckptfs.engine.documents import Documents, MemoryDocuments, key_bytes
+from ckptfs.engine.errands import Errands
 from ckptfs.engine.seal import Seal
 from ckptfs.engine.segment_files import AnonymousSegments, SegmentFiles
 from ckptfs.errors import CacheError
 from ckptfs.settings import Limits, Sizes
 
+_LAST_WRITES = 1.0  # seconds for which closing waits for documents that are on their way to the disk
 _DOCUMENTS = 4  # documents get at most this fraction of the cache
 
 _SIZES = Sizes()
@@ -71,6 +74,7 @@ class ChunkCache:
         self._documents = documents
         self._claims = claims
         self._gate = WriteGate(name, clock)
+        self._errands = Errands("ckptfs-documents")
         self._index = ChunkIndex(files, ops, clock, limits.chunk_bytes)
         self._log = ChunkLog(self._index, files, ops, clock, size=size, segment=segment, other_bytes=documents.bytes)
 
@@ -176,6 +180,7 @@ class ChunkCache:
 
     def close(self) -> None:
         """Let go of everything. Reads are misses and writes do nothing afterwards."""
+        self._errands.flush(_LAST_WRITES)
         self._log.close()
         self._index.close()
         self._claims.close()
@@ -254,6 +259,10 @@ class ChunkCache:
             name = self._seal.name(key_bytes(key))
             key, data = name.hex(), self._seal.encrypt(name, data)
         self._write(lambda: self._documents.put(key, data))
+
+    def put_document_soon(self, key: str, data: bytes) -> None:
+        """The same by another thread: for who has something else to do with it than to wait for a busy disk."""
+        self._errands.do(partial(self.put_document, key, data))
 
     def delete_document(self, key: str) -> None:
         name = self._seal.name(key_bytes(key)).hex() if self._seal else key

@@ -10,8 +10,10 @@ import logging
 import threading
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
+from functools import partial
 
 from ckptfs.engine.disk import Buffer, DiskOps, Handle
+from ckptfs.engine.errands import Errands
 from ckptfs.engine.segment_files import SegmentFiles
 from ckptfs.engine.segments import MAX_RECORDS, NO_KEY, Segment, checksum, tail
 
@@ -23,6 +25,7 @@ assert MAX_RECORDS <= 1 << _SLOT_BITS
 # a look costs 10 us, and four times that where everything else is busy.
 _REFRESH_EVERY = 0.02
 _TOUCH_EVERY = 5.0  # seconds between two notes that a segment is in use
+_LAST_NOTES = 1.0  # seconds for which closing waits for such notes
 _OPEN_FILES = 128  # data files kept open; RLIMIT_NOFILE is 1024 by default
 
 _log = logging.getLogger(__name__)
@@ -41,6 +44,7 @@ class ChunkIndex:
         self._lock = threading.Lock()  # guards the four above; held for moments
         self._refreshed = float("-inf")
         self._closed = False
+        self._errands = Errands("ckptfs-touch")
 
     def __len__(self) -> int:
         return len(self._records)
@@ -136,7 +140,9 @@ class ChunkIndex:
         if handle is None:
             return None
         if not 0 <= self._clock() - segment.touched < _TOUCH_EVERY:
-            self._touch(segment)
+            segment.touched = self._clock()
+            # Not here: a disk that others keep busy takes seconds for it, and this is where reads are answered.
+            self._errands.do(partial(self._touch, segment))
         return segment, at & _RECORD_MASK, handle
 
     def _open(self, segment: Segment) -> Handle | None:
@@ -162,7 +168,6 @@ class ChunkIndex:
                 idle.handle = None
 
     def _touch(self, segment: Segment) -> None:
-        segment.touched = self._clock()
         try:
             self._files.touch(segment.name)
         except FileNotFoundError:  # evicted by another process; give its bytes back to the disk
@@ -198,24 +203,33 @@ class ChunkIndex:
     # -- what other processes do ---------------------------------------------------------------------------------------
 
     def _look(self) -> None:
-        """A miss: see whether another process has appended it, but not on every miss."""
-        if 0 <= self._clock() - self._refreshed < _REFRESH_EVERY:
+        """A miss: see whether another process has appended it, but not on every miss.
+
+        Nor while a segment is begun, for which the disk may take its time.
+        """
+        if 0 <= self._clock() - self._refreshed < _REFRESH_EVERY or not self._lock.acquire(blocking=False):
             return
-        with suppress(OSError):
-            self.refresh()
+        try:
+            with suppress(OSError):
+                self._refresh()
+        finally:
+            self._lock.release()
 
     def refresh(self) -> None:
         """Take over what other processes appended, let go of what they evicted. OSError when the directory is gone."""
         with self._lock:
-            if self._closed:
-                return
-            self._refreshed = self._clock()
-            names = self._files.names()
-            if names is not None:
-                self._follow(names)
-            for segment in self._growing:
-                self._read_on(segment)
-            self._growing = [s for s in self._growing if not s.sealed]
+            self._refresh()
+
+    def _refresh(self) -> None:
+        if self._closed:
+            return
+        self._refreshed = self._clock()
+        names = self._files.names()
+        if names is not None:
+            self._follow(names)
+        for segment in self._growing:
+            self._read_on(segment)
+        self._growing = [s for s in self._growing if not s.sealed]
 
     def _follow(self, names: Sequence[str]) -> None:
         gone = {segment.name: segment for segment in self._slots.values()}
@@ -285,6 +299,7 @@ class ChunkIndex:
             self._forget(segment)
 
     def close(self) -> None:
+        self._errands.flush(_LAST_NOTES)
         with self._lock:
             self._closed = True
             for segment in self.segments():

@@ -18,6 +18,7 @@ from ckptfs.engine.segments import MAX_RECORDS, NO_KEY, Segment, SegmentWriter, 
 from ckptfs.settings import MiB
 
 _CEILING_FOR = 60.0  # seconds for which a full disk or quota limits the plan
+_LAST_WRITE = 1.0  # seconds for which closing waits for whoever writes
 _MOVE = 4  # hot chunks that are moved with one write
 
 _Chunk = tuple[bytes, Buffer, int]  # key, data, checksum
@@ -291,9 +292,13 @@ class ChunkLog:
         return sum(u.bytes for u in self._files.usage())
 
     def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            self._close_writer(seal=False)
+        """Nothing is appended from now on. A write that the disk does not end is not waited for."""
+        self._closed = True
+        if self._lock.acquire(timeout=_LAST_WRITE):
+            try:
+                self._close_writer(seal=False)
+            finally:
+                self._lock.release()
 
 
 def _refusal(code: int) -> OSError:

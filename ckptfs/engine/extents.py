@@ -8,15 +8,16 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
+from functools import partial
 
 from ckptfs.engine.cutting import Cutter
 from ckptfs.engine.disk import Buffer
 from ckptfs.engine.link import LinkEstimate
 from ckptfs.engine.memory import MemoryCache
 from ckptfs.engine.regions import RegionClaims
-from ckptfs.engine.schedule import Job, parted, ranges_of
+from ckptfs.engine.schedule import Job, Priority, parted, ranges_of
 from ckptfs.engine.waiting import Waiting
+from ckptfs.engine.write_behind import WriteBehind
 from ckptfs.errors import CkptfsError, FormatError, IntegrityError
 from ckptfs.layers import Layer
 from ckptfs.model.blob import Blob
@@ -26,22 +27,9 @@ from ckptfs.settings import MiB
 log = logging.getLogger(__name__)
 
 _POLL = 0.003  # seconds between two looks at what another process of the node is fetching
-_BATCH = 1 * MiB  # decoded bytes that are written to the disk cache with one call
+_BATCH = 1 * MiB  # decoded bytes that are handed to the cache with one call
 _WARY, _BRIEFLY = 60.0, 0.25  # seconds after a wait in vain in which others are waited for only so long
 _SHARES = 8  # of the window: so much has arrived before the event loop looks whether there is room for another request
-
-
-class ChunkStore(Protocol):
-    """What the fetcher needs of the node's cache (engine/cache.py)."""
-
-    def get(self, key: bytes) -> bytes | None: ...
-    def read_into(self, key: bytes, offset: int, buffer: memoryview) -> bool: ...
-    def contains(self, key: bytes) -> bool: ...
-    def put_many(self, chunks: list[tuple[bytes, Buffer]]) -> None: ...
-    def refresh(self) -> None: ...
-    def try_claim(self, keys: Iterable[bytes]) -> set[bytes]: ...
-    def release(self, keys: Iterable[bytes]) -> None: ...
-    def drop(self, *keys: bytes) -> None: ...
 
 
 class Receiver:
@@ -53,7 +41,7 @@ class Receiver:
 
     def __init__(
         self,
-        cache: ChunkStore,
+        cache: WriteBehind,
         memory: MemoryCache,
         waiting: Waiting,
         link: LinkEstimate,
@@ -85,7 +73,8 @@ class Receiver:
                 for part in parted(missing, math.inf if job.scattered else self._gap):
                     failures.update(self._receive(job, part, blob, layer))
             finally:
-                self._regions.release(regions)
+                # Not before others can find them on disk, or they fetch them once more.
+                self._cache.after(partial(self._regions.release, regions))
             if not waiting:
                 return failures
             time.sleep(_POLL)
@@ -122,7 +111,7 @@ class Receiver:
         bad: list[Chunk] = []
         failures: dict[bytes, CkptfsError] = {}
         batch: list[tuple[bytes, Buffer]] = []
-        pending = 0
+        pending, urgent = 0, job.priority is Priority.DEMAND
         try:
             for at, piece in self._pieces(job, ranges_of(chunks, apart=job.scattered), blob):
                 ready = _decoded(cutter.feed(at, piece), bad, blob, layer)
@@ -131,12 +120,12 @@ class Receiver:
                     batch += ready
                     pending += sum(len(data) for _, data in ready)
                 if pending >= _BATCH:
-                    self._cache.put_many(batch)
+                    self._cache.put_many(batch, urgent=urgent)
                     batch, pending = [], 0
         except CkptfsError as error:
             failures.update((chunk.key, error) for chunk in cutter.missing)
         if batch:
-            self._cache.put_many(batch)
+            self._cache.put_many(batch, urgent=urgent)
         for chunk in bad:
             if job.attempt:
                 failures[chunk.key] = IntegrityError(f"wrong bytes twice for {where(chunk, blob, layer)}")

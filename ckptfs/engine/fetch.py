@@ -16,13 +16,14 @@ from typing import Protocol
 import trio
 
 from ckptfs.engine.disk import Buffer
-from ckptfs.engine.extents import ChunkStore, Receiver, where
+from ckptfs.engine.extents import Receiver, where
 from ckptfs.engine.link import LinkEstimate
 from ckptfs.engine.memory import MemoryCache
 from ckptfs.engine.owed import Owed
 from ckptfs.engine.schedule import Job, Priority, Scheduler
 from ckptfs.engine.threads import in_thread
 from ckptfs.engine.waiting import Demand, Waiting
+from ckptfs.engine.write_behind import ChunkStore, WriteBehind
 from ckptfs.errors import CkptfsError, FormatError, IntegrityError, UnavailableError
 from ckptfs.layers import Layer
 from ckptfs.model.blob import Blob
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 
 _LOW_WATER = 256  # chunks of the background plan that are queued at least: several extents' worth
 _WRONG = 60.0  # seconds in which bytes that were wrong twice are not asked for again
+_LAST_WRITES = 2.0  # seconds at the end in which what has been fetched may still be written
 _REFUSED = 30.0  # the same for what is not there, or not for us: a login may help
 
 
@@ -51,7 +53,7 @@ class Fetcher:
     ) -> None:
         """`counters`: those of the blobs, which know why a read has waited in vain."""
         self._counters = counters or NetworkCounters()
-        self.cache = cache
+        self.cache = WriteBehind(cache, self._caught_up)
         self.memory = memory
         self.settings = settings
         self.link = LinkEstimate(settings.sizes)
@@ -75,7 +77,7 @@ class Fetcher:
         times = settings.timeouts  # another process may be as long without a byte as we; our readers wait longer
         patience = min(times.first_byte + times.stall_window, times.read_deadline / 3)
         gap = settings.sizes.coalesce_gap
-        self._receiver = Receiver(cache, memory, self._waiting, self.link, patience, gap, self._arrived)
+        self._receiver = Receiver(self.cache, memory, self._waiting, self.link, patience, gap, self._arrived)
         self._threads = trio.CapacityLimiter(4 * settings.sizes.jobs)
 
     # -- what there is -------------------------------------------------------------------------------------------------
@@ -281,18 +283,32 @@ class Fetcher:
         """Until nothing is on its way, nor is to be asked for any more: what can be had is in the cache by then."""
         while self._flying or self._owed or self.scheduler or self._plan is not None:
             await self._wake.wait()
+        await self._written(math.inf)
+
+    async def _written(self, patience: float) -> None:
+        """Until all that has been fetched is on disk, or for `patience` seconds."""
+        if not self.cache.flush(0):
+            await in_thread(self.cache.flush, patience)
 
     # -- performing ----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """The loop that starts jobs; for ever, until cancelled."""
         self._waiting.token = trio.lowlevel.current_trio_token()
+        try:
+            await self._start_jobs()
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._written(_LAST_WRITES)
+
+    async def _start_jobs(self) -> None:
         async with trio.open_nursery() as nursery:
             while True:
                 if self._wake.is_set():  # others wait for it as well
                     self._wake = trio.Event()
                 link, scheduler = self.link, self.scheduler
                 scheduler.window, scheduler.extent, scheduler.jobs = link.window, link.extent, link.jobs
+                scheduler.behind = self.cache.behind
                 now = time.monotonic()
                 self._refill(now)
                 while (job := self.scheduler.next_job()) is not None:
@@ -366,6 +382,10 @@ class Fetcher:
 
     def _kick(self) -> None:
         self._wake.set()
+
+    def _caught_up(self) -> None:
+        """The disk is no longer behind, says the thread that writes."""
+        self._waiting.soon(self._kick, once=True)
 
     def _arrived(self) -> None:
         """What has arrived makes room on the link for the next request."""

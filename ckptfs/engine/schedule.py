@@ -130,6 +130,7 @@ class Scheduler:
         self.jobs = sizes.jobs  # how many requests of those may be under way; adjusted, too
         self.extent = sizes.sequential_extent  # bytes that one request of those may ask for, at most; adjusted as well
         self._refused = (b"", 0)  # first chunk and bytes of the job that the window had no room for
+        self.behind = False  # whether the disk has not taken yet what has been fetched; adjusted
         self.full = False  # whether something was refused because the window is full: the link has all it can carry
 
     def __bool__(self) -> bool:
@@ -192,7 +193,9 @@ class Scheduler:
         return None
 
     def _most(self, priority: Priority) -> int:
-        """Demand may always start; the others leave room among the connections, and on the link."""
+        """Demand may always start; the others leave room among the connections, on the link and for the disk."""
+        if self.behind:
+            return 0
         return self.jobs if priority == Priority.PREFETCH else min(self.jobs, self.sizes.background_jobs)
 
     def _fitting(self, first: Chunk, priority: Priority) -> Job | None:

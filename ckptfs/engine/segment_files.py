@@ -62,7 +62,7 @@ class SegmentFiles:
 
     def open(self, name: str) -> Handle:
         """The data, for reading."""
-        return Handle(self._ops, self._data(name), os.O_RDONLY)
+        return self._handle(name, os.O_RDONLY)
 
     def open_index(self, name: str) -> Handle | None:
         return Handle(self._ops, self._index(name), os.O_RDONLY)
@@ -71,7 +71,7 @@ class SegmentFiles:
         """A new live segment: name, data, index. Data comes first: a name counts as a segment once it has an index."""
         number = max((int(name.partition("-")[0]) for name in self._listed(".seg")), default=0) + 1
         name = f"{number:08d}-{secrets.token_hex(4)}"
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOATIME
         data = Handle(self._ops, self._data(name), flags)
         try:
             self._ops.flock(data.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,7 +83,7 @@ class SegmentFiles:
 
     def take_over(self, name: str) -> tuple[Handle, Handle | None] | None:
         """Become the writer of a segment that is not live; None when it is. Call with `room` held."""
-        data = Handle(self._ops, self._data(name), os.O_RDWR)
+        data = self._handle(name, os.O_RDWR)
         try:
             self._ops.flock(data.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -144,6 +144,13 @@ class SegmentFiles:
         data, index = self._listed(".seg"), self._listed(".idx")
         return sorted(set(data) ^ set(index))
 
+    def _handle(self, name: str, flags: int) -> Handle:
+        """The data, of which reads note no time of access if it is ours: that is a write, for which they may wait."""
+        try:
+            return Handle(self._ops, self._data(name), flags | os.O_NOATIME)
+        except PermissionError:  # somebody else's
+            return Handle(self._ops, self._data(name), flags)
+
     def _listed(self, *suffixes: str) -> list[str]:
         names = {n[:-4] for n in self._ops.listdir(self._path) if n.endswith(suffixes) and _NAME.match(n[:-4])}
         return sorted(names, key=lambda name: (len(name), name))
@@ -195,10 +202,10 @@ class AnonymousSegments(SegmentFiles):
 
     def create(self) -> tuple[str, Handle, Handle | None]:
         try:
-            data = Handle(self._ops, self._path, os.O_TMPFILE | os.O_RDWR)
+            data = Handle(self._ops, self._path, os.O_TMPFILE | os.O_RDWR | os.O_NOATIME)
         except OSError:  # some file systems have no O_TMPFILE
             path = f"{self._path}/.ckptfs-{secrets.token_hex(8)}"
-            data = Handle(self._ops, path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            data = Handle(self._ops, path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOATIME)
             self._ops.unlink(path)
         self._count += 1
         name = f"{self._count:08d}"

@@ -27,7 +27,7 @@ def kept_range(
             data = _read(blob, offset, size, check, 0)
         except IntegrityError:
             data = _read(blob, offset, size, check, 1)
-        documents.put_document(name, data)
+        documents.put_document_soon(name, data)  # a read waits for what it says
     return data
 
 

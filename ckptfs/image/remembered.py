@@ -96,7 +96,7 @@ class LayerMemory:
             if self._learning:
                 with trio.move_on_after(_LATER, shield=True):  # the next mount can do without
                     # 0.3 s for 100 000 files: not in the event loop
-                    await in_thread(self._keep, entries, layer, descriptor, finish=True)
+                    await in_thread(self._keep, entries, layer, descriptor)
         entries.clear()
         if many:
             await in_thread(release_memory)

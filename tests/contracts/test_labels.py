@@ -120,6 +120,7 @@ def test_a_stream_of_which_only_the_names_are_known(kind: str, tmp_path: Path, m
     async def whole(image: OpenImage) -> str:
         assert await read_file(image, FILE) == DATA
         await image.all_known()
+        assert image.fetcher.cache.flush(5)
         image.cache._log.prune(0, live=True)
         return image.verification
 

@@ -89,6 +89,33 @@ class Refusing(FaultyDisk):
         self.pwritev = half  # type: ignore[misc]
 
 
+class Stuck(FaultyDisk):
+    """The call `name` hangs from `stick` on until `free`, as on a disk that is busy for others; `calls` were made."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.calls = name, 0
+        self._go, self._reached = threading.Event(), threading.Event()
+        self._go.set()
+        super().__init__(self._judge)
+
+    def stick(self) -> None:
+        self._go.clear()
+
+    def free(self) -> None:
+        self._go.set()
+
+    def reached(self) -> None:
+        """Wait until a call hangs."""
+        assert self._reached.wait(5)
+
+    def _judge(self, name: str) -> None:
+        if name == self.name:
+            if not self._go.is_set():
+                self._reached.set()
+                self._go.wait()
+            self.calls += 1
+
+
 class FakeClock:
     """Seconds that pass only when told."""
 

@@ -17,6 +17,7 @@ from ckptfs.engine.disk import Buffer, DiskOps
 from ckptfs.errors import CacheError
 from tests.support.cache_load import chunk, item, key, segment_files
 from tests.support.disk_faults import FakeClock, Refusing
+from tests.support.tools import wait_for
 
 KiB, MiB = 1024, 1024 * 1024
 SIZE = 16 * MiB  # segments of 2 MiB
@@ -199,12 +200,14 @@ def test_segments_that_vanish_are_misses(path: Path) -> None:
     clock = FakeClock()
     with ChunkCache.open(path, size=SIZE, clock=clock) as cache:
         first, second, *_ = segment_files(path)
+        os.utime(first, (0, 0))
         assert cache.get(key(0)) is not None
+        wait_for("noted as used", lambda: first.stat().st_mtime)
         first.unlink()
         assert cache.get(key(0)) is not None  # held open
         clock.advance(6)
-        cache.get(key(0))  # noted as used: it is not there any more
-        assert cache.get(key(0)) is None and not cache.contains(key(1))
+        wait_for("noted as used once more: it is not there", lambda: cache.get(key(0)) is None)
+        assert not cache.contains(key(1))
         second.unlink()
         assert cache.get(key(2)) is None and not cache.contains(key(3))
         assert cache.get(key(4)) == chunk(4, 40 * KiB)

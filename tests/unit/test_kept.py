@@ -37,6 +37,8 @@ class Shelf(dict[str, bytes]):
     def put_document(self, key: str, data: bytes) -> None:
         self[key] = data
 
+    put_document_soon = put_document
+
 
 @pytest.mark.parametrize("lies", [0, 1])
 def test_a_table_is_asked_for_once_more_and_then_kept(lies: int) -> None:

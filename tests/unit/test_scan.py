@@ -177,6 +177,7 @@ def test_a_stream_that_is_right_replaces_what_a_broken_one_has_left(tmp_path: Pa
                 nursery.start_soon(scan.run)
                 with trio.fail_after(10):
                     assert isinstance(await ends.receive(), UnavailableError)
+                    assert fetcher.cache.flush(5)
                     assert cache.get(chunk(3).key) == bytes(LENGTH), "nobody can tell, so far"
                     scan.run_on()
                     assert await ends.receive() is None

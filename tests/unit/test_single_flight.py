@@ -15,6 +15,7 @@ from ckptfs.engine.memory import MemoryCache
 from ckptfs.engine.regions import RegionClaims
 from ckptfs.engine.schedule import Job, Priority
 from ckptfs.engine.waiting import Waiting
+from ckptfs.engine.write_behind import WriteBehind
 from ckptfs.errors import CkptfsError
 from ckptfs.layers.grid import Grid
 from ckptfs.layers.tar import TarFormat
@@ -24,6 +25,11 @@ from tests.support.tools import wait_for
 
 DATA = bytes(64 * KiB)
 CHUNK = Grid("layer", 0, 64 * KiB, len(DATA)).chunk(0)
+
+
+def receiver_of(cache: WriteBehind, patience: float, memory: MemoryCache | None = None) -> Receiver:
+    memory = memory or MemoryCache(1 * MiB)
+    return Receiver(cache, memory, Waiting(), LinkEstimate(Sizes()), patience, 64 * KiB, lambda: None)
 
 
 class Neighbour:
@@ -48,9 +54,8 @@ class Fetch(threading.Thread):
         self.asked = self.blob.ranges
         self.memory = MemoryCache(1 * MiB)
         self.failures: dict[bytes, CkptfsError] = {}
-        self._receiver = Receiver(
-            cache, self.memory, Waiting(), LinkEstimate(Sizes()), patience, 64 * KiB, lambda: None
-        )
+        self.cache = WriteBehind(cache)
+        self._receiver = receiver_of(self.cache, patience, self.memory)
 
     def run(self) -> None:
         job = Job(0, CHUNK.offset, CHUNK.offset + CHUNK.size, [CHUNK], Priority.DEMAND)
@@ -86,6 +91,7 @@ def test_what_another_has_given_up_is_fetched(caches: tuple[ChunkCache, ChunkCac
     fetch.join(1)
     assert not fetch.is_alive()
     assert (fetch.failures, fetch.memory.get(CHUNK.key), fetch.asked) == ({}, DATA, [(0, len(DATA))])
+    assert fetch.cache.flush(5)
     assert caches[1].get(CHUNK.key) == DATA
 
 
@@ -101,7 +107,7 @@ def test_what_has_come_while_we_fetched_is_not_fetched_again(caches: tuple[Chunk
     grid = Grid("layer", 0, 256 * KiB, 512 * KiB)
     ours, theirs = grid.chunk(0), grid.chunk(1)
     data = bytes(512 * KiB)
-    receiver = Receiver(caches[0], MemoryCache(MiB), Waiting(), LinkEstimate(Sizes()), 0.2, 64 * KiB, lambda: None)
+    receiver = receiver_of(WriteBehind(caches[0]), 0.2)
     claims = RegionClaims(caches[1])
 
     class Slow(BytesBlob):
@@ -127,7 +133,7 @@ def test_what_another_fetches_in_the_middle_of_ours_is_not_fetched_with_it(
     grid = Grid("layer", 0, 256 * KiB, 1 * MiB)
     chunks, data = [grid.chunk(number) for number in range(4)], bytes(1 * MiB)
     blob = blob_of(data)
-    receiver = Receiver(caches[0], MemoryCache(MiB), Waiting(), LinkEstimate(Sizes()), 10, 64 * KiB, lambda: None)
+    receiver = receiver_of(WriteBehind(caches[0]), 10)
     claims = RegionClaims(caches[1])
     _, _, theirs = claims.take(blob.descriptor.digest.raw, [chunks[1]])
     job = Job(0, 0, len(data), chunks, Priority.PREFETCH)
