@@ -170,15 +170,14 @@ def push(
     configure_logging(verbose, quiet)
     if reference.kind != "registry":
         raise UsageError(f"{reference} has no registry to keep a profile", hint="name an image in a registry")
-    from ckptfs.image.profiles import attached, publish
+    from ckptfs.image.profiles import publish
     from ckptfs.sources.upload import RegistryTarget
 
     settings, counters = make_settings(), NetworkCounters()
     profile = _read_profile(file, settings.limits)
     source, manifest = _image(reference, plain_http)
-    earlier = None if replace else attached(source, manifest.digest, settings.limits)
     target = RegistryTarget(reference, settings, counters, plain_http=plain_http)
-    published = publish(target, manifest, profile, settings.limits, earlier)
+    published = publish(source, target, manifest, profile, settings.limits, merge=not replace)
     name = f"{reference.host}/{reference.repository}@{published.artifact.manifest.digest}"
     if as_json:
         facts = {"reference": str(reference), "image": str(manifest.digest), "artifact": name}

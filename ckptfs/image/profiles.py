@@ -9,8 +9,9 @@ and nothing else. Blocks.
 import base64
 import binascii
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import zstandard
 
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 _INLINE = "dev.ckptfs.profile"  # annotation: base64 of the document as a zstd frame
 _INLINE_BYTES = 16 * KiB  # of base64; a list of referrers may hold many, in 4 MiB at most
 _LEVEL = 19
+_TICK = timedelta(microseconds=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +60,28 @@ def find(source: Source, image: Digest, documents: DocumentStore, limits: Limits
 
 def attached(source: Source, image: Digest, limits: Limits) -> Profile | None:
     """The newest profile that can be read. Raises what keeps it from asking."""
+    return _first(source, image, _offers(source, image), limits)
+
+
+def _offers(source: Source, image: Digest) -> list[Descriptor]:
+    """The artifacts that hold profiles of the image, newest first."""
     if not isinstance(source, Repository):
-        return None
+        return []
     offers = reversed(source.referrers(image, PROFILE_ARTIFACT))  # registries without dates list the oldest first
-    for offer in sorted(offers, key=lambda offer: offer.annotations.get(CREATED, ""), reverse=True):
+    return sorted(offers, key=_created, reverse=True)
+
+
+def _created(offer: Descriptor) -> datetime:
+    """When; the earliest time there is, if it does not say, or names one that nothing comes after."""
+    try:
+        created = datetime.fromisoformat(offer.annotations.get(CREATED, "")).astimezone(UTC)
+        return created + _TICK - _TICK
+    except (ValueError, OverflowError):
+        return datetime.min.replace(tzinfo=UTC)
+
+
+def _first(source: Source, image: Digest, offers: Sequence[Descriptor], limits: Limits) -> Profile | None:
+    for offer in offers:
         try:
             return decode_profile(_document(source, image, offer, limits), limits)
         except CkptfsError as error:
@@ -69,12 +89,17 @@ def attached(source: Source, image: Digest, limits: Limits) -> Profile | None:
     return None
 
 
-def publish(sink: Sink, image: Manifest, profile: Profile, limits: Limits, earlier: Profile | None = None) -> Published:
-    """Attach the profile to the image, merged with an `earlier` one. The mounts that begin from now on find it."""
-    if earlier is not None:
+def publish(
+    source: Source, sink: Sink, image: Manifest, profile: Profile, limits: Limits, *, merge: bool = True
+) -> Published:
+    """Attach the profile to the image, merged with the one that it has. The mounts that begin from now on find it."""
+    offers = _offers(source, image.digest)
+    if merge and (earlier := _first(source, image.digest, offers, limits)) is not None:
         profile = merged((earlier, profile), limits)
     document = encode_profile(profile)
     now = datetime.now(UTC)  # to the microsecond: of two within a second the later one is the newest
+    if offers:  # also where the one before is of a machine whose clock is ahead of ours
+        now = max(now, _created(offers[0]) + _TICK)
     annotations = {CREATED: now.strftime("%Y-%m-%dT%H:%M:%S.%fZ")}
     inline = base64.b64encode(zstandard.ZstdCompressor(level=_LEVEL).compress(document)).decode()
     if len(inline) <= _INLINE_BYTES:

@@ -16,7 +16,7 @@ from ckptfs import standby
 from ckptfs.control.ready import notify
 from ckptfs.errors import CkptfsError, rebuilt, told
 from ckptfs.hardening import close_inherited
-from ckptfs.interrupts import interruptible, lines
+from ckptfs.interrupts import as_before, interrupt_by, lines
 from ckptfs.restore.flow import Report, RestoreRequest, begun
 from ckptfs.restore.supervise import SIGNALS
 
@@ -55,38 +55,48 @@ def engine_of(request: RestoreRequest) -> ModuleType | None:
 
 
 def restore_detached(request: RestoreRequest, report: Report) -> None:
-    """Return when the container runs; a child stays, without a terminal, and cleans up when it has ended."""
+    """Return when the container runs; a child stays, without a terminal, and cleans up when it has ended.
+
+    Once it runs, signals are ignored: this command is about to end, and would say that it has failed.
+    """
     standby.dismiss()
     reader, writer = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
+    before = interrupt_by(*SIGNALS, once=True)
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until it is known which child there is to be ended
     child = os.fork()
     if child == 0:
         os.close(reader)
-        _keep(request, writer)
-    os.close(writer)
-    with interruptible(*SIGNALS):
-        try:
-            for line in lines(reader, child):
-                message = json.loads(line)
-                if "error" in message:
-                    os.waitpid(child, 0)
-                    raise rebuilt(message)
-                report(message.pop("event"), **message)
-                if "pid" in message:
-                    return
-        except (KeyboardInterrupt, OSError):  # what has failed, or could not be told, leaves nothing that runs
-            os.kill(child, signal.SIGTERM)
-            os.waitpid(child, 0)
-            raise
-        finally:
-            os.close(reader)
+        as_before(before)
+        _keep(request, writer, heard)
+    try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+        os.close(writer)
+        for line in lines(reader, child):
+            message = json.loads(line)
+            if "error" in message:
+                os.waitpid(child, 0)
+                raise rebuilt(message)
+            report(message.pop("event"), **message)
+            if "pid" in message:
+                for number in (*SIGNALS, signal.SIGALRM):
+                    signal.signal(number, signal.SIG_IGN)
+                before = {}
+                return
+    except (KeyboardInterrupt, OSError):  # what has failed, or could not be told, leaves nothing that runs
+        os.kill(child, signal.SIGTERM)
         os.waitpid(child, 0)
-        raise CkptfsError("the process that stays with the container ended early")
+        raise
+    finally:
+        os.close(reader)
+        as_before(before)
+    os.waitpid(child, 0)
+    raise CkptfsError("the process that stays with the container ended early")
 
 
-def _keep(request: RestoreRequest, writer: int) -> None:
-    """The child's whole life; never returns."""
+def _keep(request: RestoreRequest, writer: int, heard: set[int]) -> None:
+    """The child's whole life; never returns. `heard`: the mask of signals that it shall have."""
     pipe: int | None = writer
 
     def send(message: dict[str, Any]) -> None:
@@ -102,6 +112,7 @@ def _keep(request: RestoreRequest, writer: int) -> None:
 
     code = 0
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
         os.setsid()
         null = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):

@@ -51,8 +51,8 @@ class Case:
     def target(self) -> RegistryTarget:
         return RegistryTarget(Reference.parse(self.reference), Settings(), NetworkCounters())
 
-    def publish(self, profile: Profile, earlier: Profile | None = None) -> Profile:
-        return publish(self.target, self.image, profile, LIMITS, earlier).profile
+    def publish(self, profile: Profile, *, merge: bool = False) -> Profile:
+        return publish(self.source, self.target, self.image, profile, LIMITS, merge=merge).profile
 
     @property
     def found(self) -> Profile | None:
@@ -115,7 +115,7 @@ def test_a_large_profile_is_fetched(case: Case) -> None:
 
 def test_the_newest_counts_and_has_what_was_there(case: Case) -> None:
     case.publish(profile(0))
-    case.publish(profile(MiB), case.found)
+    case.publish(profile(MiB), merge=True)
     assert case.found == profile(0, MiB, recordings=2)
     case.publish(profile(2 * MiB))
     assert case.found == profile(2 * MiB)
@@ -130,13 +130,25 @@ def test_the_newest_counts_in_whatever_order_they_are_listed(case: Case) -> None
         assert case.found == profile(MiB)
 
 
+@pytest.mark.parametrize(
+    "created", ["2999-12-31T23:59:59+01:00", "2999-12-31", "9999-12-31T23:59:59.999999Z", "soon", ""]
+)
+def test_the_last_one_counts_whatever_clocks_say(case: Case, created: str) -> None:
+    """One of a machine whose clock is ahead; dates that are none, and one that nothing comes after."""
+    case.attach(created, encode_profile(profile(0)))
+    case.publish(profile(MiB))
+    assert case.found == profile(MiB)
+    case.publish(profile(2 * MiB), merge=True)
+    assert case.found == profile(MiB, 2 * MiB, recordings=2)
+
+
 def test_a_list_of_profiles_does_not_grow_for_ever() -> None:
     """Where the registry keeps none itself; every mount fetches it."""
     with FakeRegistry(referrers=False) as registry:
         case = Case(registry)
         publish_index(case.target, case.image, {case.image.layers[0].digest: b"index"})
         for number in range(9):
-            case.publish(profile(number * MiB), case.found)
+            case.publish(profile(number * MiB), merge=True)
         raw, _ = registry.manifests["repo", f"sha256-{case.image.digest.hex}"]
         kinds = [entry["artifactType"] for entry in json.loads(raw)["manifests"]]
         assert kinds == [INDEX_ARTIFACT] + 3 * [PROFILE_ARTIFACT]

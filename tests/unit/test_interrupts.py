@@ -186,3 +186,55 @@ with taken_for_ctrl_c(signal.SIGTERM, signal.SIGHUP):
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         process.send_signal(number)
         assert process.wait(10) == code
+
+
+_DETACHED = """
+import os, signal, sys, time
+from ckptfs.restore import keeper
+fork, close, opened = os.fork, os.close, os.pipe
+
+def restoring(request, report):  # in the child
+    report("running", pid=os.getpid())
+    time.sleep(60)
+
+def forked():
+    child = fork()
+    if child and "fork" in sys.argv:
+        os.kill(os.getpid(), signal.SIGINT)
+    if child:
+        print(child, flush=True)
+    return child
+
+def piped():
+    global reader
+    reader, writer = opened()
+    return reader, writer
+
+def closing(descriptor):
+    if (os.getpid(), descriptor) == (command, reader) and "close" in sys.argv:
+        signal.raise_signal(signal.SIGINT)
+    close(descriptor)
+
+keeper.restore, os.fork, os.close, os.pipe = restoring, forked, closing, piped
+command, reader = os.getpid(), -1
+keeper.restore_detached("runs", lambda event, **facts: print(event, flush=True))
+if "end" in sys.argv:
+    signal.raise_signal(signal.SIGTERM)
+"""
+
+
+@pytest.mark.parametrize("at", ["", "fork", "close", "end"])
+def test_a_detached_restore_runs_or_has_failed(at: str) -> None:
+    """Whenever a signal comes: who is told that it runs is told so by the exit code as well."""
+    done = subprocess.run([sys.executable, "-c", _DETACHED, at], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    child, *events = done.stdout.split()
+    try:
+        if at == "fork":
+            assert done.returncode == -signal.SIGINT and not events, done.stderr
+            assert not Path("/proc", child).exists()
+        else:
+            assert (done.returncode, events) == (0, ["running"]), done.stderr
+            assert Path("/proc", child).exists()
+    finally:
+        if Path("/proc", child).exists():
+            os.kill(int(child), signal.SIGKILL)
