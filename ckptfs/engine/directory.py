@@ -45,6 +45,7 @@ class CacheDirectory:
         base = path / VERSION
         self.segments, self.documents, self.locks = base / "segments", base / "documents", base / "locks"
         self.key_mark = base / "key"
+        self._users_path = str(self.locks / "users")  # looked at before each write: a Path costs more than the call
         try:
             _check_parent(path, ops)
             for directory in (path, base, self.segments, self.documents, self.locks):
@@ -76,7 +77,7 @@ class CacheDirectory:
         users = self._users
         if users is None:
             return
-        ours, there = self._ops.fstat(users.fd), self._ops.stat(self.locks / "users")
+        ours, there = self._ops.fstat(users.fd), self._ops.stat(self._users_path)
         if (ours.st_dev, ours.st_ino) != (there.st_dev, there.st_ino):
             raise OSError(errno.ESTALE, "another directory is in its place")
 

@@ -204,6 +204,7 @@ class Fetcher:
             key = chunk.key
             if (
                 key not in self._flying
+                and not self.scheduler.asked(key, priority)
                 and chunk.layer not in self._sequences
                 and chunk.layer not in self._condemned
                 and (key not in self._failed or self._refusal(chunk) is None)

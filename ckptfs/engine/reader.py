@@ -200,12 +200,13 @@ class Reader:
         held: list[tuple[Extent, Buffer]] = []
         for extent in extents:
             data = self.fetcher.held(extent.chunk)
-            if data is not None:
-                held.append((extent, data))
-            elif not self.fetcher.has(extent.chunk):
-                return None
+            if data is None:
+                break
+            held.append((extent, data))
         if len(held) == len(extents):
             return _assemble(held, offset, size)  # a bytearray would be cleared first
+        if not self.fetcher.has(extents[-1].chunk):  # of what is read in sequence the first one to be missing
+            return None
         out = bytearray(size)
         view = memoryview(out)
         end = offset + size

@@ -150,6 +150,11 @@ class Scheduler:
             known.priority = priority  # its old place in the other queue is skipped when it comes up
             self._queues[chunk.layer in self.inside, priority].append(chunk.key)
 
+    def asked(self, key: bytes, priority: Priority) -> bool:
+        """Whether `want` would change nothing."""
+        known = self._wanted.get(key)
+        return known is not None and known.priority <= priority
+
     def forget(self, priority: Priority) -> None:
         """Drop what is queued at `priority` and not yet fetched."""
         for key in [k for k, w in self._wanted.items() if w.priority == priority]:
