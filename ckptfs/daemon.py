@@ -27,6 +27,8 @@ from ckptfs.telemetry import NetworkCounters
 
 log = logging.getLogger(__name__)
 
+_FAILURES = 5  # of readers, the last ones, that a status has with all that is known of them
+
 
 def run(
     request: MountRequest,
@@ -65,6 +67,8 @@ async def _serve(
         def status(question: dict[str, Any]) -> dict[str, Any]:
             residency = meter.measure(exact=bool(question.get("exact")))
             found = {**mount_status(image, residency, mountpoint, request), **resident.facts}
+            failures = list(operations.failures)[-_FAILURES:]
+            found["failures"] = [{**failure, "error": redact(failure["error"])} for failure in failures]
             if question.get("detail"):
                 reading = reads_now(image.reader.waits, operations.handles, names, time.monotonic())
                 found |= {**_parts(residency), "reading": reading}

@@ -16,7 +16,7 @@ from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, cast
 
 import pyfuse3
 
-from ckptfs.errors import CkptfsError
+from ckptfs.errors import CkptfsError, told
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,10 @@ def answers(handler: Handler[S, P, R]) -> Handler[S, P, R]:
 
 
 class Answering(pyfuse3.Operations, ABC):
-    """Read-only operations, whose failures are told once in the log and in `errors`; and what a session needs."""
+    """Read-only operations, whose failures are told once in the log and in `errors`; and what a session needs.
+
+    failures  the same as JSON values for who has been kept from reading: what `told` says, the operation, the errno.
+    """
 
     supports_dot_lookup = True
     enable_writeback_cache = False
@@ -64,6 +67,7 @@ class Answering(pyfuse3.Operations, ABC):
     def __init__(self, errors: list[str]) -> None:
         super().__init__()
         self.errors = errors
+        self.failures: deque[dict[str, Any]] = deque(maxlen=_KEPT)
         self._last: dict[str, float] = {}
         self._reported: deque[float] = deque(maxlen=_BURST)
 
@@ -89,16 +93,22 @@ class Answering(pyfuse3.Operations, ABC):
         flood = len(self._reported) == _BURST and time.monotonic() - self._reported[0] < _QUIET
         if not flood and self._due(f"{operation} {file} {error.exit_code}"):
             self._reported.append(time.monotonic())
-            text = f"{operation} {file}{place}: {error}" if file else f"{operation}: {error}"
-            log.error("%s", text)
-            self.errors.append(text)
+            where = f"{operation} {file}{place}" if file else operation
+            log.error("%s: %s", where, error)
+            self.errors.append(f"{where}: {error}")
             del self.errors[:-_KEPT]
+            self._failed(operation, error, f"{where}: {error.message}", error.errno)
 
     def bug(self, operation: str, error: BaseException) -> None:
         """Ours: the reader gets EIO, the log gets the traceback, the mount lives."""
         if self._due(operation + type(error).__name__):
             log.error("%s failed unexpectedly; the request got EIO", operation, exc_info=error)
-            self.errors.append(f"internal error in {operation}: {type(error).__name__}")
+            text = f"internal error in {operation}: {type(error).__name__}"
+            self.errors.append(text)
+            self._failed(operation, error, text, errno.EIO)
+
+    def _failed(self, operation: str, error: BaseException, text: str, number: int) -> None:
+        self.failures.append({**told(error), "error": text, "operation": operation, "errno": number})
 
     def _due(self, what: str) -> bool:
         now = time.monotonic()

@@ -7,7 +7,6 @@ rest is needed. Called by keeper.py.
 
 import contextlib
 import os
-import re
 import secrets
 import signal
 import time
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from ckptfs.errors import CkptfsError, RestoreError, UnavailableError
+from ckptfs.errors import CkptfsError, UnavailableError, rebuilt
 from ckptfs.interrupts import interruptible
 from ckptfs.model.oci import Reference
 from ckptfs.mounting import MountRequest, Pending, begin, statuses
@@ -29,10 +28,6 @@ from ckptfs.settings import Settings, state_dir
 
 if TYPE_CHECKING:
     from ckptfs.restore.lazy_pages import LazyPages
-
-
-# What a mount tells of requests that it could not answer (fuse/answers.py); other errors have kept nobody from reading.
-_REFUSED = r"(internal error in )?(lookup|getattr|readlink|opendir|readdir|open|read|getxattr|listxattr)\b"
 
 
 class Report(Protocol):
@@ -81,7 +76,7 @@ def begun(request: RestoreRequest, report: Report, *, base: bool) -> "Iterator[F
             flow = Flow(request, report, stack, base=base)
             try:
                 yield flow
-            except RestoreError as error:
+            except CkptfsError as error:
                 raise flow.reason(error) from None
         finally:
             for number in (*SIGNALS, signal.SIGALRM):  # nothing disturbs the unwinding
@@ -159,16 +154,17 @@ class Flow:
 
         return document(self.files, name, self.settings.limits)
 
-    def reason(self, error: RestoreError) -> CkptfsError:
-        """Why somebody else could not restore: what our mounts could not read for it, if that was it."""
-        if not could_not_read(error.message):
-            return error
-        for name in ("image", "base"):
+    def reason(self, error: CkptfsError) -> CkptfsError:
+        """Why a program, or we, could not go on: what our mounts could not give to read, if that was it."""
+        numbers = could_not_read(error.message)
+        for name in ("image", "base") if numbers else ():
             with contextlib.suppress(CkptfsError):
-                told = statuses(str(self.place / name))[0]["errors"]
-                if errors := [error for error in told if re.match(_REFUSED, error)]:
-                    hint = "--read-deadline hard waits for as long as it takes"
-                    return UnavailableError(f"{error.message}: {errors[-1]}", hint=hint)
+                failures = [one for one in statuses(str(self.place / name))[0]["failures"] if one["errno"] in numbers]
+                if failures:
+                    why = rebuilt({**failures[-1], "error": f"{error.message}: {failures[-1]['error']}"})
+                    if why.exit_code == UnavailableError.exit_code:
+                        why.hint = "--read-deadline hard waits for as long as it takes"
+                    return why
         return error
 
     def require(self, findings: Iterable[checking.Finding]) -> None:

@@ -36,7 +36,10 @@ _WANTS = {
     "slave peer index": "--shell-job",
 }
 # EIO in the words of criu, of its restorer, which has no strerror(3), and of Go.
-_UNREAD = ("Input/output error", "(-5)", "input/output error")
+_UNREAD = {  # errno -> what criu and runtimes say of it
+    errno.EIO: ("Input/output error", "input/output error", "(-5)"),
+    errno.EACCES: ("Permission denied", "permission denied", "(-13)"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,9 +245,9 @@ def way_out(said: str, work: Path) -> str:
     return f"the logs are in {work} (stay with --keep)"
 
 
-def could_not_read(said: str) -> bool:
-    """Whether criu or a runtime has got EIO, by its words."""
-    return any(words in said for words in _UNREAD)
+def could_not_read(said: str) -> frozenset[int]:
+    """The errno that criu or a runtime has got from a read, by its words."""
+    return frozenset(number for number, words in _UNREAD.items() if any(word in said for word in words))
 
 
 def criu_complaint(log: Path) -> str:

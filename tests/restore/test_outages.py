@@ -9,6 +9,7 @@ import pytest
 from ckptfs.bench.link import ShapedLink
 from ckptfs.errors import UnavailableError
 from ckptfs.inspection.source import LocalFiles
+from ckptfs.model.oci import Digest
 from tests.support import runc
 from tests.support.blobs import TAR
 from tests.support.command import ckptfs, mounted
@@ -51,6 +52,21 @@ def test_a_restore_says_that_it_cannot_read(tmp_path: Path) -> None:
         done = ckptfs("restore", registry.reference("repo:latest"), *words, "--read-deadline", "2")
     assert (done.code, done.out) == (5, ""), done.err
     assert "cannot be read" in done.line
+    assert_nothing_left(tmp_path)
+
+
+def test_a_restore_says_that_bytes_are_wrong(tmp_path: Path) -> None:
+    """They would be the next time as well: nobody is told to try again."""
+    tar = member(IMAGE, b"x") + member(b"large", LARGE) + member(b"spec.dump", b"{}") + END
+    packed, other = (gzip.compress(data, 0) for data in (tar, tar.replace(LARGE[:100], bytes(100))))
+    assert len(packed) == len(other) and packed != other
+    with FakeRegistry() as registry:
+        registry.add_image("repo", "latest", [(f"{TAR}+gzip", packed)])
+        registry.blobs[str(Digest.of(packed))] = other
+        words = ("--rootfs", tmp_path, "--dir", tmp_path / "place", "--cache-dir", tmp_path / "cache")
+        done = ckptfs("restore", registry.reference("repo:latest"), *words)
+    assert (done.code, done.out) == (6, ""), done.err
+    assert "try it again" not in done.err
     assert_nothing_left(tmp_path)
 
 
