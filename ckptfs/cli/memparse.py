@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -14,7 +14,7 @@ from ckptfs.cli.opening import console, image_options, say_traffic, with_images
 from ckptfs.cli.options import reference_argument
 from ckptfs.cli.output import appearing, create, tidy
 from ckptfs.cli.progress import Line
-from ckptfs.errors import UsageError
+from ckptfs.errors import NotFoundError, UsageError
 from ckptfs.model.oci import Reference
 from ckptfs.terminal import size_text
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     type=click.IntRange(1),
     help="Only this process; without --search its memory is shown.",
 )
+@click.option("--container", metavar="NAME", help="In the checkpoint of a pod: only this container.")
 @click.option("-s", "--search", metavar="TEXT", help="Search for a string.")
 @click.option("-r", "--search-regex", metavar="REGEX", help="Search for a regular expression over bytes.")
 @click.option("-x", "--search-hex", metavar="HEX", help="Search for bytes: 'de ad be ef'.")
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 def memparse(
     reference: Reference,
     pid: int | None,
+    container: str | None,
     search: str | None,
     search_regex: str | None,
     search_hex: str | None,
@@ -87,6 +89,7 @@ def memparse(
         )
     from ckptfs.inspection.memory import hex_pattern, regex_pattern, text_pattern
 
+    which = _Wanted(pid, container)
     progress = Line(quiet=options["quiet"])  # matches and dumps are printed while they are found
     work: Callable[[ImageFiles], dict[str, Any]]
     if any(given):
@@ -95,14 +98,14 @@ def memparse(
         else:
             pattern = hex_pattern(search_hex) if search_hex is not None else regex_pattern(search_regex or "")
         work = partial(
-            _search, pid=pid, pattern=pattern, context=context, limit=limit, as_json=as_json, progress=progress
+            _search, which=which, pattern=pattern, context=context, limit=limit, as_json=as_json, progress=progress
         )
     elif output is not None and pid is not None:
-        work = partial(_write, pid=pid, output=output, as_json=as_json)
+        work = partial(_write, which=which, output=output, as_json=as_json)
     elif pid is not None and not as_json:
-        work = partial(_dump, pid=pid, progress=progress)
+        work = partial(_dump, which=which, progress=progress)
     else:
-        work = partial(_table, pid=pid, as_json=as_json, progress=progress)
+        work = partial(_table, which=which, as_json=as_json, progress=progress)
 
     async def run(images: "Sequence[OpenImage]") -> dict[str, Any]:
         from ckptfs.inspection.image_files import in_thread
@@ -116,27 +119,39 @@ def memparse(
         say_traffic(traffic, options["quiet"])
 
 
-def _processes(files: "ImageFiles", pid: int | None) -> "Iterator[tuple[str, Images, Process]]":
+class _Wanted(NamedTuple):
+    """Processes: all, or those with this number, of all containers of a pod or of one."""
+
+    pid: int | None
+    container: str | None
+
+
+def _processes(files: "ImageFiles", which: _Wanted) -> "Iterator[tuple[str, Images, Process]]":
     """(name of the container in a pod, its images, process) of those that have memory."""
-    from ckptfs.errors import NotFoundError
     from ckptfs.inspection.overview import containers, inspect, open_images
     from ckptfs.inspection.parts import Part
 
     limits, found = files.image.options.settings.limits, False
-    for prefix in containers(files):
+    names = {prefix: prefix.rstrip("/") for prefix in containers(files)}
+    if which.container is not None and which.container not in names.values():
+        there = ", ".join(filter(None, names.values())) or "it is not of a pod"
+        raise NotFoundError(f"the checkpoint has no container {which.container}", hint=f"there are: {there}")
+    for prefix, name in names.items():
+        if which.container not in (None, name):
+            continue
         for process in inspect(files, prefix, limits, parts=Part.PROCESSES).processes:
-            if pid in (None, process.pid):
+            if which.pid in (None, process.pid):
                 found = True
-                yield prefix.rstrip("/"), open_images(files, prefix, limits), process
+                yield name, open_images(files, prefix, limits), process
     if not found:
-        who = "process" if pid is None else f"process {pid}"
+        who = "process" if which.pid is None else f"process {which.pid}"
         raise NotFoundError(f"the checkpoint has no {who}", hint="`ckptfs inspect REF --ps-tree` lists them")
 
 
-def _table(files: "ImageFiles", pid: int | None, as_json: bool, progress: Line) -> dict[str, Any]:
+def _table(files: "ImageFiles", which: _Wanted, as_json: bool, progress: Line) -> dict[str, Any]:
     from ckptfs.inspection.render import print_memory_sizes
 
-    found = list(_processes(files, pid))
+    found = list(_processes(files, which))
     if not as_json:
         progress.printing()
         print_memory_sizes(console(), [process for _, _, process in found])
@@ -157,7 +172,7 @@ def _table(files: "ImageFiles", pid: int | None, as_json: bool, progress: Line) 
 
 def _search(
     files: "ImageFiles",
-    pid: int | None,
+    which: _Wanted,
     pattern: "re.Pattern[bytes]",
     context: int,
     limit: int,
@@ -168,8 +183,8 @@ def _search(
     from ckptfs.inspection.render import print_matches
 
     def matches() -> "Iterator[Match]":
-        for _, images, process in _processes(files, pid):
-            if process.memory or pid is not None:
+        for _, images, process in _processes(files, which):
+            if process.memory or which.pid is not None:
                 for match in search(ProcessMemory(images, process.pid), pattern, context):
                     if not as_json:
                         progress.printing()
@@ -184,24 +199,27 @@ def _search(
     return {"matches": found, "complete": count < limit}
 
 
-def _dump(files: "ImageFiles", pid: int, progress: Line) -> dict[str, Any]:
+def _dump(files: "ImageFiles", which: _Wanted, progress: Line) -> dict[str, Any]:
     from ckptfs.inspection.memory import ProcessMemory
     from ckptfs.inspection.render import hex_lines
 
-    for _, images, _ in _processes(files, pid):
-        for vaddr, data, _ in ProcessMemory(images, pid).windows():
+    for _, images, process in _processes(files, which):
+        for vaddr, data, _ in ProcessMemory(images, process.pid).windows():
             progress.printing()
             for line in hex_lines(vaddr, data):
                 click.echo(line)
     return {}
 
 
-def _write(files: "ImageFiles", pid: int, output: Path, as_json: bool) -> dict[str, Any]:
+def _write(files: "ImageFiles", which: _Wanted, output: Path, as_json: bool) -> dict[str, Any]:
     """The memory, area after area; returns where each one is in the file."""
     from ckptfs.inspection.memory import ProcessMemory
 
-    _, images, _ = next(_processes(files, pid))
-    memory = ProcessMemory(images, pid)
+    (name, images, process), *others = _processes(files, which)
+    if others:
+        names = ", ".join([name, *(other for other, *_ in others)])
+        raise UsageError(f"there is a process {process.pid} in {names}", hint="name one with --container")
+    memory = ProcessMemory(images, process.pid)
     with appearing(output) as new, open(create(new), "wb") as out:  # only its owner may read what was in a memory
         for _, data, _ in memory.windows():
             out.write(data)
@@ -210,5 +228,5 @@ def _write(files: "ImageFiles", pid: int, output: Path, as_json: bool) -> dict[s
         areas.append({"address": f"{vaddr:#018x}", "length": length, "offset": offset})
         offset += length
     if not as_json:
-        click.echo(f"wrote {size_text(offset)} of process {pid} to {output}", err=True)
+        click.echo(f"wrote {size_text(offset)} of process {process.pid} to {output}", err=True)
     return {"output": str(output), "areas": areas}

@@ -7,8 +7,9 @@ import fcntl
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from ckptfs.model.blob import Blob, HashedStream
 from ckptfs.model.oci import ANNOTATION_REF_NAME, OCI_INDEX, Descriptor, Digest, Reference, parse_json
 from ckptfs.push.target import Sent
 
+_PART = ".part-"  # what a file is called that is not whole
+_STALE = 3600.0  # seconds after the last write to such a file for which it may still be somebody's
 _VERSION = '{"imageLayoutVersion":"1.0.0"}'
 
 
@@ -30,6 +33,7 @@ class LayoutTarget:
             marker = directory / "oci-layout"
             if not marker.exists():
                 marker.write_text(_VERSION)
+            _sweep(directory / "blobs" / "sha256")
 
     @property
     def reference(self) -> Reference:
@@ -82,7 +86,7 @@ class LayoutTarget:
     def _new(self, path: Path) -> Iterator[Any]:
         """A file that appears under its name when it is whole, and not at all after an error."""
         path.parent.mkdir(exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".part-", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_PART, delete=False) as file:
             try:
                 yield file
                 file.flush()
@@ -100,6 +104,14 @@ class LayoutTarget:
             yield
         finally:
             os.close(descriptor)
+
+
+def _sweep(directory: Path) -> None:
+    """Remove what a process has left that was killed while it wrote."""
+    for path in directory.glob(f"{_PART}*"):
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > _STALE:
+                path.unlink()
 
 
 def _replaced(manifest: object, digest: str, tag: str) -> bool:

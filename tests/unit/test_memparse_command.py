@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptfs.cli.memparse import _search, _table
+from ckptfs.cli.memparse import _search, _table, _Wanted
 from ckptfs.cli.progress import Line
 from ckptfs.inspection.image_files import in_thread
 from ckptfs.inspection.memory import ProcessMemory, text_pattern
@@ -22,6 +22,7 @@ from tests.support.push import push_to_layout
 from tests.support.terminal import on_terminal
 
 COUNTER, TREE = f"oci:{CORPUS}/counter/k8s-zstdchunked.oci", f"oci:{CORPUS}/tree/k8s-zstdchunked.oci"
+ALL = _Wanted(None, None)
 NEEDLE = 0x7FFC95B58FC1  # as `checkpointctl memparse --search container=podman` prints it
 
 
@@ -83,6 +84,25 @@ def test_raw_memory(tmp_path: Path) -> None:
     assert again.code == 2 and "exists" in again.line and target.read_bytes() == written
 
 
+def test_a_process_of_a_pod(tmp_path: Path) -> None:
+    """Each container has its own process 1."""
+    for name in ("db", "web"):
+        unpack_counter(tmp_path / "pod" / name)
+    push_to_layout(tmp_path / "pod", tmp_path / "image")
+    words = ("memparse", f"oci:{tmp_path}/image", "--cache-dir", tmp_path / "cache")
+    assert [process["container"] for process in ckptfs(*words, "--json").json["processes"]] == ["db", "web"]
+    (process,) = ckptfs(*words, "--json", "--container", "web").json["processes"]
+    assert process["container"] == "web"
+    output = ("--pid", 1, "--output", tmp_path / "memory.raw")
+    which = ckptfs(*words, *output)
+    assert which.code == 2 and "a process 1 in db, web" in which.line and "--container" in which.line
+    assert not (tmp_path / "memory.raw").exists()
+    assert ckptfs(*words, *output, "--container", "web").code == 0
+    assert (tmp_path / "memory.raw").stat().st_size == process["memory_size"]
+    unknown = ckptfs(*words, "--container", "cache")
+    assert unknown.code == 3 and "no container cache" in unknown.line and "db, web" in unknown.line
+
+
 def test_a_dump_as_checkpointctl_prints_it(tmp_path: Path) -> None:
     lines = ckptfs("memparse", COUNTER, "--pid", 1, "--cache-dir", tmp_path).out.splitlines()
     assert lines[0] == "0000000000401000  48 83 ec 08 48 c7 c0 00 00 00 00 48 85 c0 74 02  |H...H......H..t.|"
@@ -123,12 +143,12 @@ def test_sizes_fetch_no_page_and_a_search_each_page_once(tmp_path: Path) -> None
     _, counters = with_layouts(
         [tmp_path / "image"],
         tmp_path / "a",
-        lambda images: in_thread(images[0], lambda f: _table(f, None, True, Line())),
+        lambda images: in_thread(images[0], lambda f: _table(f, ALL, True, Line())),
     )
     assert (counters.requests, counters.bytes) == (1, manifest)
 
     def work(files: object) -> object:
-        return _search(files, None, text_pattern("container=podman"), 0, 10, True, Line())  # type: ignore[arg-type]
+        return _search(files, ALL, text_pattern("container=podman"), 0, 10, True, Line())  # type: ignore[arg-type]
 
     found, counters = with_layouts(
         [tmp_path / "image"],

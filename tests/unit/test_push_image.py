@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -333,6 +334,17 @@ class Refusing(LayoutTarget):
         if self.allowed < 0:
             raise UnavailableError("no")
         super().put_blob(descriptor, blob, sent)
+
+
+def test_what_a_killed_push_has_left_is_removed(tmp_path: Path) -> None:
+    """And not what another one may be writing."""
+    folder = tmp_path / "layout" / "blobs" / "sha256"
+    folder.mkdir(parents=True)
+    for name, age in ((".part-dead", 7200), (".part-alive", 60)):
+        (folder / name).write_bytes(b"half")
+        os.utime(folder / name, (time.time() - age,) * 2)
+    push_to_layout(checkpoint(tmp_path), tmp_path / "layout")
+    assert [path.name for path in folder.glob(".part-*")] == [".part-alive"]
 
 
 def test_a_push_that_fails_publishes_nothing_and_is_resumed(tmp_path: Path) -> None:
