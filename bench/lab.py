@@ -226,7 +226,9 @@ WORKLOADS: dict[str, Callable[[Path, int], AbstractContextManager[Workload]]] = 
     "heap": heap,
 }
 
-_WARM_CKPTFS = "import ckptfs.cli.mount, ckptfs.mounting, ckptfs.daemon, ckptfs.sources.registry, ckptfs.layers"
+_WARM_CKPTFS = (
+    "import ckptfs.cli.mount, ckptfs.daemon.mounting, ckptfs.daemon.serve_image, ckptfs.sources.registry, ckptfs.layers"
+)
 
 
 def describe(fact: Figure) -> str:

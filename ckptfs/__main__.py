@@ -29,7 +29,8 @@ def _run(*program: str) -> NoReturn:
     before: Mapping[int, Any] = {}
     try:
         if begins_daemon:
-            from ckptfs import interrupts, standby
+            from ckptfs import interrupts
+            from ckptfs.daemon import standby
 
             standby.fork(sys.argv)
             before = interrupts.interrupt_by(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

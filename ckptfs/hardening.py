@@ -61,7 +61,7 @@ def settle() -> None:
     """
     gc.freeze()
     gc.enable()
-    sys.setswitchinterval(_SWITCH)  # standby.py makes it shorter for as long
+    sys.setswitchinterval(_SWITCH)  # daemon/standby.py makes it shorter for as long
 
 
 def release_memory() -> None:

@@ -4,7 +4,7 @@ Python raises it wherever the main thread is. Inside importlib that does harm: a
 is raised, or a lock stays taken, and a thread that imports the same module waits for ever. Inside subprocess.Popen the
 program is there already, and nobody gets to know of it: it would stay. And one that arrives right
 before a blocking system call is noticed after it. Of 480 restores that got Ctrl-C while they began, on two busy cores,
-16 went on as if nothing had been said. Called by __main__.py, cli/, mounting.py, bench/ and restore/.
+16 went on as if nothing had been said. Called by __main__.py, cli/, daemon/, bench/ and restore/.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Whether a process is still there, and waiting until it is not. Called by mounting.py and restore/."""
+"""Whether a process is still there, and waiting until it is not. Called by daemon/ and restore/."""
 
 import os
 import time

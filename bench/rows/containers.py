@@ -23,7 +23,7 @@ _RUNS, _FEW = 20, 3
 _IMAGE, _BASE = "bench/container:256", "bench/container-base:1"
 _NAME = "again"
 _EAGER = "podman pull, podman container restore"
-_WARM = "import ckptfs.cli.restore, ckptfs.restore.container, ckptfs.restore.podman, ckptfs.daemon"
+_WARM = "import ckptfs.cli.restore, ckptfs.restore.container, ckptfs.restore.podman, ckptfs.daemon.serve_image"
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def check(
     ckptfs check localhost:5000/counter:1 --engine podman --json
     """
     require_one_base(base, rootfs)
-    from ckptfs.mounting import MountRequest
+    from ckptfs.daemon.requests import MountRequest
     from ckptfs.restore import checking
     from ckptfs.restore.flow import RestoreRequest
     from ckptfs.restore.keeper import engine_of

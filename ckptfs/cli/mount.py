@@ -21,7 +21,7 @@ from ckptfs.errors import UsageError
 from ckptfs.model.oci import Reference
 
 if TYPE_CHECKING:
-    from ckptfs.mounting import Request
+    from ckptfs.daemon.requests import Request
 
 
 @click.command(short_help="Show an image as a directory; fetch only what is read.")
@@ -87,7 +87,7 @@ def mount(
     ckptfs mount oci:/srv/images/counter:latest /mnt/ckpt --view raw --foreground
     """
     configure_logging(verbose, quiet)
-    from ckptfs import mounting
+    from ckptfs.daemon.requests import MountRequest, command_start
 
     if publish_index and reference.kind != "registry":
         raise UsageError(f"{reference} has no registry to keep an index", hint="leave --publish-index out")
@@ -95,10 +95,10 @@ def mount(
         from ckptfs.cli.output import require_writable
 
         require_writable(stats)
-    request = mounting.MountRequest(
+    request = MountRequest(
         reference=reference,
         mountpoint=directory,
-        started=mounting.command_start(),
+        started=command_start(),
         view=view,
         cache_dir=registry.cache_path(),
         cache_key=registry.cache_key(),
@@ -123,8 +123,8 @@ def mount(
 
 def start(request: "Request", done: str, *, foreground: bool, as_json: bool, quiet: bool) -> None:
     """Stay, or leave a daemon behind and say so: `done`, where, and how long it took."""
-    from ckptfs import mounting
     from ckptfs.control.ready import require_inherited
+    from ckptfs.daemon import mounting
 
     if request.ready_fd is not None:
         require_inherited(request.ready_fd)
@@ -142,5 +142,7 @@ def start(request: "Request", done: str, *, foreground: bool, as_json: bool, qui
     try:
         show(status)
     except OSError:  # what has failed leaves nothing mounted
-        mounting.umount(status["mountpoint"])
+        from ckptfs.daemon.asking import umount
+
+        umount(status["mountpoint"])
         raise

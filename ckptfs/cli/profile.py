@@ -33,9 +33,9 @@ from ckptfs.terminal import printable, size_text
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from ckptfs.daemon.requests import MountRequest
     from ckptfs.model.oci import Manifest
     from ckptfs.model.profile import Profile
-    from ckptfs.mounting import MountRequest
     from ckptfs.sources import Source
 
 MOUNT_VARIABLE = "CKPTFS_MOUNT"
@@ -224,7 +224,7 @@ def plot(reads: Path, out: Path, verbose: int, quiet: bool) -> None:
 def _recorded(reference: Reference, command: tuple[str, ...], registry: RegistryOptions, *, strict: bool) -> "Profile":
     """What `command` reads of a mount of the image."""
     from ckptfs.cli.output import temporary
-    from ckptfs.mounting import MountRequest, command_start
+    from ckptfs.daemon.requests import MountRequest, command_start
 
     settings = registry.settings()
     # What ends this command must end the mount as well.
@@ -250,14 +250,15 @@ def _recorded(reference: Reference, command: tuple[str, ...], registry: Registry
 
 @contextlib.contextmanager
 def _mounted(request: "MountRequest") -> Iterator[Path]:
-    from ckptfs import mounting
+    from ckptfs.daemon.asking import umount
+    from ckptfs.daemon.mounting import mount
 
     Path(request.mountpoint).mkdir()
-    mounting.mount(request)
+    mount(request)
     try:
         yield Path(request.mountpoint)
     finally:
-        mounting.umount(request.mountpoint)
+        umount(request.mountpoint)
 
 
 def _run(command: tuple[str, ...], mount: Path) -> None:

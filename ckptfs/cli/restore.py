@@ -117,7 +117,7 @@ def restore(
     require_one_base(base, rootfs)
     if rootfs is not None and not os.path.isdir(rootfs):
         raise NotFoundError(f"the base root file system {rootfs} is no directory", hint="name one with --rootfs DIR")
-    from ckptfs.mounting import MountRequest, command_start
+    from ckptfs.daemon.requests import MountRequest, command_start
     from ckptfs.restore import keeper
     from ckptfs.restore.flow import RestoreRequest
 

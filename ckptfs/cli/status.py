@@ -48,15 +48,15 @@ def status(
     configure_logging(verbose, quiet)
     if prometheus and (watch or as_json):
         raise UsageError("--prometheus goes with neither --watch nor --json", hint="give one of them")
-    from ckptfs import mounting
+    from ckptfs.daemon.asking import statuses
 
     if watch:
         from ckptfs.cli.watch import watch as show_alive
 
-        look = functools.partial(mounting.statuses, directory, detail=True)
+        look = functools.partial(statuses, directory, detail=True)
         show_alive(look, interval, as_json=as_json, only=directory is not None)
         return
-    found = mounting.statuses(directory, detail=not (as_json or prometheus))
+    found = statuses(directory, detail=not (as_json or prometheus))
     if prometheus:
         from ckptfs.control.exposition import exposition
 

@@ -64,11 +64,11 @@ def store(
     ckptfs status /var/lib/ckptfs/store
     """
     configure_logging(verbose, quiet)
-    from ckptfs import mounting
+    from ckptfs.daemon.requests import StoreRequest, command_start
 
-    request = mounting.StoreRequest(
+    request = StoreRequest(
         mountpoint=directory,
-        started=mounting.command_start(),
+        started=command_start(),
         cache_dir=registry.cache_path(),
         cache_key=registry.cache_key(),
         offline=offline,

@@ -22,12 +22,12 @@ def umount(directories: tuple[str, ...], force: bool, verbose: int, quiet: bool)
     ckptfs umount /mnt/ckpt
     """
     configure_logging(verbose, quiet)
-    from ckptfs import mounting
+    from ckptfs.daemon import asking
 
     codes = []
     for directory in directories:
         try:
-            mounting.umount(directory, force=force)
+            asking.umount(directory, force=force)
         except CkptfsError as error:
             codes.append(fail(str(error), error.exit_code))
     return max(codes, default=0)

@@ -1,8 +1,8 @@
 """The right to a name on this node, while a process lives: a file in the runtime directory that it holds locked.
 
-Its holder removes the file, or the next `mount` or `status` if that was killed (mounting.py). So whoever gets a lock
-makes sure that its file is still the one that everybody else would find. Called by mounting.py for mount points and by
-restore/ for names of containers.
+Its holder removes the file, or the next `mount` or `status` if that was killed (daemon/claim.py). So whoever gets a
+lock makes sure that its file is still the one that everybody else would find. Called by daemon/claim.py for mount
+points and by restore/ for names of containers.
 """
 
 import fcntl

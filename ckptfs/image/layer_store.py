@@ -4,7 +4,7 @@ Paths are `<base64 of the image's reference>/<digest>/`, as containers/storage m
 getAdditionalLayerPath). Which manifest a layer belonged to is kept in the node's cache as long as the layer is in use,
 with the number of its users, so that a store that was stopped goes on where it was, and a tag that has moved breaks no
 image that was pulled before. Owns the opened images; knows no FUSE. Called by fuse/store_operations.py and
-store_daemon.py.
+daemon/serve_store.py.
 """
 
 import base64

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ckptfs.daemon.mounting import Pending
 from ckptfs.errors import CkptfsError, FormatError, NotFoundError, UsageError
 from ckptfs.fuse.mountpoint import detach
-from ckptfs.mounting import Pending
 from ckptfs.restore import runtimes
 from ckptfs.restore.bundle import Bundle
 from ckptfs.restore.checking import Finding

@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from ckptfs.daemon.asking import statuses
+from ckptfs.daemon.mounting import Pending, begin
+from ckptfs.daemon.requests import MountRequest
 from ckptfs.errors import CkptfsError, UnavailableError, rebuilt
 from ckptfs.interrupts import interruptible
 from ckptfs.model.oci import Reference
-from ckptfs.mounting import MountRequest, Pending, begin, statuses
 from ckptfs.restore import checking
 from ckptfs.restore.runtimes import could_not_read
 from ckptfs.restore.supervise import SIGNALS

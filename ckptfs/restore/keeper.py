@@ -12,8 +12,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from ckptfs import standby
 from ckptfs.control.ready import notify
+from ckptfs.daemon import standby
 from ckptfs.errors import CkptfsError, rebuilt, told
 from ckptfs.hardening import close_inherited
 from ckptfs.interrupts import as_before, interrupt_by, lines

@@ -25,10 +25,10 @@ from typing import Any, Self
 from ckptfs import namespace
 from ckptfs.control.client import ensure_runtime_dir
 from ckptfs.control.lock import FileLock
+from ckptfs.daemon.asking import umount
 from ckptfs.errors import CkptfsError, FormatError, MountError, RestoreError, UsageError, outage
 from ckptfs.fuse.mountpoint import detach, mounts
 from ckptfs.interrupts import whole
-from ckptfs.mounting import umount
 from ckptfs.processes import alive
 from ckptfs.restore.runtimes import PID_FILE, RUNTIMES, delete, remove_cgroups
 from ckptfs.settings import state_dir

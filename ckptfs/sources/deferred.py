@@ -1,7 +1,7 @@
 """A registry whose code is loaded when something is first asked of it: what the node's cache has needs none.
 
 urllib3 and what speaks to registries take 60 ms to import, a quarter of a mount whose image is here. Made by
-`open_source` for every registry; standby.py imports them earlier where a request is sure to come.
+`open_source` for every registry; daemon/standby.py imports them earlier where a request is sure to come.
 """
 
 import threading

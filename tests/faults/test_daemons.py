@@ -304,7 +304,7 @@ def test_a_daemon_that_died_while_it_waited_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "mnt").mkdir()
     script = f"""
 import os, signal, sys
-from ckptfs import standby
+from ckptfs.daemon import standby
 from ckptfs.cli import run
 standby.fork([])
 os.kill(standby._waiting.pid, signal.SIGKILL)

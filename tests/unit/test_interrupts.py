@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from ckptfs.control.client import MountFiles
+from ckptfs.daemon.mounting import begin
+from ckptfs.daemon.requests import MountRequest
 from ckptfs.interrupts import interrupt_by, lines
 from ckptfs.model.oci import Reference
-from ckptfs.mounting import MountRequest, begin
 from tests.support.fake_registry import FakeRegistry, Silent
 from tests.support.restored import processes
 from tests.support.tools import ROOT, wait_for

@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 
-from ckptfs import mounting, standby
 from ckptfs.control import client
 from ckptfs.control.client import MountFiles, write_state
+from ckptfs.daemon import asking, mounting, standby
+from ckptfs.daemon.asking import statuses, umount
+from ckptfs.daemon.claim import Lock
+from ckptfs.daemon.requests import MountRequest
 from ckptfs.errors import MountError
 from ckptfs.fuse.mountpoint import FSTYPE, Mount
 from ckptfs.model.oci import Reference
-from ckptfs.mounting import MountRequest
 from tests.support.disks import disk_of
 
 
@@ -41,13 +43,13 @@ def leave_files(target: str) -> MountFiles:
 
 def test_a_mount_that_begins_keeps_its_files_whoever_looks_for_dead_ones(target: str) -> None:
     files = leave_files(target)
-    with mounting._Lock(target) as beginning:
+    with Lock(target) as beginning:
         files.socket.touch()  # by now its own
-        assert mounting.statuses(None) == []
+        assert statuses(None) == []
         with pytest.raises(MountError, match="is gone"):
-            mounting.statuses(target)
+            statuses(target)
         with pytest.raises(MountError, match="nothing is mounted"):
-            mounting.umount(target)
+            umount(target)
         assert files.socket.exists() and files.state.exists()
         beginning.remove()
 
@@ -56,25 +58,25 @@ def test_of_two_who_unmount_the_second_has_what_it_wants(target: str, monkeypatc
     """It has looked while there was a mount, and was told "Invalid argument"."""
     seen = Mount(target, (0, 99), FSTYPE, "app:1", frozenset())
     monkeypatch.setattr(mounting, "mount_at", lambda _: seen)
-    mounting.umount(target)
+    umount(target)
 
 
 def test_what_a_dead_mount_has_left_goes_with_the_first_look(target: str) -> None:
     leave_files(target)
-    assert mounting.statuses(None) == []
+    assert statuses(None) == []
     assert not MountFiles.of(target).state.exists()
     with pytest.raises(MountError, match="nothing is mounted"):
-        mounting.statuses(target)
+        statuses(target)
     leave_files(target)
     with pytest.raises(MountError, match="nothing is mounted"):
-        mounting.umount(target)
+        umount(target)
 
 
 def test_umount_waits_for_the_daemon_that_it_ends_and_not_for_the_next(
     target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mounting, "_ENDS", 1.0)
-    first, second = mounting._Lock(target), mounting._Lock(target)
+    monkeypatch.setattr(asking, "_ENDS", 1.0)
+    first, second = Lock(target), Lock(target)
     first.__enter__()
     leave_files(target)
 
@@ -85,8 +87,8 @@ def test_umount_waits_for_the_daemon_that_it_ends_and_not_for_the_next(
         leave_files(target)
         return {"pid": 1}
 
-    monkeypatch.setattr(mounting, "ask", stop)
-    mounting.umount(target)
+    monkeypatch.setattr(asking, "ask", stop)
+    umount(target)
     assert second.current() and MountFiles.of(target).state.exists()
     second.remove()
     second.__exit__()
@@ -96,15 +98,15 @@ def test_the_lock_of_a_daemon_that_was_never_ready_goes_with_the_first_look(targ
     files = MountFiles.of(target)
     files.lock.touch()
     files.socket.touch()
-    with mounting._Lock(f"{target}-other") as other:
-        assert mounting.statuses(None) == []
+    with Lock(f"{target}-other") as other:
+        assert statuses(None) == []
         assert not files.lock.exists() and not files.socket.exists()
         assert other.current()
         other.remove()
 
 
 def test_who_only_removes_what_is_left_is_waited_for(target: str) -> None:
-    sweeping = mounting._Lock(target)
+    sweeping = Lock(target)
     sweeping.__enter__()
 
     def remove() -> None:
@@ -112,7 +114,7 @@ def test_who_only_removes_what_is_left_is_waited_for(target: str) -> None:
         sweeping.__exit__()
 
     threading.Timer(0.03, remove).start()
-    with mounting._Lock(target) as lock:
+    with Lock(target) as lock:
         assert lock.current()
         lock.remove()
 

@@ -6,8 +6,8 @@ import logging
 import pytest
 
 from ckptfs import redaction
+from ckptfs.daemon.requests import MountRequest, StoreRequest
 from ckptfs.model.oci import Reference
-from ckptfs.mounting import MountRequest, StoreRequest
 from ckptfs.redaction import RedactingFormatter, conceal, redact
 
 

@@ -43,7 +43,7 @@ def fork(arguments: Sequence[str]) -> None:
     """
     global _waiting
     gc.disable()  # imports make much that stays
-    import ckptfs.mounting  # noqa: F401  # both need it: once, before the fork
+    import ckptfs.daemon.mounting  # noqa: F401  # both need it: once, before the fork
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
@@ -104,8 +104,8 @@ def _wait(channel: socket.socket, *, asks: bool) -> NoReturn:
         if asks:
             import ckptfs.sources.registry  # urllib3, before trio: the first request runs while that is imported
         else:
-            import ckptfs.daemon  # noqa: F401  # what a mount out of the cache needs; a registry when something is missing
-        from ckptfs.mounting import serve_from_standby
+            import ckptfs.daemon.serve_image  # noqa: F401  # what a mount out of the cache needs; a registry when something is missing
+        from ckptfs.daemon.mounting import serve_from_standby
 
         data, descriptors, _, _ = socket.recv_fds(channel, _MESSAGE, 2)
         channel.close()

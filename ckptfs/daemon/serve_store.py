@@ -1,6 +1,6 @@
 """The process that keeps an additional layer store: open images, FUSE session and control socket under one roof.
 
-What daemon.py is for the mount of one image. Started by mounting.py.
+What serve_image.py is for the mount of one image. Started by mounting.py.
 """
 
 import logging
@@ -13,6 +13,8 @@ import trio
 
 from ckptfs import __version__
 from ckptfs.control.client import MountFiles
+from ckptfs.daemon.requests import Announce, StoreRequest
+from ckptfs.daemon.resident import Resident, keep_house, run_with
 from ckptfs.engine.activity import reads_now
 from ckptfs.engine.cache import ChunkCache
 from ckptfs.engine.memory import MemoryCache
@@ -22,9 +24,7 @@ from ckptfs.image import ImageOptions
 from ckptfs.image.layer_store import LayerStore, StoredImage
 from ckptfs.image.residency import ResidencyMeter
 from ckptfs.model.names import InodeNames
-from ckptfs.mounting import Announce, StoreRequest
 from ckptfs.redaction import redact
-from ckptfs.resident import Resident, keep_house, run_with
 from ckptfs.sources import open_source
 from ckptfs.telemetry import NetworkCounters
 

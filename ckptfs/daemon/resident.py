@@ -1,4 +1,4 @@
-"""What the daemons of mounts (daemon.py) and of layer stores (store_daemon.py) share: from the open cache to the end.
+"""What the daemons of mounts (serve_image.py) and of layer stores (serve_store.py) share, from start to end.
 
 Owns how a daemon tells that it is ready, how it can be asked and stopped, and what it lets go of when nobody reads.
 What it serves, and what its status says of that, is theirs.
@@ -17,12 +17,12 @@ from ckptfs.control.exposition import exposition
 from ckptfs.control.metrics import open_port
 from ckptfs.control.ready import tell
 from ckptfs.control.server import ControlServer
+from ckptfs.daemon.requests import Announce, Request
 from ckptfs.engine.cache import ChunkCache
 from ckptfs.engine.memory import MemoryCache
 from ckptfs.engine.threads import in_thread
 from ckptfs.errors import only_error
 from ckptfs.hardening import release_memory, settle
-from ckptfs.mounting import Announce, Request
 
 log = logging.getLogger(__name__)
 

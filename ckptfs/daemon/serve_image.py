@@ -11,6 +11,8 @@ import trio
 
 from ckptfs import __version__
 from ckptfs.control.client import MountFiles
+from ckptfs.daemon.requests import Announce, MountRequest
+from ckptfs.daemon.resident import Resident, keep_house, run_with
 from ckptfs.engine.activity import reads_now
 from ckptfs.engine.cache import ChunkCache
 from ckptfs.engine.recording import ReadRecorder
@@ -19,9 +21,7 @@ from ckptfs.fuse.mount import MountSession, mount_options
 from ckptfs.fuse.operations import Operations
 from ckptfs.image import ImageOptions, OpenImage, open_image
 from ckptfs.image.residency import Residency, ResidencyMeter
-from ckptfs.mounting import Announce, MountRequest
 from ckptfs.redaction import redact
-from ckptfs.resident import Resident, keep_house, run_with
 from ckptfs.sources import OpenSource, Source
 from ckptfs.telemetry import NetworkCounters
 
