@@ -57,7 +57,7 @@ def test_a_mount_that_begins_keeps_its_files_whoever_looks_for_dead_ones(target:
 def test_of_two_who_unmount_the_second_has_what_it_wants(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has looked while there was a mount, and was told "Invalid argument"."""
     seen = Mount(target, (0, 99), FSTYPE, "app:1", frozenset())
-    monkeypatch.setattr(mounting, "mount_at", lambda _: seen)
+    monkeypatch.setattr(asking, "mount_at", lambda _: seen)
     umount(target)
 
 
