@@ -120,6 +120,7 @@ def test_interrupted_twice(folder: Path, tmp_path: Path) -> None:
     assert_nothing_left(tmp_path)
 
 
+@pytest.mark.alone  # for a moment a cgroup is nobody's, which other tests would find
 def test_who_stays_is_killed_before_it_says_so(folder: Path, tmp_path: Path) -> None:
     """The command does not wait for what nobody will say: the daemons of mounts could, for they live on."""
     process = start(tmp_path, f"oci:{folder}/layout:latest", "--rootfs", folder / "rootfs", "--detach")
