@@ -6,7 +6,7 @@ threads and what is told about progress; knows neither registries nor checkpoint
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -18,6 +18,7 @@ from ckptfs.model.oci import Descriptor, Digest
 from ckptfs.push.target import Target
 
 _UPLOADS = 4  # one at a time leaves a link with delay idle between two blobs; a registry allows a few
+_ENDING = 0.5  # seconds that an interrupt leaves to them: to a disk they end with their next piece, and tidy up
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,8 @@ class Publisher:
         self._stopped = error is not None
         # A registry may take minutes to answer an upload that nobody wants any more.
         self._pool.shutdown(wait=kind is not KeyboardInterrupt, cancel_futures=self._stopped)
+        if kind is KeyboardInterrupt:
+            wait([upload for upload in self._uploads if not upload.cancelled()], _ENDING)
 
     def packed(self, count: int) -> None:
         """`count` more bytes of the checkpoint have been read and compressed."""
