@@ -400,13 +400,15 @@ class OpenImage:
         return "chunk" if all(checked) else "transport"
 
     async def verify_whole_layers(self) -> None:
-        """Hash plain tars once everything else has been fetched."""
+        """Hash plain tars once everything else has been fetched, none of them twice."""
         from ckptfs.image.whole import condemn_layer, hash_layer
         from ckptfs.layers.tar import TarLayer
 
         ranks = {id(scan.layer): rank for rank, scan in self._scans.items()}
         for number, (descriptor, layer) in list(self._layers.items()):
-            if isinstance(layer, TarLayer) and id(layer) in ranks and not descriptor.synthetic:
+            if not isinstance(layer, TarLayer) or layer.digests:
+                continue
+            if id(layer) in ranks and not descriptor.synthetic:
                 try:
                     await hash_layer(self.fetcher, descriptor, layer)
                 except IntegrityError as error:
