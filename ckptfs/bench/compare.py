@@ -27,11 +27,11 @@ from ckptfs.bench.machine import stamp
 from ckptfs.bench.reading import Reading, Step, reading_of, recorded_reading, replay
 from ckptfs.bench.relay import Relay
 from ckptfs.bench.report import write_report
-from ckptfs.bench.results import Figure, ResultFile, Sample, Series, figure
+from ckptfs.bench.results import Absent, Figure, ResultFile, Sample, Series, figure
 from ckptfs.bench.watch import Watcher
 from ckptfs.configuration import load
 from ckptfs.control.client import MountFiles, ask
-from ckptfs.errors import CacheError, CkptfsError, UnavailableError, UsageError
+from ckptfs.errors import CacheError, CkptfsError, NotFoundError, UnavailableError, UsageError
 from ckptfs.fuse.mountpoint import canonical, mount_at
 from ckptfs.interrupts import interruptible
 from ckptfs.model.oci import Reference
@@ -41,6 +41,7 @@ from ckptfs.terminal import printable
 _PULL, _SKOPEO = "ckptfs pull", "skopeo, tar"
 _WATCHED = -1
 _NAMES = {"lazy": "ckptfs, lazy pages", "plain": "ckptfs, plain restore"}
+_IN_VAIN = {NotFoundError.exit_code, CacheError.exit_code}  # what there is not, or this machine refuses: a full disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +59,17 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Where the results are, and the figures that say it in short."""
+    """Where the results are, and the figures that say it in short.
+
+    absent      what could not be measured, and why
+    exit_code   of the first error that kept something from being measured; 0 without one
+    """
 
     results: Path
     report: Path
     figures: tuple[Figure, ...]
+    absent: tuple[Absent, ...]
+    exit_code: int
 
 
 def compare(wanted: Comparison, say: Callable[[str], None]) -> Outcome:
@@ -91,7 +98,8 @@ def _compare(wanted: Comparison, say: Callable[[str], None]) -> Outcome:
         page = results.path.with_suffix(".html")
         write_report(results.facts, page, title=f"{printable(str(wanted.reference))}: lazy against eager")
         written, report = (file.rename(wanted.out / file.name) for file in (results.path, page))
-    return Outcome(written, report, figures)
+    absent = tuple(fact for fact in results.facts if isinstance(fact, Absent))
+    return Outcome(written, report, figures, absent, runner.failed.exit_code if runner.failed is not None else 0)
 
 
 @contextlib.contextmanager
@@ -117,12 +125,13 @@ def _workshop(out: Path) -> Iterator[Path]:
 
 @dataclass(slots=True)
 class _Runner:
-    """Runs flows; the run with the number _WATCHED is watched, not timed."""
+    """Runs flows; the run with the number _WATCHED is watched, not timed. `failed`: the first error of one."""
 
     folder: Path
     relay: Relay
     results: ResultFile
     say: Callable[[str], None]
+    failed: CkptfsError | None = field(default=None, init=False)
     _count: int = field(default=0, init=False)
 
     def readings(self, trace: Path | None) -> dict[str, Reading]:
@@ -136,13 +145,32 @@ class _Runner:
             return {_NAMES["lazy"]: lazy, _NAMES["plain"]: reading_of(directory, lazy=False)}
 
     def all_ways(self, readings: dict[str, Reading], number: int, rtt: float, rate: float) -> None:
-        """Every way once, in turns: networks change from minute to minute."""
+        """Every way once, in turns: networks change from minute to minute. Raises where not one can be measured."""
         for name, reading in readings.items():
-            self.lazily(name, reading, number, rtt, rate)
+            with self._measured(name, rtt, rate):
+                self.lazily(name, reading, number, rtt, rate)
         reading = next(iter(readings.values()))
-        self.eagerly(_PULL, self._pulled, reading, number, rtt, rate)
+        with self._measured(_PULL, rtt, rate):
+            self.eagerly(_PULL, self._pulled, reading, number, rtt, rate)
         if _skopeo_is_here():
-            self.eagerly(_SKOPEO, self._copied_and_unpacked, reading, number, rtt, rate)
+            with self._measured(_SKOPEO, rtt, rate):
+                self.eagerly(_SKOPEO, self._copied_and_unpacked, reading, number, rtt, rate)
+        if self.failed is not None and not any(isinstance(fact, Sample) for fact in self.results.facts):
+            raise self.failed
+
+    @contextlib.contextmanager
+    def _measured(self, flow: str, rtt: float, rate: float) -> Iterator[None]:
+        """One way; when it fails, what the others have measured stays."""
+        try:
+            yield
+        except CkptfsError as error:
+            if error.exit_code in _IN_VAIN:
+                raise
+            self.failed = self.failed or error
+            absent = Absent("image", f"{flow}; {_link(rtt, rate)}: {error}")
+            if absent not in self.results.facts:
+                self.results.add(absent)
+            self.say(f"{_link(rtt, rate)}: {flow}: not measured: {error}")
 
     def lazily(self, flow: str, reading: Reading, number: int, rtt: float, rate: float) -> None:
         with self._room() as room, ShapedLink(self.relay.address, rtt=rtt, rate=rate) as link:

@@ -9,6 +9,7 @@ import click
 
 from ckptfs.cli.options import configure_logging, make_settings, reference_argument, transfer_options
 from ckptfs.model.oci import Reference
+from ckptfs.terminal import printable
 
 
 @click.command(short_help="Compare a mount with pulling and unpacking, over a slow link.")
@@ -49,13 +50,14 @@ def bench(
     as_json: bool,
     verbose: int,
     quiet: bool,
-) -> None:
+) -> int:
     """Compare a mount of REF with pulling and unpacking it, over a slow link.
 
     The link is put in front of the image's registry by a relay on this machine, which serves the image on loopback,
     without a login, as long as the command runs. What criu would read is read without criu. Several --rtt and --rate
     are combined. Other mounts and the node's cache are left alone. skopeo and tar are measured too where they are
-    installed. The report needs matplotlib: pip install 'ckptfs[bench]'.
+    installed; a way that fails is left out, and the exit code is that of its error. The report needs matplotlib: pip
+    install 'ckptfs[bench]'.
 
     \b
     ckptfs bench registry.example/app/ckpt:1 --out results
@@ -74,12 +76,15 @@ def bench(
             click.echo(text, err=True)
 
     outcome = compare(wanted, say)
+    for absent in outcome.absent:
+        click.echo(f"not measured: {printable(absent.why)}", err=True)
     if as_json:
-        figures = [asdict(one) for one in outcome.figures]
+        figures, failed = list(map(asdict, outcome.figures)), list(map(asdict, outcome.absent))
         places = {"results": str(outcome.results), "report": str(outcome.report)}
-        click.echo(json.dumps({**places, "figures": figures}))
-        return
+        click.echo(json.dumps({**places, "figures": figures, "absent": failed}))
+        return outcome.exit_code
     for one in outcome.figures:
         peer = f"  ({one.peer}: {one.peer_value:.2f} {one.unit})" if one.peer_value is not None else ""
         click.echo(f"{one.name}: {one.value:.2f} {one.unit}{peer}")
     click.echo(f"report: {outcome.report}")
+    return outcome.exit_code

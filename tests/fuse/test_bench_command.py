@@ -75,6 +75,21 @@ def test_a_policy_for_images_does_not_matter(tmp_path: Path) -> None:
     assert done.code == 0 and "skopeo, tar: until" in done.out, done.err
 
 
+def test_a_way_that_fails_leaves_what_the_others_have_measured(tmp_path: Path) -> None:
+    skopeo = tmp_path / "bin/skopeo"
+    skopeo.parent.mkdir()
+    skopeo.write_text("#!/bin/sh\necho no such luck >&2\nexit 1\n")
+    skopeo.chmod(0o755)
+    words = ("bench", f"oci:{LAYOUT}", "--out", tmp_path / "out", "--runs", 1, "--rtt", "1ms", "--rate", 0, "--json")
+    done = ckptfs(*words, env={"PATH": f"{skopeo.parent}:{os.environ['PATH']}"})
+    assert done.code == 5, done.err
+    said = "skopeo, tar; 1 ms, no cap: skopeo failed: no such luck"
+    assert f"not measured: {said}\n" in done.err
+    assert [absent["why"] for absent in done.json["absent"]] == [said]
+    assert any("ckptfs pull: until" in figure["name"] for figure in done.json["figures"])
+    assert said in Path(done.json["report"]).read_text()
+
+
 def test_a_metrics_port_that_a_mount_has_is_left_to_it(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         setting = {"CKPTFS_METRICS": f"127.0.0.1:{taken.getsockname()[1]}"}
