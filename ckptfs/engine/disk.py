@@ -126,10 +126,6 @@ class WriteGate:
         self._lock = threading.Lock()
         self._failed_at: float | None = None
 
-    @property
-    def shut(self) -> bool:
-        return self._failed_at is not None
-
     def may_write(self) -> bool:
         failed_at = self._failed_at
         # A clock that jumped back must not keep the gate shut for a year.

@@ -136,11 +136,10 @@ class WrittenFile:
 
 @dataclass(frozen=True, slots=True)
 class WrittenLayer:
-    """`diff_id` is the sha256 of the uncompressed tar, `tar_size` its length; `files` in the order of the archive."""
+    """`diff_id` is the sha256 of the uncompressed tar; `files` in the order of the archive."""
 
     descriptor: Descriptor
     diff_id: Digest
-    tar_size: int
     files: tuple[WrittenFile, ...]
 
 
@@ -225,7 +224,6 @@ class _Writer:
         self._blob = hashlib.sha256()
         self._tar = hashlib.sha256()
         self._position = 0
-        self._tar_size = 0
         self._pending = b""  # padding of the last payload: goes out with the next header, as tar-split wants it
         self._names: set[bytes] = set()
         self._clean = True  # every name is UTF-8: JSON can say it
@@ -271,7 +269,6 @@ class _Writer:
         return WrittenLayer(
             Descriptor(MEDIA_TYPE, digest, self._position, {**annotations, **notes}),
             Digest("sha256", self._tar.hexdigest()),
-            self._tar_size,
             tuple(self._files),
         )
 
@@ -303,7 +300,6 @@ class _Writer:
                 self._collect(flying.popleft(), written, listed)
         finally:
             source.close()
-        self._tar_size += member.inode.size
         written.digest = whole.digest()
         return (crc or 0).to_bytes(8, "big")
 
@@ -325,7 +321,6 @@ class _Writer:
     def _segment(self, data: bytes) -> None:
         """Bytes of the tar that are no payload: a frame of their own, and a tar-split segment."""
         self._tar.update(data)
-        self._tar_size += len(data)
         self._out(_compressor().compress(data))
         self._split.segment(data)
 
